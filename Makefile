@@ -1,0 +1,36 @@
+# Every target sets up what it needs in .venv; only Python 3.11 and make have to be there.
+PYTHON ?= python3
+BIN := .venv/bin
+# A strict editable install links file by file, so a file that comes or goes asks for a new one.
+FILES := .venv/files
+
+.PHONY: demo test lint bench docs clean always
+
+demo: $(FILES)
+	$(BIN)/normswap demo
+
+test: $(FILES)
+	$(BIN)/python -m pytest
+
+lint: $(FILES)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(FILES)
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+docs: $(FILES)
+	$(BIN)/pip install -q -c constraints.txt mkdocs-material
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf .venv build site
+
+$(FILES): always pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@( cat pyproject.toml constraints.txt; find . -name '*.py' -not -path './.venv/*' -not -path './build/*' | sort ) > .venv/files.now
+	@cmp -s .venv/files.now $@ || ( \
+		$(BIN)/pip install -q -c constraints.txt --upgrade pip && \
+		$(BIN)/pip install -q -c constraints.txt -e '.[all,test]' -C editable_mode=strict && \
+		rm -rf .mypy_cache && mv .venv/files.now $@ )

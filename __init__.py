@@ -1,0 +1,53 @@
+"""Take the BatchNorm out of a trained network without ruining it.
+
+Importing this package imports no framework: each public name is loaded on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from normswap.convert.recipe import Recipe
+    from normswap.convert.targets import BatchRenorm, GroupNorm, SwitchNorm
+    from normswap.export.onnx import to_onnx
+    from normswap.export.verify import verify
+    from normswap.finetune.calibration import calibrate
+    from normswap.patchers.bundle import load, save
+    from normswap.patchers.model import patch, plan
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "BatchRenorm": "normswap.convert.targets",
+    "GroupNorm": "normswap.convert.targets",
+    "Recipe": "normswap.convert.recipe",
+    "SwitchNorm": "normswap.convert.targets",
+    "calibrate": "normswap.finetune.calibration",
+    "load": "normswap.patchers.bundle",
+    "patch": "normswap.patchers.model",
+    "plan": "normswap.patchers.model",
+    "save": "normswap.patchers.bundle",
+    "to_onnx": "normswap.export.onnx",
+    "verify": "normswap.export.verify",
+}
+
+__all__ = [
+    "BatchRenorm",
+    "GroupNorm",
+    "Recipe",
+    "SwitchNorm",
+    "__version__",
+    "calibrate",
+    "load",
+    "patch",
+    "plan",
+    "save",
+    "to_onnx",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'normswap' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

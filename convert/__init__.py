@@ -1,0 +1,1 @@
+"""One BatchNorm to one replacement: targets, group choice, carry-over and recipes, in NumPy only."""

@@ -1,0 +1,153 @@
+r"""The carry-over: a replacement's parameters from those of a trained BatchNorm, without data.
+
+A BatchNorm at inference computes, per channel, :math:`y = \gamma (x-\mu)/\sqrt{v+\epsilon} + \beta`. A
+replacement normalises by other statistics. Let :math:`\hat m, \hat v` be what those statistics are *expected* to
+be, given the running :math:`\mu, v`. Then
+
+.. math:: \gamma' = \gamma \sqrt{\hat v+\epsilon} / \sqrt{v+\epsilon}, \qquad
+          \beta' = \beta + \gamma (\hat m-\mu) / \sqrt{v+\epsilon}
+
+make the replacement equal the BatchNorm whenever a sample's statistics are as expected. Everything here is
+float64 NumPy with arrays of shape (C,); both frameworks' patchers call it and both frameworks' tests use it as
+their oracle.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InputError
+from .targets import BatchRenorm, GroupNorm, SwitchNorm, Target
+
+Array = NDArray[np.float64]
+
+CLOSED_GATE = -120.0
+"""A logit whose softmax beside 0 underflows to exactly 0 in float32: the gate of a statistic not used at all."""
+
+_START_GATES = {
+    # (instance, layer, batch); measured on the published CIFAR-10 ResNet-20, see docs/design.md
+    "warm": (0.05, 0.05, 0.90),
+    "exact": (0.0, 0.0, 1.0),
+    "even": (1 / 3, 1 / 3, 1 / 3),
+}
+_START_GATES_WITHOUT_BATCH = {"warm": (0.1, 0.9), "exact": (0.0, 1.0), "even": (0.5, 0.5)}
+
+
+@dataclass(frozen=True)
+class BatchNormState:
+    """A BatchNorm's parameters and running statistics, shape (C,); mean and var are None where it keeps none."""
+
+    gamma: Array
+    beta: Array
+    mean: Array | None
+    var: Array | None
+    eps: float
+
+    def problems(self) -> list[str]:
+        """Return what makes this state unusable: non-finite values, negative variances, no channels."""
+        found = []
+        if self.gamma.size == 0:
+            found.append("no channels")
+        for label, array in (
+            ("gamma", self.gamma),
+            ("beta", self.beta),
+            ("mean", self.mean),
+            ("var", self.var),
+        ):
+            bad = 0 if array is None else int(np.count_nonzero(~np.isfinite(array)))
+            if bad:
+                found.append(f"{bad} non-finite values in {label}")
+        if self.var is not None and (negative := int(np.count_nonzero(self.var < 0))):
+            found.append(f"{negative} negative running variances")
+        if not self.eps > 0:
+            found.append(f"eps={self.eps} is not positive")
+        return found
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A replacement's parameters: affine of shape (C,), and SN's gate logits of shape (3,) or (2,)."""
+
+    gamma: Array
+    beta: Array
+    gate_logits: Array | None = None
+
+
+def group_moments(mean: Array, var: Array, groups: int) -> tuple[Array, Array]:
+    r"""Return the expected mean and variance of each channel's group, expanded to (C,).
+
+    .. math:: \hat m = \mathrm{mean}_S(\mu), \qquad \hat v = \mathrm{mean}_S(v) + \mathrm{var}_S(\mu)
+    """
+    size = mean.size // groups
+    group_mean = mean.reshape(groups, size).mean(axis=1)
+    group_var = var.reshape(groups, size).mean(axis=1) + mean.reshape(groups, size).var(axis=1)
+    return np.repeat(group_mean, size), np.repeat(group_var, size)
+
+
+def start_gates(target: SwitchNorm) -> Array:
+    """Return SN's starting gates, which sum to 1: (instance, layer, batch), or (instance, layer) without batch."""
+    table = _START_GATES_WITHOUT_BATCH if target.batch_statistics == "none" else _START_GATES
+    return np.array(table[target.start])
+
+
+def gate_logits(gates: Array) -> Array:
+    """Return logits whose softmax is ``gates``; a gate of 0 gets `CLOSED_GATE` below the largest."""
+    with np.errstate(divide="ignore"):
+        logits: Array = np.log(gates / gates.max())
+    return np.maximum(logits, CLOSED_GATE)
+
+
+def softmax(logits: Array) -> Array:
+    """Return the gates for ``logits``."""
+    exponentials: Array = np.exp(logits - logits.max())
+    gates: Array = exponentials / exponentials.sum()
+    return gates
+
+
+def carry_over(
+    state: BatchNormState,
+    target: Target,
+    *,
+    groups: int | None = None,
+    spatial: tuple[int, ...] | None = None,
+) -> Carried:
+    r"""Return the parameters that make ``target`` start as close to the BatchNorm as its statistics allow.
+
+    ``groups`` is the resolved number of groups of a GroupNorm. ``spatial`` is the shape behind the channels where
+    known: () for (N, C) input, whose instance statistics SN takes to be the layer's; where it holds a single
+    value (1x1 maps) the instance mean is that value itself and the instance variance 0, so that an instance gate
+    w scales the signal by 1-w, which is undone here.
+
+    A state without running statistics is copied: nothing is known of what to expect. γ = 0 stays 0.
+    Raises `InputError` if the state is not finite or a variance is negative.
+    """
+    if problems := state.problems():
+        raise InputError(f"expected finite parameters and variances >= 0, received {'; '.join(problems)}")
+    logits = gate_logits(start_gates(target)) if isinstance(target, SwitchNorm) else None
+    if state.mean is None or state.var is None or isinstance(target, BatchRenorm):
+        return Carried(state.gamma, state.beta, logits)
+
+    keep = 1.0
+    if isinstance(target, GroupNorm):
+        if groups is None:
+            raise ValueError("expected `groups` for a GroupNorm target, received groups=None")
+        mean, var = group_moments(state.mean, state.var, groups)
+    else:
+        gates = start_gates(target)
+        layer = group_moments(state.mean, state.var, 1)
+        own: tuple[Array | float, Array | float] = (state.mean, state.var)
+        if spatial == ():
+            own = layer
+        elif spatial is not None and prod(spatial) == 1:
+            own, keep = (0.0, 0.0), 1 - gates[0]
+        mean = gates[0] * own[0] + gates[1] * layer[0]
+        var = gates[0] * own[1] + gates[1] * layer[1]
+        if gates.size == 3:
+            mean, var = mean + gates[2] * state.mean, var + gates[2] * state.var
+
+    deviation = np.sqrt(state.var + state.eps)
+    gamma = state.gamma * (np.sqrt(var + state.eps) / (deviation * keep))
+    beta = state.beta + state.gamma * (mean / keep - state.mean) / deviation
+    return Carried(gamma, beta, logits)

@@ -1,0 +1,145 @@
+"""What a BatchNorm can become: three frozen configurations and their names."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from dataclasses import fields as fields_of
+from typing import Any, ClassVar, Literal, get_args
+
+from ..errors import InputError
+
+Start = Literal["warm", "exact", "even"]
+BatchStatistics = Literal["moving", "frozen", "none"]
+
+
+def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"expected `{name}` out of {', '.join(choices)}, received {name}={value!r}")
+
+
+def _positive_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+@dataclass(frozen=True)
+class SwitchNorm:
+    """Switchable Normalization: a learned mix of instance, layer and batch statistics.
+
+    ``start`` sets the gates: ``"warm"`` leans on the batch statistics but lets every gate learn, ``"exact"``
+    takes the batch statistics alone (the original function to the last bit, with gates that no longer learn),
+    ``"even"`` is the paper's equal mix. ``batch_statistics`` says where the batch component comes from:
+    ``"moving"`` batches in training and running averages at inference (the paper), ``"frozen"`` the pretrained
+    running averages always, so that no sample sees another, ``"none"`` no batch component at all.
+
+    Source: Luo et al., "Differentiable Learning-to-Normalize via Switchable Normalization", section 3.
+    """
+
+    start: Start = "warm"
+    batch_statistics: BatchStatistics = "moving"
+    kind: ClassVar[str] = "sn"
+
+    def __post_init__(self) -> None:
+        _one_of("start", self.start, get_args(Start))
+        _one_of("batch_statistics", self.batch_statistics, get_args(BatchStatistics))
+
+
+@dataclass(frozen=True)
+class BatchRenorm:
+    """Batch Renormalization: batch statistics corrected towards the running ones within limits.
+
+    ``r_max`` (>= 1) and ``d_max`` (>= 0) bound the correction of scale and shift; the defaults are the paper's
+    final limits.
+
+    Source: Ioffe, "Batch Renormalization", section 3.
+    """
+
+    r_max: float = 3.0
+    d_max: float = 5.0
+    kind: ClassVar[str] = "brn"
+
+    def __post_init__(self) -> None:
+        if not self.r_max >= 1:
+            raise InputError(f"expected `r_max` of at least 1, received r_max={self.r_max}")
+        if not self.d_max >= 0:
+            raise InputError(f"expected `d_max` of at least 0, received d_max={self.d_max}")
+
+
+@dataclass(frozen=True)
+class GroupNorm:
+    """Group Normalization: each sample's statistics over groups of channels.
+
+    ``groups`` is the number of groups or ``"auto"`` (few groups, which keep most of a pretrained function: see
+    `normswap.convert.groups`). ``channels_per_group`` sets the group size instead. Where the channels do not
+    divide, ``indivisible="error"`` refuses and ``"gcd"`` takes the greatest common divisor.
+
+    Source: Wu and He, "Group Normalization", section 3.
+    """
+
+    groups: int | Literal["auto"] = "auto"
+    channels_per_group: int | None = None
+    indivisible: Literal["error", "gcd"] = "error"
+    kind: ClassVar[str] = "gn"
+
+    def __post_init__(self) -> None:
+        _one_of("indivisible", self.indivisible, ("error", "gcd"))
+        if self.groups != "auto" and not _positive_integer(self.groups):
+            raise InputError(f"expected `groups` to be a positive integer or 'auto', received groups={self.groups!r}")
+        if self.channels_per_group is not None:
+            if not _positive_integer(self.channels_per_group):
+                raise InputError(
+                    "expected `channels_per_group` to be a positive integer, "
+                    f"received channels_per_group={self.channels_per_group!r}"
+                )
+            if self.groups != "auto":
+                raise InputError(
+                    "expected one of `groups` and `channels_per_group`, received "
+                    f"groups={self.groups} and channels_per_group={self.channels_per_group}"
+                )
+
+
+Target = SwitchNorm | BatchRenorm | GroupNorm
+
+SHORTHANDS: Mapping[str, Target] = {
+    "sn": SwitchNorm(),
+    "brn": BatchRenorm(),
+    "gn": GroupNorm(),
+    "ln": GroupNorm(groups=1),
+    "in": GroupNorm(channels_per_group=1),
+}
+
+_KINDS: Mapping[str, type[Target]] = {cls.kind: cls for cls in (SwitchNorm, BatchRenorm, GroupNorm)}
+
+
+def as_target(target: str | Target) -> Target:
+    """Return the configuration for a shorthand (``"sn" | "brn" | "gn" | "ln" | "in"``) or pass one through.
+
+    Raises `InputError` for any other string or type.
+    """
+    if isinstance(target, SwitchNorm | BatchRenorm | GroupNorm):
+        return target
+    if isinstance(target, str) and target in SHORTHANDS:
+        return SHORTHANDS[target]
+    raise InputError(
+        f"expected a target out of {', '.join(SHORTHANDS)}, or a SwitchNorm, BatchRenorm or GroupNorm; "
+        f"received target={target!r}"
+    )
+
+
+def target_to_dict(target: Target) -> dict[str, Any]:
+    """Return the target as plain data, ``{"kind": ..., **fields}``, for a recipe file."""
+    return {"kind": target.kind, **asdict(target)}
+
+
+def target_from_dict(data: Mapping[str, Any]) -> Target:
+    """Return the target that `target_to_dict` wrote; raises `InputError` for an unknown kind or field."""
+    fields = dict(data)
+    kind = fields.pop("kind", None)
+    if kind not in _KINDS:
+        raise InputError(f"expected a target kind out of {', '.join(_KINDS)}, received kind={kind!r}")
+    try:
+        return _KINDS[kind](**fields)
+    except TypeError:
+        known = [field.name for field in fields_of(_KINDS[kind])]
+        unknown = sorted(set(fields) - set(known))
+        raise InputError(
+            f"expected the fields {', '.join(known)} for a target of kind {kind!r}, received {', '.join(unknown)}"
+        ) from None

@@ -1,0 +1,68 @@
+"""The errors normswap raises on purpose, each with the exit code the command line gives it."""
+
+
+class NormswapError(Exception):
+    """Base of every error that is an answer to the user rather than a defect of normswap."""
+
+    exit_code = 1
+
+
+class OutputExistsError(NormswapError, FileExistsError):
+    """The output exists and overwriting it was not asked for."""
+
+    exit_code = 2
+
+
+class InputError(NormswapError, ValueError):
+    """A file, array or checkpoint is malformed, unsafe or does not fit."""
+
+    exit_code = 3
+
+
+class UnsupportedError(NormswapError):
+    """The model, layer or operator set is well-formed but cannot be handled, or there is nothing to do."""
+
+    exit_code = 4
+
+
+class VerificationError(NormswapError):
+    """The exported file does not compute what the model computes, or training went non-finite."""
+
+    exit_code = 5
+
+
+class MissingDependencyError(NormswapError, ModuleNotFoundError):
+    """A package or an execution provider that the call needs is not installed."""
+
+    exit_code = 6
+
+
+EXIT_MISSING = MissingDependencyError.exit_code
+EXIT_IO = 7
+
+_EXTRAS = {
+    "PIL": "data",
+    "accelerate": "torch",
+    "keras": "keras",
+    "onnx": "onnx",
+    "onnx_ir": "onnx",
+    "onnxruntime": "onnx",
+    "onnxscript": "onnx",
+    "sklearn": "demo",
+    "tensorflow": "keras",
+    "tf2onnx": "keras",
+    "torch": "torch",
+}
+
+
+def explain(error: Exception) -> tuple[int, str]:
+    """Return the exit code and the message for any error a command ended with."""
+    if isinstance(error, NormswapError):
+        return error.exit_code, str(error)
+    if isinstance(error, OSError):
+        return EXIT_IO, str(error)
+    if isinstance(error, ModuleNotFoundError):
+        package = str(error.name).partition(".")[0]
+        if package in _EXTRAS:
+            return EXIT_MISSING, f"this needs {package}: pip install 'normswap[{_EXTRAS[package]}]'"
+    return 1, f"{type(error).__name__}: {error} (normswap --debug shows where)"
