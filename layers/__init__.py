@@ -1,0 +1,1 @@
+"""The normalization layers, importable without patching anything."""

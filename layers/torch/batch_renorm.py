@@ -1,0 +1,120 @@
+"""Batch Renormalization for PyTorch."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .norm import RunningNorm, per_channel, wide
+
+
+class _BatchRenorm(RunningNorm):
+    r"""Normalize by the batch in training, corrected towards the running statistics within limits.
+
+    .. math:: y = \gamma \left(\frac{x - \mu_B}{\sigma_B} r + d\right) + \beta, \quad
+              r = \mathrm{clip}\!\left(\frac{\sigma_B}{\sigma}, \frac1{r_{max}}, r_{max}\right), \quad
+              d = \mathrm{clip}\!\left(\frac{\mu_B - \mu}{\sigma}, -d_{max}, d_{max}\right)
+
+    with :math:`\sigma = \sqrt{v + \epsilon}` and no gradient through r and d. At inference
+    :math:`y = \gamma (x - \mu)/\sigma + \beta`, as BatchNorm. The running μ and σ move by weight ``momentum``
+    (None: cumulative average); as in the paper the average is of σ, and ``running_var`` holds σ² - ε.
+
+    ``r_max`` and ``d_max`` are buffers, so a schedule set by `set_limits` is saved with the weights.
+
+    Raises `ValueError` for a wrong rank or channel count, and in training for a single value per channel, which
+    has no variance; `TypeError` for a dtype that is not floating-point.
+
+    Source: Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models",
+    algorithm 1.
+    """
+
+    r_max: Tensor
+    d_max: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.01,
+        affine: bool = True,
+        r_max: float = 3.0,
+        d_max: float = 5.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps=eps, momentum=momentum, affine=affine, track=True, device=device, dtype=dtype
+        )
+        self.register_buffer("r_max", torch.tensor(1.0, device=device))
+        self.register_buffer("d_max", torch.tensor(0.0, device=device))
+        self.set_limits(r_max, d_max)
+
+    def set_limits(self, r_max: float, d_max: float) -> None:
+        """Set the limits of the correction; raises `ValueError` unless ``r_max >= 1`` and ``d_max >= 0``."""
+        if not r_max >= 1:
+            raise ValueError(f"expected `r_max` of at least 1, received r_max={r_max}")
+        if not d_max >= 0:
+            raise ValueError(f"expected `d_max` of at least 0, received d_max={d_max}")
+        self.r_max.fill_(r_max)
+        self.d_max.fill_(d_max)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize ``x`` of shape (N, C, ...)."""
+        self._check(x)
+        if not self.training:
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+            )
+        count = x.numel() // self.num_features
+        if count < 2:
+            raise ValueError(
+                "expected more than one value per channel in training, "
+                f"received shape={tuple(x.shape)}; use a larger batch, or eval()"
+            )
+        wide_x = wide(x)
+        with torch.no_grad():
+            dims = [0, *range(2, x.dim())]
+            mean = wide_x.mean(dims)
+            sigma = ((wide_x - per_channel(mean, x)).square().mean(dims) + self.eps).sqrt()
+            running_mean, running_var = wide(self.running_mean), wide(self.running_var)
+            running_sigma = (running_var + self.eps).sqrt()
+            r = torch.minimum((sigma / running_sigma).maximum(1 / self.r_max), self.r_max)
+            d = torch.minimum(((mean - running_mean) / running_sigma).maximum(-self.d_max), self.d_max)
+        weight, bias = r, d
+        if self.weight is not None:
+            weight, bias = self.weight * r, self.weight * d
+        if self.bias is not None:
+            bias = bias + self.bias
+        # The layer's output is batch normalization with scale γr and shift γd + β.
+        y = F.batch_norm(wide_x, None, None, weight.to(wide_x.dtype), bias.to(wide_x.dtype), True, 0.0, self.eps)
+        with torch.no_grad():
+            momentum = self._next_momentum()
+            running_sigma = running_sigma.lerp(sigma, momentum)
+            self.running_mean.copy_(running_mean.lerp(mean, momentum))
+            self.running_var.copy_((running_sigma.square() - self.eps).clamp_(min=0))
+        return y.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Return the arguments shown by ``print(module)``."""
+        if self.r_max.is_meta:
+            return super().extra_repr()
+        return f"{super().extra_repr()}, r_max={float(self.r_max):g}, d_max={float(self.d_max):g}"
+
+
+class BatchRenorm1d(_BatchRenorm):
+    """For (N, C) and (N, C, L) input; see `_BatchRenorm`."""
+
+    ranks = (2, 3)
+
+
+class BatchRenorm2d(_BatchRenorm):
+    """For (N, C, H, W) input; see `_BatchRenorm`."""
+
+    ranks = (4,)
+
+
+class BatchRenorm3d(_BatchRenorm):
+    """For (N, C, D, H, W) input; see `_BatchRenorm`."""
+
+    ranks = (5,)

@@ -1,0 +1,84 @@
+"""What Switchable Normalization and Batch Renormalization share: parameters, checks and running statistics."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class RunningNorm(nn.Module):
+    """A per-channel affine normalization with running statistics; channels are dimension 1.
+
+    It is not a ``torch.nn.modules.batchnorm._BatchNorm``: torch, timm and Lightning convert subclasses of that
+    class into SyncBatchNorm or frozen BatchNorm without a word. The buffers carry BatchNorm's names
+    ``running_mean``, ``running_var`` (biased) and ``num_batches_tracked``, which distributed tools look for.
+    """
+
+    ranks: ClassVar[tuple[int, ...]]
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float,
+        momentum: float | None,
+        affine: bool,
+        track: bool,
+        device: Any,
+        dtype: Any,
+    ) -> None:
+        super().__init__()
+        if num_features < 1:
+            raise ValueError(f"expected `num_features` of at least 1, received num_features={num_features}")
+        if not eps > 0:
+            raise ValueError(f"expected `eps` above 0, received eps={eps}")
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        factory = {"device": device, "dtype": dtype}
+        if affine:
+            self.weight = nn.Parameter(torch.ones(num_features, **factory))
+            self.bias = nn.Parameter(torch.zeros(num_features, **factory))
+        else:
+            self.register_parameter("weight", None)
+            self.register_parameter("bias", None)
+        if track:
+            self.register_buffer("running_mean", torch.zeros(num_features, **factory))
+            self.register_buffer("running_var", torch.ones(num_features, **factory))
+            self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
+
+    def extra_repr(self) -> str:
+        """Return the arguments shown by ``print(module)``."""
+        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.weight is not None}"
+
+    def _check(self, x: Tensor) -> None:
+        if x.dim() not in self.ranks:
+            ranks = " or ".join(map(str, self.ranks))
+            raise ValueError(f"expected input of rank {ranks}, received shape={tuple(x.shape)}")
+        if x.shape[1] != self.num_features:
+            raise ValueError(f"expected {self.num_features} channels, received shape={tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"expected a floating-point input, received dtype={x.dtype}")
+
+    def _next_momentum(self) -> float:
+        """Count one batch and return the weight of its statistics: ``momentum``, or 1/n for a cumulative average."""
+        self.num_batches_tracked.add_(1)
+        return 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+
+
+def wide(x: Tensor) -> Tensor:
+    """Return ``x`` in float32 where it is narrower: statistics are never taken in half precision."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def per_channel(vector: Tensor, x: Tensor) -> Tensor:
+    """Return a (C,) vector shaped to broadcast along dimension 1 of ``x``."""
+    return vector.view(1, -1, *[1] * (x.dim() - 2))
+
+
+def square(x: Tensor) -> Tensor:
+    """Return ``x * x``: exporters write ``x ** 2`` as a slower power."""
+    return x * x

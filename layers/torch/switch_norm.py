@@ -1,0 +1,130 @@
+"""Switchable Normalization for PyTorch."""
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from .norm import RunningNorm, per_channel, square, wide
+
+BatchStatistics = Literal["moving", "frozen", "none"]
+
+
+class _SwitchNorm(RunningNorm):
+    r"""Normalize by a learned mix of instance, layer and batch statistics.
+
+    .. math:: y = \gamma \frac{x - \sum_k w_k \mu_k}{\sqrt{\sum_k w'_k \sigma^2_k + \epsilon}} + \beta,
+              \qquad k \in \{\mathrm{in}, \mathrm{ln}, \mathrm{bn}\}
+
+    with the gates :math:`w = \mathrm{softmax}(\mathtt{mean\_weight})`,
+    :math:`w' = \mathrm{softmax}(\mathtt{var\_weight})`, each of shape (3,) in the order instance, layer, batch,
+    and biased variances. Instance statistics are per sample and channel, layer statistics per sample; for (N, C)
+    input a channel has one value and the instance statistics are taken to be the layer's.
+
+    ``batch_statistics="moving"`` takes the batch statistics from the batch in training, which also updates
+    ``running_mean`` and ``running_var`` with weight ``momentum`` (None: cumulative average), and from those at
+    inference. ``"frozen"`` takes the running ones always and never updates them: no sample sees another.
+    ``"none"`` has two gates, instance and layer, and no running statistics.
+
+    Statistics are computed in float32 for narrower inputs; output has the input's dtype and shape.
+
+    Raises `ValueError` for a wrong rank or channel count, `TypeError` for a dtype that is not floating-point.
+
+    Source: Luo et al., "Differentiable Learning-to-Normalize via Switchable Normalization", section 3.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        batch_statistics: BatchStatistics = "moving",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        if batch_statistics not in get_args(BatchStatistics):
+            raise ValueError(
+                f"expected `batch_statistics` out of {', '.join(get_args(BatchStatistics))}, "
+                f"received batch_statistics={batch_statistics!r}"
+            )
+        track = batch_statistics != "none"
+        super().__init__(
+            num_features, eps=eps, momentum=momentum, affine=affine, track=track, device=device, dtype=dtype
+        )
+        self.batch_statistics = batch_statistics
+        gates = 3 if track else 2
+        self.mean_weight = nn.Parameter(torch.ones(gates, device=device, dtype=dtype))
+        self.var_weight = nn.Parameter(torch.ones(gates, device=device, dtype=dtype))
+
+    def gates(self) -> tuple[Tensor, Tensor]:
+        """Return the softmaxed gates of the mean and of the variance, in the order instance, layer, batch."""
+        return wide(self.mean_weight).softmax(0), wide(self.var_weight).softmax(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize ``x`` of shape (N, C, ...)."""
+        self._check(x)
+        wide_x = wide(x)
+        spatial = list(range(2, x.dim()))
+        if spatial:
+            mean = wide_x.mean(spatial, keepdim=True)
+            centred = wide_x - mean
+            var = square(centred).mean(spatial, keepdim=True)
+        else:
+            mean, centred, var = wide_x, wide_x, torch.zeros_like(wide_x)
+
+        # From here on everything but the last line has the size of (N, C). The variances of layer and batch are
+        # sums of two non-negative terms, never E[x²] - E[x]². What is constant at inference is added up apart from
+        # what is not, so that an exporter can fold it.
+        layer_mean = mean.mean(1, keepdim=True)
+        layer_var = (var + square(mean - layer_mean)).mean(1, keepdim=True)
+        own = (mean, var) if spatial else (layer_mean, layer_var)
+        mean_gates, var_gates = self.gates()
+        mixed_mean = mean_gates[0] * own[0] + mean_gates[1] * layer_mean
+        mixed_var = var_gates[0] * own[1] + var_gates[1] * layer_var
+        if self.batch_statistics == "none":
+            mixed_var = mixed_var + self.eps
+        else:
+            batch_mean, batch_var = self._batch_statistics(mean, var)
+            mixed_mean = mixed_mean + mean_gates[2] * batch_mean
+            mixed_var = mixed_var + (var_gates[2] * batch_var + self.eps)
+
+        gamma = 1.0 if self.weight is None else per_channel(wide(self.weight), x)
+        scale = gamma / mixed_var.sqrt()
+        shift = (mean - mixed_mean) * scale if spatial else -mixed_mean * scale
+        if self.bias is not None:
+            shift = shift + per_channel(wide(self.bias), x)
+        return (centred * scale + shift).to(x.dtype)
+
+    def _batch_statistics(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.training or self.batch_statistics == "frozen":
+            return per_channel(wide(self.running_mean), mean), per_channel(wide(self.running_var), mean)
+        batch_mean = mean.mean(0, keepdim=True)
+        batch_var = (var + square(mean - batch_mean)).mean(0, keepdim=True)
+        with torch.no_grad():
+            momentum = self._next_momentum()
+            self.running_mean.lerp_(batch_mean.flatten().to(self.running_mean.dtype), momentum)
+            self.running_var.lerp_(batch_var.flatten().to(self.running_var.dtype), momentum)
+        return batch_mean, batch_var
+
+    def extra_repr(self) -> str:
+        """Return the arguments shown by ``print(module)``."""
+        return f"{super().extra_repr()}, batch_statistics={self.batch_statistics!r}"
+
+
+class SwitchNorm1d(_SwitchNorm):
+    """For (N, C) and (N, C, L) input; see `_SwitchNorm`."""
+
+    ranks = (2, 3)
+
+
+class SwitchNorm2d(_SwitchNorm):
+    """For (N, C, H, W) input; see `_SwitchNorm`."""
+
+    ranks = (4,)
+
+
+class SwitchNorm3d(_SwitchNorm):
+    """For (N, C, D, H, W) input; see `_SwitchNorm`."""
+
+    ranks = (5,)

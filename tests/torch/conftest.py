@@ -1,0 +1,55 @@
+"""Small PyTorch models with the running statistics and scales of a trained one."""
+
+import pytest
+import torch
+from torch import nn
+
+
+def trained_(model, seed=0):
+    """Give every BatchNorm of ``model`` plausible statistics and scales, in place."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for tensor, low, high in (
+                (module.weight, 0.5, 2.0),
+                (module.bias, -1.0, 1.0),
+                (module.running_mean, -1.0, 1.0),
+                (module.running_var, 0.2, 3.0),
+            ):
+                if tensor is not None:
+                    tensor.data.uniform_(low, high, generator=generator)
+    return model.eval()
+
+
+class Residual(nn.Module):
+    """A network with a branch, so that call order and nesting matter."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.bn = nn.BatchNorm2d(8, eps=1e-3)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        """Return scores for (N, 3, H, W) images."""
+        x = self.stem(x)
+        return self.head(torch.relu(x + self.bn(self.conv(x))).mean((2, 3)))
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def model():
+    """A small trained network with two BatchNorms, ``stem.1`` and ``bn``."""
+    torch.manual_seed(0)
+    return trained_(Residual())
+
+
+@pytest.fixture
+def images():
+    """Four images (N, C, H, W)."""
+    return torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(1))
