@@ -1,0 +1,195 @@
+"""A bundle: a folder that holds a patched model, how it was made, and the original it was made from."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from .. import __version__
+from ..convert.recipe import Recipe
+from ..errors import InputError
+from ..sources.data import Preprocessing
+from ..sources.files import staged
+from ..sources.framework import framework_of
+from ..sources.models import absolute_spec, load_model, relative_spec
+
+MANIFEST = "normswap.json"
+SCHEMA_VERSION = 1
+_SUFFIX = {"torch": ".safetensors", "keras": ".keras"}
+
+
+class Patched(Protocol):
+    """A patched model with the recipe that made it, such as a `Report` or a `Bundle`."""
+
+    @property
+    def model(self) -> Any:
+        """The patched model."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """What it was made by."""
+
+
+@dataclass
+class Bundle:
+    """What a bundle's folder holds, the model loaded."""
+
+    directory: Path
+    model: Any
+    recipe: Recipe
+    source: str | None
+    preprocessing: Preprocessing | None
+    has_original: bool
+
+    def original(self) -> Any:
+        """Return the model as it was before the patch; raises `InputError` if the bundle was saved without it."""
+        if not self.has_original:
+            raise InputError(
+                f"expected a bundle saved with its original, received {self.directory}; make it with `normswap patch`"
+            )
+        weights = self.directory / f"original{_SUFFIX[self.recipe.framework]}"
+        if self.recipe.framework == "keras":
+            return load_model(str(weights))
+        return _load_torch(_build(self.directory, self.source), weights)
+
+
+def save(
+    patched: Patched,
+    directory: str | Path,
+    *,
+    source: str | None = None,
+    original: Any = None,
+    preprocessing: Preprocessing | None = None,
+    overwrite: bool = False,
+    add: Callable[[Path], None] | None = None,
+) -> None:
+    """Write a patched model (a report or bundle) as a bundle.
+
+    ``source`` says where the architecture comes from (see `normswap.sources.models`); without it a torch bundle
+    can only be loaded into a model given to `load`. ``original`` is the model before the patch, which distillation
+    learns from. ``add`` may put further files into the folder it is given, or replace some, before it is final.
+
+    Raises `OutputExistsError` if ``directory`` exists, unless it may be overwritten.
+    """
+    directory = Path(directory)
+    framework = framework_of(patched.model)
+    with staged(directory, overwrite=overwrite) as temporary:
+        temporary.mkdir()
+        _write(patched.model, temporary / f"model{_SUFFIX[framework]}")
+        if original is not None:
+            _write(original, temporary / f"original{_SUFFIX[framework]}")
+        if add is not None:
+            add(temporary)
+        manifest = {
+            "schema_version": SCHEMA_VERSION,
+            "normswap": __version__,
+            "framework": framework,
+            "source": None if source is None else relative_spec(source, directory),
+            "recipe": patched.recipe.to_dict(),
+            "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
+            "sha256": {file.name: _sha256(file) for file in sorted(temporary.iterdir())},
+        }
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def load(directory: str | Path, *, model: Any = None) -> Any:
+    """Return the patched model in a bundle.
+
+    A torch bundle's architecture is built by running the code its source names, or is taken from ``model``, a
+    fresh unpatched copy.
+
+    Raises `InputError` if the folder is not a bundle, is damaged, or does not fit.
+    """
+    return read(directory, model=model).model
+
+
+def read(directory: str | Path, *, model: Any = None) -> Bundle:
+    """Return everything in a bundle; see `load`."""
+    directory = Path(directory)
+    manifest = _manifest(directory)
+    framework = manifest["framework"]
+    recipe = Recipe.from_dict(manifest["recipe"])
+    weights = directory / f"model{_SUFFIX[framework]}"
+    if framework == "keras":
+        model = load_model(str(weights))
+        import_module(".keras", __package__).mark(model, recipe)
+    else:
+        model = _build(directory, manifest["source"]) if model is None else model
+        import_module(".torch", __package__).patch(model, recipe)
+        model = _load_torch(model, weights)
+    settings = manifest.get("preprocessing")
+    return Bundle(
+        directory=directory,
+        model=model,
+        recipe=recipe,
+        source=None if manifest["source"] is None else absolute_spec(manifest["source"], directory),
+        preprocessing=None if settings is None else Preprocessing.from_dict(settings),
+        has_original=(directory / f"original{_SUFFIX[framework]}").exists(),
+    )
+
+
+def load_weights(bundle: Bundle, path: Path) -> None:
+    """Give the bundle's model the weights in ``path``, a file that a bundle of the same recipe holds."""
+    if bundle.recipe.framework == "keras":
+        bundle.model.set_weights(load_model(str(path)).get_weights())
+    else:
+        _load_torch(bundle.model, path)
+
+
+def is_bundle(path: str | Path) -> bool:
+    """Return whether ``path`` is a folder with a bundle's manifest."""
+    return (Path(path) / MANIFEST).is_file()
+
+
+def _manifest(directory: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+        version = manifest["schema_version"]
+        if version != SCHEMA_VERSION:
+            raise InputError(f"expected a bundle of schema_version={SCHEMA_VERSION}, received schema_version={version}")
+        if manifest["framework"] not in _SUFFIX:
+            raise InputError(f"expected a framework out of torch, keras, received {manifest['framework']!r}")
+        hashes = dict(manifest["sha256"])
+        manifest["recipe"], manifest["source"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"expected a bundle in {directory}, received a folder without one: {error}") from None
+    for name, digest in hashes.items():
+        file = directory / Path(name).name
+        if not file.is_file() or _sha256(file) != digest:
+            raise InputError(f"expected {file} as it was saved, received a file that is missing or has changed")
+    return manifest  # type: ignore[no-any-return]
+
+
+def _build(directory: Path, source: str | None) -> Any:
+    if source is None:
+        raise InputError(
+            f"expected a bundle that says where its architecture comes from, received {directory} without; "
+            "pass a fresh model to load(directory, model=...)"
+        )
+    return load_model(absolute_spec(source, directory), pretrained=False)
+
+
+def _write(model: Any, path: Path) -> None:
+    if framework_of(model) == "keras":
+        model.save(path)
+    else:
+        import_module("..sources.weights", __package__).write_state_dict(model, path)
+
+
+def _load_torch(model: Any, path: Path) -> Any:
+    weights = import_module("..sources.weights", __package__)
+    weights.load_state_dict(model, weights.read_state_dict(path), str(path))
+    return model.eval()
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,229 @@
+"""What will be done to a model, decided before it is touched, and what was done: framework-free."""
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any, Literal
+
+from ..convert.groups import resolve_groups
+from ..convert.recipe import Choice, Recipe
+from ..convert.targets import GroupNorm, SwitchNorm, Target, target_to_dict
+from ..errors import InputError, UnsupportedError
+
+Action = Literal["replace", "skip", "refuse", "done"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One BatchNorm in a model, with every name it is reachable by.
+
+    ``spatial`` is the shape behind the channels as a dry run saw it: () for (N, C) input, None without a dry run.
+    ``obstacle`` says why this site cannot be replaced, "" where it can; ``kind`` is the target kind of a site
+    that has been replaced already. ``has_statistics`` is False where no running statistics exist.
+    """
+
+    name: str
+    source: str
+    channels: int
+    aliases: tuple[str, ...] = ()
+    spatial: tuple[int, ...] | None = None
+    obstacle: str = ""
+    kind: str | None = None
+    has_statistics: bool = True
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens to one site: replaced by ``target``, skipped, refused, or done by an earlier patch."""
+
+    site: Site
+    action: Action
+    target: Target | None = None
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the decision as plain data."""
+        return {
+            "name": self.site.name,
+            "aliases": list(self.site.aliases),
+            "source": self.site.source,
+            "channels": self.site.channels,
+            "action": self.action,
+            "target": None if self.target is None else target_to_dict(self.target),
+            "note": self.note,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One decision for every site of a model, in the model's own order."""
+
+    framework: str
+    decisions: tuple[Decision, ...]
+
+    def having(self, action: Action) -> list[Decision]:
+        """Return the decisions with this action."""
+        return [decision for decision in self.decisions if decision.action == action]
+
+    def recipe(self) -> Recipe:
+        """Return the replacements as a recipe; sites an earlier patch replaced are not in it."""
+        return Recipe(
+            self.framework,
+            tuple(
+                Choice(d.site.name, d.site.source, d.site.channels, d.target, d.site.spatial)
+                for d in self.having("replace")
+                if d.target is not None
+            ),
+        )
+
+    def require_work(self) -> None:
+        """Raise `UnsupportedError` if a site is refused or there is nothing to do and nothing has been done."""
+        if refused := self.having("refuse"):
+            lines = "\n".join(f"  {d.site.name} ({d.site.source}): {d.note}" for d in refused)
+            raise UnsupportedError(
+                f"expected BatchNorms that can be replaced, received {len(refused)} that cannot:\n{lines}\n"
+                "leave such a layer as it is with --exclude NAME (exclude=[NAME])"
+            )
+        if not self.having("replace") and not self.having("done"):
+            skipped = len(self.having("skip"))
+            found = f"{skipped} BatchNorms, all skipped" if skipped else "none"
+            raise UnsupportedError(f"expected a model with BatchNorm layers to replace, received {found}")
+
+
+@dataclass
+class Report:
+    """What `patch` did: the model, the decisions, and the way back.
+
+    ``undo()`` restores the original layers bit for bit. It raises `UnsupportedError` once a replaced layer has
+    been trained, since no BatchNorm computes what the trained layer does.
+    """
+
+    model: Any
+    plan: Plan
+    _undo: Callable[[], None]
+    recipe: Recipe = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.recipe = self.plan.recipe()
+
+    @property
+    def replaced(self) -> list[Decision]:
+        """The sites replaced by this call."""
+        return self.plan.having("replace")
+
+    @property
+    def skipped(self) -> list[Decision]:
+        """The sites left alone, each with its reason in ``note``."""
+        return self.plan.having("skip")
+
+    @property
+    def already(self) -> list[Decision]:
+        """The sites an earlier patch had replaced."""
+        return self.plan.having("done")
+
+    def undo(self) -> None:
+        """Restore the original layers; see the class."""
+        self._undo()
+
+    def __str__(self) -> str:
+        return f"{len(self.replaced)} replaced, {len(self.already)} already patched, {len(self.skipped)} skipped"
+
+
+def decide(
+    framework: str,
+    sites: Sequence[Site],
+    target: Target | Recipe,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    where: Callable[[str], bool] | None = None,
+) -> Plan:
+    """Return the plan that gives every selected site ``target``, or what a recipe says of it.
+
+    ``include`` and ``exclude`` are name patterns (see `matches`); ``where`` is asked the site's name last.
+
+    Raises `InputError` if a pattern matches no site or a recipe does not fit the sites, `UnsupportedError` if a
+    selected site is already something else.
+    """
+    for pattern in (*include, *exclude):
+        if sites and not any(matches(pattern, name) for site in sites for name in (site.name, *site.aliases)):
+            known = ", ".join(site.name for site in sites[:5])
+            raise InputError(f"expected a pattern that matches a BatchNorm, received {pattern!r}; names begin {known}")
+    if isinstance(target, Recipe):
+        chosen = _recipe_targets(framework, sites, target)
+        seen = {choice.name: choice.spatial for choice in target.choices}
+        sites = [replace(site, spatial=seen.get(site.name, site.spatial)) for site in sites]
+        unchosen = "not in the recipe"
+    else:
+        chosen = {site.name: target for site in sites}
+        unchosen = ""
+
+    decisions = []
+    for site in sites:
+        names = (site.name, *site.aliases)
+        if include and not any(matches(pattern, name) for pattern in include for name in names):
+            decisions.append(Decision(site, "skip", note="not included"))
+        elif any(matches(pattern, name) for pattern in exclude for name in names):
+            decisions.append(Decision(site, "skip", note="excluded"))
+        elif where is not None and not where(site.name):
+            decisions.append(Decision(site, "skip", note="not selected by `where`"))
+        elif site.name not in chosen:
+            decisions.append(Decision(site, "skip", note=unchosen))
+        else:
+            decisions.append(_decide_one(site, chosen[site.name]))
+    return Plan(framework, tuple(decisions))
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Return whether a site's name matches a shell glob, or after ``re:`` a regular expression, as a whole."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def _decide_one(site: Site, target: Target) -> Decision:
+    if site.kind is not None:
+        if site.kind == target.kind:
+            return Decision(site, "done", target, "patched before")
+        note = f"already patched to {site.kind}: undo that first, or patch the original model to {target.kind}"
+        return Decision(site, "refuse", target, note)
+    if site.obstacle:
+        return Decision(site, "refuse", target, site.obstacle)
+    notes = [] if site.has_statistics else ["no running statistics: gamma and beta are copied, expect a large drift"]
+    if isinstance(target, GroupNorm):
+        elements = None if site.spatial is None else prod(site.spatial)
+        try:
+            groups, note = resolve_groups(target, site.channels, elements, site.name)
+        except UnsupportedError as error:
+            return Decision(site, "refuse", target, str(error).removeprefix(f"{site.name}: "))
+        target = GroupNorm(groups=groups)
+        notes.append(note)
+    elif isinstance(target, SwitchNorm) and not site.has_statistics and target.batch_statistics != "none":
+        if target.batch_statistics == "frozen":
+            return Decision(site, "refuse", target, "batch_statistics='frozen' needs running statistics to freeze")
+        notes.append("its running statistics start at 0 and 1: fine-tune before use")
+    return Decision(site, "replace", target, "; ".join(filter(None, notes)))
+
+
+def _recipe_targets(framework: str, sites: Iterable[Site], recipe: Recipe) -> dict[str, Target]:
+    by_name = {site.name: site for site in sites}
+    problems = list(_recipe_problems(framework, by_name, recipe))
+    if problems:
+        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+        listing = "\n".join(f"  {problem}" for problem in problems[:10])
+        raise InputError(f"expected a recipe made for this model, received one that does not fit:\n{listing}{more}")
+    return {choice.name: choice.target for choice in recipe.choices}
+
+
+def _recipe_problems(framework: str, by_name: dict[str, Site], recipe: Recipe) -> Iterator[str]:
+    if recipe.framework != framework:
+        yield f"framework: the recipe is for {recipe.framework}, the model is {framework}"
+        return
+    for choice in recipe.choices:
+        site = by_name.get(choice.name)
+        if site is None:
+            yield f"{choice.name}: no such BatchNorm"
+        elif site.channels != choice.channels:
+            yield f"{choice.name}: {choice.channels} channels in the recipe, {site.channels} in the model"

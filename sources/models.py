@@ -1,0 +1,198 @@
+"""Where models come from: a name in a model zoo, a callable in Python code, or a Keras file."""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError, MissingDependencyError, NormswapError
+from .data import Preprocessing
+from .files import require_file
+from .framework import framework_of
+
+KERAS_SUFFIXES = (".keras", ".h5", ".hdf5")
+FORMS = "timm:NAME, torchvision:NAME, keras:NAME, file.py:callable, package.module:callable, FILE.keras or FILE.h5"
+
+
+def load_model(spec: str, weights: str | Path | None = None, *, pretrained: bool = True) -> Any:
+    """Return the model ``spec`` names, with ``weights`` (a state dict, or Keras weights) loaded if given.
+
+    ``pretrained=False`` builds a zoo's architecture without fetching its weights. A callable is Python code and
+    is run.
+
+    Raises `InputError` if there is no such model or the weights do not fit, `MissingDependencyError` if the zoo's
+    package is not installed.
+    """
+    kind, _, name = spec.partition(":")
+    pretrained = pretrained and weights is None
+    if kind in _ZOOS and name:
+        model = _ZOOS[kind](name, pretrained)
+    elif spec.endswith(KERAS_SUFFIXES):
+        model = _keras_file(Path(spec))
+    elif kind and name:
+        model = _callable(kind, name)()
+    else:
+        raise InputError(f"expected a model as {FORMS}, received model={spec}")
+    framework = framework_of(model)
+    if weights is not None:
+        _load_weights(model, framework, Path(weights))
+    return model
+
+
+def preprocessing_of(
+    model: Any,
+    *,
+    input_shape: tuple[int, ...] | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> Preprocessing | None:
+    """Return how images become the model's input, from the arguments or, where they are None, from the model.
+
+    A torch model tells through ``pretrained_cfg`` (timm's convention: ``input_size``, ``mean``, ``std``), a Keras
+    model through its input shape. None if the input shape is not known or is not that of images.
+    """
+    keras = framework_of(model) == "keras"
+    if keras:
+        shape = input_shape or _keras_shape(model)
+        config: dict[str, Any] = {}
+    else:
+        config = dict(getattr(model, "pretrained_cfg", None) or {})
+        shape = input_shape or config.get("input_size")
+    if shape is None or len(shape) != 3:
+        return None
+    return Preprocessing(
+        tuple(int(size) for size in shape),
+        "channels_last" if keras else "channels_first",
+        tuple(mean or config.get("mean") or (0.0,)),
+        tuple(std or config.get("std") or (1.0,)),
+    )
+
+
+def relative_spec(spec: str, directory: Path) -> str:
+    """Return ``spec`` with a file's path made relative to ``directory``, so that both can move together."""
+    file, colon, name = spec.rpartition(":")
+    path = Path(file if file.endswith(".py") else spec)
+    if path.suffix not in (".py", *KERAS_SUFFIXES):
+        return spec
+    relative = Path(_relative(path.resolve(), directory.resolve())).as_posix()
+    return f"{relative}{colon}{name}" if path.suffix == ".py" else relative
+
+
+def absolute_spec(spec: str, directory: Path) -> str:
+    """Return ``spec`` with a relative file's path resolved against ``directory``."""
+    file, colon, name = spec.rpartition(":")
+    if file.endswith(".py"):
+        return f"{(directory / file).resolve()}{colon}{name}"
+    return str((directory / spec).resolve()) if spec.endswith(KERAS_SUFFIXES) else spec
+
+
+def _relative(path: Path, start: Path) -> str:
+    import os.path
+
+    return os.path.relpath(path, start)
+
+
+def _callable(location: str, name: str) -> Callable[[], Any]:
+    if location.endswith(".py"):
+        path = Path(location)
+        require_file(path)
+        # The file's own folder comes first while it is imported, as when Python runs it.
+        module_spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert module_spec is not None
+        assert module_spec.loader is not None
+        module = importlib.util.module_from_spec(module_spec)
+        sys.path.insert(0, str(path.resolve().parent))
+        sys.modules.setdefault(path.stem, module)
+        try:
+            module_spec.loader.exec_module(module)
+        except Exception as error:
+            raise InputError(f"expected Python code in {path}, received code that fails: {error!r}") from error
+        finally:
+            sys.path.remove(str(path.resolve().parent))
+    else:
+        try:
+            module = importlib.import_module(location)
+        except ModuleNotFoundError as error:
+            raise InputError(
+                f"expected a module to import or one of {FORMS}, received model={location}:{name} ({error})"
+            ) from None
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise InputError(f"expected a callable {name} in {location}, received {found!r}")
+    return found  # type: ignore[no-any-return]
+
+
+def _timm(name: str, pretrained: bool) -> Any:
+    timm = _import("timm", "pip install timm")
+    return _from_zoo("timm", name, lambda: timm.create_model(name, pretrained=pretrained))
+
+
+def _torchvision(name: str, pretrained: bool) -> Any:
+    models = _import("torchvision.models", "pip install torchvision, built for the installed torch")
+    return _from_zoo("torchvision", name, lambda: models.get_model(name, weights="DEFAULT" if pretrained else None))
+
+
+def _keras_application(name: str, pretrained: bool) -> Any:
+    applications = _import("keras", "pip install 'normswap[keras]'").applications
+    factory = getattr(applications, name, None)
+    if not callable(factory):
+        raise InputError(f"expected a model of keras.applications, received keras:{name}")
+    return _from_zoo("keras", name, lambda: factory(weights="imagenet" if pretrained else None))
+
+
+_ZOOS: dict[str, Callable[[str, bool], Any]] = {
+    "timm": _timm,
+    "torchvision": _torchvision,
+    "keras": _keras_application,
+}
+
+
+def _from_zoo(zoo: str, name: str, build: Callable[[], Any]) -> Any:
+    try:
+        return build()
+    except NormswapError:
+        raise
+    except Exception as error:
+        raise InputError(f"expected a model {zoo} can load, received {zoo}:{name}: {error}") from error
+
+
+def _import(name: str, remedy: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except (ImportError, RuntimeError) as error:
+        package = name.partition(".")[0]
+        raise MissingDependencyError(f"a {package}: model needs {package}: {remedy} ({error})") from None
+
+
+def _keras_file(path: Path) -> Any:
+    require_file(path)
+    keras = _import("keras", "pip install 'normswap[keras]'")
+    importlib.import_module("normswap.layers.keras")  # registers the layers a saved model may hold
+    try:
+        return keras.models.load_model(path, compile=False)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"expected a Keras model in {path}, received a file Keras refuses: {reason}") from error
+
+
+def _keras_shape(model: Any) -> tuple[int, ...] | None:
+    shape = getattr(model, "input_shape", None)
+    if not isinstance(shape, tuple) or len(shape) < 2 or None in shape[1:]:
+        return None
+    return shape[1:]
+
+
+def _load_weights(model: Any, framework: str, path: Path) -> None:
+    if framework == "torch":
+        from .weights import load_state_dict, read_state_dict
+
+        load_state_dict(model, read_state_dict(path), str(path))
+        return
+    require_file(path)
+    try:
+        model.load_weights(path)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"expected weights for this model in {path}, received: {reason}") from error
