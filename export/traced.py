@@ -1,0 +1,19 @@
+"""What a framework's tracer hands to the shared half of the exporter."""
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+
+@dataclass
+class Traced:
+    """A model as an ONNX graph, before anything is folded.
+
+    ``model``'s graph inputs and outputs are the model's own, with its names and in its order, the batch dimension
+    symbolic ("batch"). ``sites`` maps each layer that has weights, in call order, to the name of the graph value
+    it returns; the second call of a shared layer is ``"name#2"``. ``kinds`` gives the class name of each.
+    """
+
+    model: ir.Model
+    sites: dict[str, str]
+    kinds: dict[str, str]
