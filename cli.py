@@ -1,14 +1,13 @@
 """The command line: parse, call, print. Everything that takes long to import is imported when it is needed."""
 
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .console import groups, numbers, option_set, progress, show, show_json, table
+from .console import JSON, groups, numbers, option_set, progress, remember_json, show, show_json, table
 from .errors import UnsupportedError, VerificationError, explain
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ class _Group(click.Group):
             if context.find_root().params.get("debug"):
                 raise
             code, message = explain(error)
-            if "--json" in sys.argv:
+            if context.meta.get(JSON):
                 show_json({"error": message, "exit_code": code})
             click.echo(f"error: {message}", err=True)
             raise click.exceptions.Exit(code) from None
@@ -51,7 +50,9 @@ def main(debug: bool) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
-_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+_json = click.option(
+    "--json", "as_json", is_flag=True, callback=remember_json, help="Print one JSON object on stdout."
+)
 _overwrite = click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
 _input = option_set(
     click.option("--input-shape", callback=numbers(int), help="One sample's shape, such as 3,224,224."),

@@ -10,6 +10,9 @@ import click
 SCHEMA_VERSION = 1
 WIDTH_OF_A_FILE = 140
 
+JSON = "normswap.json"
+"""Where a context keeps whether --json was given, for an error to be told in kind."""
+
 
 def numbers(convert: type) -> Callable[[click.Context, click.Parameter, str | None], tuple[Any, ...] | None]:
     """Return an option's callback that reads numbers of one type, separated by commas."""
@@ -35,6 +38,12 @@ def groups(context: click.Context, parameter: click.Parameter, value: str | None
     if not value.isdecimal() or int(value) < 1:
         raise click.BadParameter(f"expected 'auto' or a positive number, received {value!r}")
     return int(value)
+
+
+def remember_json(context: click.Context, parameter: click.Parameter, value: bool) -> bool:
+    """Keep the value of --json where the error handler finds it."""
+    context.meta[JSON] = value
+    return value
 
 
 def option_set(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -1,0 +1,275 @@
+"""The command line, as people and scripts use it."""
+
+import json
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from click.testing import CliRunner
+from onnx import numpy_helper
+
+from normswap.cli import main
+
+CODE = """
+import torch
+from torch import nn
+
+def build():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    model.pretrained_cfg = {"input_size": (3, 8, 8), "mean": (0.5, 0.5, 0.5), "std": (0.3, 0.3, 0.3)}
+    return model
+
+def without():
+    return nn.Linear(2, 2)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a network, its weights, data, a bundle and its ONNX file."""
+    path = tmp_path_factory.mktemp("cli")
+    (path / "net.py").write_text(CODE)
+    namespace = {}
+    exec(CODE, namespace)
+    torch.manual_seed(0)
+    model = namespace["build"]()
+    model[1].running_mean.uniform_(-1, 1)
+    model[1].running_var.uniform_(0.5, 2)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, path / "net.pth")
+    rng = np.random.default_rng(0)
+    np.savez(path / "data.npz", x=rng.integers(0, 255, (48, 8, 8, 3), np.uint8), y=rng.integers(0, 3, 48))
+    model_arguments = [f"{path}/net.py:build", "--weights", f"{path}/net.pth"]
+    assert CliRunner().invoke(main, ["patch", *model_arguments, "--to", "gn", "-o", f"{path}/gn"]).exit_code == 0
+    assert CliRunner().invoke(main, ["export", f"{path}/gn", "-o", f"{path}/gn.onnx"]).exit_code == 0
+    return path
+
+
+@pytest.fixture
+def run(folder, monkeypatch):
+    """A function that runs a command in the folder and returns exit code, stdout and stderr."""
+    monkeypatch.chdir(folder)
+
+    def invoke(*arguments):
+        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        return result.exit_code, result.stdout, result.stderr
+
+    return invoke
+
+
+MODEL = ("net.py:build", "--weights", "net.pth")
+
+
+class TestCommands:
+    def test_inspect(self, run):
+        """The BatchNorms are listed with width and shape."""
+        code, out, _ = run("inspect", *MODEL, "--json")
+
+        assert code == 0
+        assert json.loads(out)["sites"] == [
+            {
+                "name": "1",
+                "type": "BatchNorm2d",
+                "channels": 8,
+                "shape": [8, 8],
+                "patched_to": None,
+                "obstacle": "",
+            }
+        ]
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            ["--to", "sn", "--start", "even", "--batch-statistics", "frozen"],
+            ["--to", "brn"],
+            ["--to", "gn", "--groups", "4"],
+            ["--to", "ln"],
+            ["--to", "in", "--calibrate", "data.npz"],
+        ],
+    )
+    def test_patch_export_evaluate(self, run, tmp_path, options):
+        """Each target goes from bundle to ONNX file with the same accuracy in both."""
+        code, out, err = run("patch", *MODEL, *options, "-o", tmp_path / "b", "--json")
+        assert code == 0, err
+        patched = json.loads(out)
+        assert (patched["schema_version"], patched["replaced"], patched["skipped"]) == (1, ["1"], [])
+        assert patched["output"] == str(tmp_path / "b")
+        code, out, err = run("export", tmp_path / "b", "-o", tmp_path / "m.onnx", "--json")
+        assert code == 0, err
+        assert json.loads(out)["verdict"]["passed"] is True
+
+        found = [json.loads(run("evaluate", m, "--data", "data.npz", "--json")[1]) for m in
+                 (tmp_path / "b", tmp_path / "m.onnx")]  # fmt: skip
+
+        assert found[0]["top1"] == found[1]["top1"]
+        assert found[0]["n"] == 48
+
+    def test_dry_run(self, run, tmp_path):
+        """The plan is shown and nothing is written."""
+        code, out, err = run("patch", *MODEL, "--to", "gn", "-o", tmp_path / "b", "--dry-run")
+
+        assert (code, out) == (0, "")
+        assert "BatchNorm2d" in err
+        assert not (tmp_path / "b").exists()
+
+    def test_a_recipe_is_replayed(self, run, tmp_path):
+        """The recipe of a dry run, kept as a file, makes the same bundle."""
+        plan = json.loads(run("patch", *MODEL, "--to", "gn", "--groups", "2", "--dry-run", "--json")[1])
+        (tmp_path / "recipe.json").write_text(json.dumps(plan["recipe"]))
+        code, out, err = run("patch", *MODEL, "--recipe", tmp_path / "recipe.json", "-o", tmp_path / "b", "--json")
+
+        assert code == 0, err
+        assert json.loads(out)["recipe"] == plan["recipe"]
+
+    def test_finetune(self, run, tmp_path):
+        """A run reports steps, loss and accuracy; --resume goes on with more steps."""
+        common = ["finetune", "gn", "--data", "data.npz", "--batch-size", 16, "-o", tmp_path / "t", "--json"]
+        code, out, err = run(*common, "--steps", 4, "--distill", "--eval-data", "data.npz")
+        assert code == 0, err
+        result = json.loads(out)
+        assert (result["steps"], result["output"], result["eval"]["n"]) == (4, str(tmp_path / "t"), 48)
+        code, out, err = run(*common, "--steps", 6, "--distill", "--eval-data", "data.npz", "--resume")
+
+        assert code == 0, err
+        assert json.loads(out)["steps"] == 6
+
+    def test_epochs(self, run, tmp_path):
+        """--epochs counts passes over the data."""
+        code, out, err = run(
+            "finetune", "gn", "--data", "data.npz", "--batch-size", 16, "--epochs", 2, "-o", tmp_path / "t", "--json"
+        )
+        assert code == 0, err
+        assert json.loads(out)["steps"] == 6
+
+    def test_verify(self, run):
+        """A good file passes, on data too."""
+        code, out, _ = run("verify", "gn", "gn.onnx", "--data", "data.npz", "--json")
+
+        assert code == 0
+        assert {k: json.loads(out)[k] for k in ("passed", "first_diverging")} == {
+            "passed": True,
+            "first_diverging": None,
+        }
+
+    def test_verify_names_the_layer(self, run, folder, tmp_path):
+        """A file with one initializer off by a hundredth exits 5 and names the layer."""
+        proto = onnx.load(folder / "gn.onnx")
+        weight = next(i for i in proto.graph.initializer if i.name == "5.weight")
+        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.01), weight.name))
+        onnx.save(proto, tmp_path / "bad.onnx")
+        code, _, err = run("verify", "gn", tmp_path / "bad.onnx")
+
+        assert code == 5
+        assert "first diverging layer: 5\n" in err
+
+    @pytest.mark.parametrize("command", sorted(main.commands))
+    def test_help(self, run, command):
+        """Each command explains itself with an example."""
+        code, out, _ = run(command, "--help")
+
+        assert code == 0
+        assert f"normswap {command}" in out
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("arguments", "code", "message"),
+        [
+            (["patch", *MODEL, "--to", "gn"], 2, "expected -o BUNDLE, or --dry-run"),
+            (["patch", *MODEL, "-o", "new"], 2, "expected one of --to and --recipe"),
+            (["patch", *MODEL, "--to", "sn", "--groups", "2", "-o", "new"], 2, "--groups belongs to --to gn"),
+            (["patch", *MODEL, "--to", "gn", "--groups", "0", "-o", "new"], 2, "expected 'auto' or a positive number"),
+            (["patch", *MODEL, "--to", "gn", "-o", "gn"], 2, "expected an output path that does not exist"),
+            (["patch", "net.py:gone", "--to", "gn", "-o", "new"], 3, "expected a callable gone in net.py"),
+            (["patch", "net.py:build", "--weights", "no.pth", "--to", "gn", "-o", "new"], 3, "expected a file at no"),
+            (["patch", "net.py:without", "--to", "gn", "-o", "new"], 4, "expected a model with BatchNorm layers"),
+            (["patch", *MODEL, "--to", "gn", "--groups", "3", "-o", "new"], 4, "expected groups to divide the 8"),
+            (["patch", *MODEL, "--to", "gn", "--exclude", "x", "-o", "new"], 3, "expected a pattern that matches"),
+            (["patch", "gn", "--to", "sn", "-o", "new"], 4, "already patched to gn"),
+            (["patch", "gn", "--to", "gn", "-o", "new"], 4, "received a bundle patched already"),
+            (["finetune", "net.py:build", "--data", "data.npz", "-o", "new"], 3, "expected a bundle in net.py:build"),
+            (["finetune", "gn", "--data", "gone", "-o", "new"], 3, "expected a folder of class folders or an .npz"),
+            (["evaluate", "gn", "--data", "random"], 3, "received data=random, which serves `verify` alone"),
+            (["evaluate", "gone.onnx", "--data", "data.npz"], 3, "expected a file at gone.onnx"),
+            (["export", "gn", "-o", "gn.onnx"], 2, "expected an output path that does not exist"),
+            (["export", "gn", "-o", "new.onnx", "--opset", "99"], 4, "expected an opset from 17 to 20"),
+            (["verify", "gn", "net.pth"], 3, "expected an ONNX model in net.pth"),
+        ],
+    )
+    def test_each_has_its_code_and_leaves_nothing(self, run, folder, arguments, code, message):
+        """A refused command says why, exits with the right code and writes nothing."""
+        before = sorted(path.name for path in folder.iterdir())
+        found, out, err = run(*arguments)
+
+        assert (found, out) == (code, "")
+        assert message in err
+        assert "Traceback" not in err
+        assert sorted(p.name for p in folder.iterdir() if p.name != "__pycache__") == [
+            name for name in before if name != "__pycache__"
+        ]
+
+    def test_weights_of_another_network(self, run, tmp_path):
+        """Keys that do not fit are listed."""
+        torch.save({"other": torch.ones(1)}, tmp_path / "w.pth")
+        code, _, err = run("patch", "net.py:build", "--weights", tmp_path / "w.pth", "--to", "gn", "-o", tmp_path / "b")
+
+        assert code == 3
+        assert "missing (8):" in err
+        assert "unexpected (1):\n    other" in err
+
+    def test_an_error_as_json(self, run):
+        """With --json the error is one JSON object too."""
+        code, out, _ = run("inspect", "gone.py:f", "--json")
+
+        assert json.loads(out) == {
+            "schema_version": 1,
+            "error": "expected a file at gone.py, received nothing there",
+            "exit_code": code,
+        }
+
+    def test_the_file_system(self, run, folder):
+        """An output that cannot be written is an I/O error."""
+        code, _, err = run("patch", *MODEL, "--to", "gn", "-o", folder / "net.py" / "b")
+
+        assert (code, "error:" in err) == (7, True)
+
+    def test_an_internal_error(self, run, monkeypatch):
+        """A defect is told in one line, with a traceback only on demand."""
+        from normswap.patchers import opening
+
+        def broken(*_, **__):
+            raise AssertionError("broken")
+
+        monkeypatch.setattr(opening, "load_model", broken)
+        assert run("inspect", "x:y")[::2] == (1, "error: AssertionError: broken (normswap --debug shows where)\n")
+        with pytest.raises(AssertionError, match="^broken$"):
+            CliRunner().invoke(main, ["--debug", "inspect", "x:y"], catch_exceptions=False)
+
+
+def test_overwrite_replaces_a_bundle_whole(run, folder, tmp_path):
+    """--overwrite leaves nothing of the old bundle."""
+    shutil.copytree(folder / "gn", tmp_path / "b")
+    (tmp_path / "b" / "stray").write_text("old")
+    code, _, err = run("patch", *MODEL, "--to", "sn", "-o", tmp_path / "b", "--overwrite")
+
+    assert code == 0, err
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == [
+        "model.safetensors",
+        "normswap.json",
+        "original.safetensors",
+    ]
+
+
+@pytest.mark.slow
+def test_demo(run):
+    """The demo runs to the end and keeps its promise on each target."""
+    code, out, err = run("demo", "--json")
+    assert code == 0, err
+    rows = {row["target"]: row for row in json.loads(out)["rows"]}
+
+    assert rows["brn"]["patched"] == rows["brn"]["bn"]
+    assert rows["sn"]["patched"] >= rows["sn"]["bn"] - 1
+    assert rows["gn (1 group)"]["patched"] >= rows["gn (1 group)"]["copied"] + 20
+    assert all(row["onnx"] == row["finetuned"] for row in rows.values())

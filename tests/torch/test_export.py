@@ -1,0 +1,445 @@
+"""Export and verification of PyTorch models.
+
+Test names end in the number of the hard case they settle (of 38).
+"""
+
+import json
+import re
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+import normswap
+from normswap import GroupNorm, SwitchNorm
+from normswap.errors import InputError, OutputExistsError, UnsupportedError, VerificationError
+from normswap.export.fold import folded_affine, scale_weight
+
+from .conftest import Residual, trained_
+
+TARGETS = ["bn", "sn", "brn", "gn", "ln", "in"]
+
+
+def export(model, path, example, target="bn", **options):
+    """Patch (unless to "bn") and export."""
+    if target != "bn":
+        normswap.patch(model, target, example=example)
+    return normswap.to_onnx(model, path, example=example, **options)
+
+
+def operators(path):
+    return [node.op_type for node in onnx.load(path).graph.node]
+
+
+def outputs(path, *arrays):
+    runner = onnxruntime.InferenceSession(str(path))
+    return runner.run(None, dict(zip((i.name for i in runner.get_inputs()), arrays, strict=True)))
+
+
+class TestFile:
+    @pytest.mark.parametrize("target", TARGETS)
+    def test_computes_what_the_model_computes(self, model, images, tmp_path, target):
+        """The file passes its own verification and equals the model at another batch size and seed."""
+        report = export(model, tmp_path / "m.onnx", images, target)
+        x = torch.randn(3, 3, 12, 12)
+
+        assert report.verdict
+        np.testing.assert_allclose(outputs(tmp_path / "m.onnx", x.numpy())[0], model(x).detach(), atol=1e-5)
+
+    @pytest.mark.parametrize("target", TARGETS)
+    def test_opset_ir_and_metadata_14_34_35(self, model, images, tmp_path, target):
+        """Opset 20, IR 9, plain operators alone, and nothing in the file but what belongs there."""
+        export(model, tmp_path / "m.onnx", images, target)
+        proto = onnx.load(tmp_path / "m.onnx")
+
+        assert (proto.ir_version, [(o.domain, o.version) for o in proto.opset_import]) == (9, [("", 20)])
+        assert proto.producer_name == "normswap"
+        assert all(not node.metadata_props and not node.doc_string and not node.domain for node in proto.graph.node)
+        assert "GroupNormalization" not in operators(tmp_path / "m.onnx")
+        assert b"/site-packages" not in (tmp_path / "m.onnx").read_bytes()
+
+    def test_two_exports_are_byte_identical_34(self, model, images, tmp_path):
+        """The same model gives the same bytes."""
+        export(model, tmp_path / "a.onnx", images, "sn")
+        normswap.to_onnx(model, tmp_path / "b.onnx", example=images)
+
+        assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+    @pytest.mark.parametrize(("opset", "ir"), [(18, 8), (19, 9)])
+    def test_other_opsets_35(self, model, images, tmp_path, opset, ir):
+        """An older opset gets the lowest IR that is legal for it."""
+        export(model, tmp_path / "m.onnx", images, "gn", opset=opset)
+        proto = onnx.load(tmp_path / "m.onnx")
+
+        assert (proto.opset_import[0].version, proto.ir_version) == (opset, ir)
+
+    def test_an_unsupported_opset(self, model, images, tmp_path):
+        """An opset out of range is refused before anything is written."""
+        with pytest.raises(UnsupportedError, match="^expected an opset from 17 to 20, received opset=7$"):
+            export(model, tmp_path / "m.onnx", images, opset=7)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_free_batch_20(self, model, images, tmp_path):
+        """A batch of one as example still leaves the batch free, by name."""
+        export(model, tmp_path / "m.onnx", images[:1], "sn")
+        entry = onnxruntime.InferenceSession(str(tmp_path / "m.onnx")).get_inputs()[0]
+
+        assert (entry.name, entry.shape) == ("x", ["batch", 3, 12, 12])
+
+    def test_what_is_recorded(self, model, images, tmp_path):
+        """The file tells what each norm is and where it was folded or why not."""
+        report = export(model, tmp_path / "m.onnx", images, GroupNorm(groups=2), metadata={"task": "digits"})
+        stored = {p.key: json.loads(p.value) for p in onnx.load(tmp_path / "m.onnx").metadata_props}
+
+        assert stored["normswap.norms"]["bn"] == {"kind": "gn", "eps": 1e-3, "groups": 2}
+        assert stored["normswap.task"] == "digits"
+        assert report.kept == dict.fromkeys(["stem.1", "bn"], "its statistics are taken from each sample")
+        assert report.nodes == len(operators(tmp_path / "m.onnx"))
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+    def test_other_dtypes_are_refused_15_17(self, model, images, tmp_path, dtype):
+        """Weights that onnxruntime could not run are refused with the way out."""
+        name = str(dtype).removeprefix("torch.")
+        message = f"expected float32 weights, received weights of dtype {name}: convert with model.float()"
+        with pytest.raises(UnsupportedError, match=f"^{re.escape(message)}$"):
+            export(model.to(dtype), tmp_path / "m.onnx", images.to(dtype))
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_model_in_training_mode_18(self, model, images, tmp_path):
+        """It is exported as at inference, with a note, and its own flags stay."""
+        model.train()
+        model.bn.eval()
+        report = export(model, tmp_path / "m.onnx", images)
+
+        assert report.notes == ["the model was in training mode: exported in inference mode"]
+        assert (model.training, model.bn.training) == (True, False)
+
+    def test_an_existing_file_33(self, model, images, tmp_path):
+        """An existing file stays unless overwriting is asked for."""
+        path = tmp_path / "m.onnx"
+        path.write_text("old")
+        with pytest.raises(OutputExistsError):
+            export(model, path, images)
+        assert path.read_text() == "old"
+
+        assert export(model, path, images, overwrite=True).verdict
+
+    def test_an_example_is_needed(self, model, tmp_path):
+        """A torch model does not tell its input's shape."""
+        message = "expected an example input (--input-shape) to export, received example=None"
+        with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+            normswap.to_onnx(model, tmp_path / "m.onnx")
+
+    def test_a_model_torch_cannot_export(self, tmp_path):
+        """What torch refuses is reported in one line, and no file is left."""
+
+        class Untraceable(nn.Module):
+            def forward(self, x):
+                return x * float(x.sum().item()) if x.sum() > 0 else x
+
+        with pytest.raises(UnsupportedError, match="^expected a model torch.onnx.export can export, received Untrac"):
+            normswap.to_onnx(Untraceable(), tmp_path / "m.onnx", example=torch.randn(2, 3))
+        assert list(tmp_path.iterdir()) == []
+
+    def test_several_inputs_and_outputs_23(self, tmp_path):
+        """Names, order and number of inputs and outputs are the model's own."""
+
+        class Many(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+            def forward(self, left, right):
+                y = self.bn(self.conv(left))
+                return {"sum": y + right, "parts": (y, [right * 2])}
+
+        example = (torch.randn(2, 3, 4, 4), torch.randn(2, 4, 4, 4))
+        report = export(trained_(Many()), tmp_path / "m.onnx", example)
+        runner = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"))
+
+        assert report.verdict
+        assert [i.name for i in runner.get_inputs()] == ["left", "right"]
+        assert [o.name for o in runner.get_outputs()] == ["sum", "parts_0", "parts_1_0"]
+
+
+class TestFold:
+    @pytest.mark.parametrize("target", ["bn", "brn", SwitchNorm("exact")])
+    def test_batch_norm_is_folded_1_8_11(self, model, images, tmp_path, target):
+        """BatchNorm, BatchRenorm and a one-hot SwitchNorm leave the same operators: none of their own."""
+        report = export(model, tmp_path / "m.onnx", images, target)
+
+        assert report.folded == {"stem.1": "Conv", "bn": "Conv"}
+        assert sorted(set(operators(tmp_path / "m.onnx"))) == ["Add", "Conv", "Gemm", "ReduceMean", "Relu"]
+
+    def test_a_branch_before_the_norm_2(self, images, tmp_path):
+        """A convolution whose output is used elsewhere keeps its values: the BatchNorm stays."""
+
+        class Branch(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+            def forward(self, x):
+                y = self.conv(x)
+                return self.bn(y) + y
+
+        report = export(trained_(Branch()), tmp_path / "m.onnx", images)
+
+        assert report.verdict
+        assert report.kept == {"bn": "the output of the Conv before it is used elsewhere too"}
+
+    @pytest.mark.parametrize("plain", [True, False])
+    def test_a_shared_convolution_3(self, images, tmp_path, plain):
+        """One convolution with two norms, or one norm and none, gives each its own weights."""
+
+        class Shared(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv = nn.Conv2d(3, 3, 1)
+                self.first, self.second = nn.BatchNorm2d(3), nn.Identity() if plain else nn.BatchNorm2d(3)
+
+            def forward(self, x):
+                return self.second(self.conv(self.first(self.conv(x)).relu()))
+
+        report = export(trained_(Shared()), tmp_path / "m.onnx", images)
+
+        assert report.verdict
+        assert set(report.folded) == ({"first"} if plain else {"first", "second"})
+
+    def test_a_shared_norm_4(self, images, tmp_path):
+        """One BatchNorm after two convolutions is folded into both."""
+
+        class Shared(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.second, self.bn = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+            def forward(self, x):
+                return self.bn(self.second(self.bn(self.first(x)).relu()))
+
+        report = export(trained_(Shared()), tmp_path / "m.onnx", images)
+
+        assert report.verdict
+        assert report.folded == {"bn": "Conv", "bn#2": "Conv"}
+
+    @pytest.mark.parametrize(
+        ("linear", "norm", "shape"),
+        [
+            (lambda: nn.ConvTranspose2d(4, 6, 3), lambda: nn.BatchNorm2d(6), (4, 7, 7)),
+            (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2, bias=False), lambda: nn.BatchNorm2d(6), (4, 7, 7)),
+            (lambda: nn.Conv2d(4, 6, 3, groups=2), lambda: nn.BatchNorm2d(6, affine=False), (4, 7, 7)),
+            (lambda: nn.Conv1d(4, 6, 3, bias=False), lambda: nn.BatchNorm1d(6), (4, 9)),
+            (lambda: nn.Conv3d(4, 6, 3), lambda: nn.BatchNorm3d(6), (4, 5, 5, 5)),
+            (lambda: nn.Linear(4, 6), lambda: nn.BatchNorm1d(6), (4,)),
+            (lambda: nn.Linear(4, 6, bias=False), lambda: nn.BatchNorm1d(6, bias=False), (4,)),
+        ],
+    )
+    def test_every_linear_layer_5_6(self, tmp_path, linear, norm, shape):
+        """Grouped, transposed, biasless and fully connected layers take the norm in."""
+        model = trained_(nn.Sequential(linear(), norm()))
+        report = export(model, tmp_path / "m.onnx", torch.randn(2, *shape))
+
+        assert report.verdict
+        assert list(report.folded) == ["1"]
+        assert "BatchNormalization" not in operators(tmp_path / "m.onnx")
+
+    @pytest.mark.parametrize(
+        ("build", "reason"),
+        [
+            (
+                lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1)),
+                "it follows the input, not a linear layer",
+            ),
+            (
+                lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4)),
+                "it follows Relu, not a linear layer",
+            ),
+        ],
+    )
+    def test_no_fold_into_the_wrong_layer_7(self, images, tmp_path, build, reason):
+        """A norm before a padded convolution, or behind an activation, stays."""
+        report = export(trained_(build()), tmp_path / "m.onnx", images)
+
+        assert report.verdict
+        assert list(report.kept.values()) == [reason]
+
+    @pytest.mark.parametrize("groups", [1, 2])
+    def test_the_arithmetic(self, groups):
+        """The scaled weight of a transposed convolution is that of its output channels, group by group."""
+        conv = nn.ConvTranspose1d(4, 6, 3, groups=groups, bias=False)
+        rng = np.random.default_rng(0)
+        gamma, beta, mean, var = rng.uniform(0.5, 2, (4, 6))
+        scale, shift = folded_affine(gamma, beta, mean, var, 1e-3)
+        x = torch.randn(2, 4, 8)
+        expected = conv(x).detach().double().numpy() * scale[:, None] + shift[:, None]
+        weight = scale_weight(conv.weight.detach().double().numpy(), scale, "ConvTranspose", groups=groups)
+        folded = nn.functional.conv_transpose1d(x.double(), torch.from_numpy(weight), groups=groups)
+
+        np.testing.assert_allclose(folded.numpy() + shift[:, None], expected, atol=1e-6)
+
+
+class TestNumbers:
+    @pytest.mark.parametrize("target", ["sn", SwitchNorm("even"), SwitchNorm("warm", "none"), "gn"])
+    @pytest.mark.parametrize("size", [1, 5])
+    def test_small_maps_12(self, tmp_path, target, size):
+        """1x1 maps and a single map give what torch gives."""
+        model = trained_(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)))
+
+        assert export(model, tmp_path / "m.onnx", torch.randn(2, 3, size, size), target).verdict
+
+    @pytest.mark.parametrize("shape", [(6,), (6, 5), (6, 4, 4), (6, 3, 4, 4)])
+    @pytest.mark.parametrize("target", ["sn", "gn"])
+    def test_every_rank_13(self, tmp_path, target, shape):
+        """Vectors, sequences, images and volumes."""
+        norm = {1: nn.BatchNorm1d, 2: nn.BatchNorm1d, 3: nn.BatchNorm2d, 4: nn.BatchNorm3d}[len(shape)](6)
+
+        assert export(trained_(nn.Sequential(norm)), tmp_path / "m.onnx", torch.randn(2, *shape), target).verdict
+
+    def test_mean_far_above_deviation_10(self, tmp_path):
+        """With mean/std = 1e4 the file is no further from float64 than torch is, within a factor 10."""
+        model = nn.Sequential(nn.BatchNorm2d(4)).eval()
+        model[0].running_mean.fill_(1e4)
+        normswap.patch(model, SwitchNorm("even"))
+        normswap.to_onnx(model, tmp_path / "m.onnx", example=torch.randn(2, 4, 8, 8), check=False)
+        x = torch.randn(3, 4, 8, 8) + 1e4
+
+        exact = model.double()(x.double())
+        own = (model.float()(x).double() - exact).abs().max()
+        found = (torch.from_numpy(outputs(tmp_path / "m.onnx", x.numpy())[0]).double() - exact).abs().max()
+        assert found <= 10 * own
+
+
+class TestVerify:
+    @pytest.fixture
+    def exported(self, images, tmp_path):
+        """A patched model and its file."""
+        torch.manual_seed(0)
+        model = normswap.patch(trained_(Residual()), "sn", example=images).model
+        normswap.to_onnx(model, tmp_path / "m.onnx", example=images)
+        return model, tmp_path / "m.onnx"
+
+    @staticmethod
+    def corrupt(path, name, change):
+        proto = onnx.load(path)
+        initializer = next(i for i in proto.graph.initializer if i.name == name)
+        array = change(numpy_helper.to_array(initializer)).astype(np.float32)
+        initializer.CopyFrom(numpy_helper.from_array(array, name))
+        onnx.save(proto, path)
+
+    def test_a_good_file_30(self, exported):
+        """Every batch size passes with optimisation off and on."""
+        verdict = normswap.verify(*exported)
+
+        assert verdict
+        assert {(c.batch, c.optimisation) for c in verdict.checks} == {
+            (batch, level) for batch in (1, 2, 5, 7) for level in ("off", "on")
+        }
+        assert verdict.max_rel < 5e-6
+        assert verdict.first_diverging is None
+        assert json.loads(json.dumps(verdict.to_dict()))["passed"] is True
+
+    @pytest.mark.parametrize("target", ["brn", "sn", "gn"])
+    def test_any_initializer_off_by_a_hundredth_28(self, model, images, tmp_path, target):
+        """Each float initializer multiplied by 1.01 fails, and the layer it belongs to is named."""
+        path = tmp_path / "m.onnx"
+        export(model, path, images, target)
+        good = path.read_bytes()
+        named = set()
+        for initializer in onnx.load(path).graph.initializer:
+            values = numpy_helper.to_array(initializer)
+            # The pattern of GroupNorm multiplies by ones; zeros and single constants have no hundredth to be off by.
+            if values.dtype != np.float32 or values.size < 4 or not values.any():
+                continue
+            path.write_bytes(good)
+            self.corrupt(path, initializer.name, lambda a: a * 1.01)
+            verdict = normswap.verify(model, path)
+            assert not verdict, initializer.name
+            assert verdict.first_diverging, initializer.name
+            named.add(verdict.first_diverging)
+
+        assert {"stem.1", "bn", "head"} <= named
+
+    def test_nan_fails_27_28(self, exported):
+        """A NaN weight is no pass, as it is where NaN is compared with a bound."""
+        model, path = exported
+        self.corrupt(path, "head.weight", lambda a: a * np.nan)
+        verdict = normswap.verify(model, path)
+
+        assert not verdict
+        assert verdict.first_diverging == "head"
+        assert "output is not finite (batch 1, optimisation off)" in verdict.explain("m.onnx")
+
+    def test_the_message(self, exported):
+        """A failure says by how much, where, and what tolerance would pass."""
+        model, path = exported
+        self.corrupt(path, "head.weight", lambda a: a * 1.01)
+        lines = normswap.verify(model, path).explain("m.onnx").splitlines()
+
+        assert lines[0] == "expected m.onnx to compute what the model computes, received a file that does not:"
+        assert re.fullmatch(
+            r"  output differs by 0\.0\d+ of its scale, [\d.e+]+ times the framework's own error "
+            r"\(batch 1, optimisation off\)",
+            lines[1],
+        )
+        assert lines[-2] == "  first diverging layer: head"
+        assert re.fullmatch(r"  a tolerance of 0\.0\d+ would pass; 1e-05 is allowed", lines[-1])
+
+    @pytest.mark.parametrize("factor", [1e-3, 10, 100])
+    def test_the_scale_of_the_input_does_not_matter_29(self, exported, images, factor):
+        """A correct file passes for inputs of any scale."""
+        assert normswap.verify(*exported, data=[(images * factor).numpy()])
+
+    def test_another_model(self, exported):
+        """A file is held against the model given, not the one it was made from."""
+        model, path = exported
+        torch.manual_seed(9)
+        other = normswap.patch(trained_(Residual()), "sn").model
+
+        assert normswap.verify(model, path)
+        assert normswap.verify(other, path).first_diverging == "stem.0"
+
+    def test_other_outputs(self, exported):
+        """A file whose outputs are not the model's fails before any number is compared."""
+        model, path = exported
+        proto = onnx.load(path)
+        for node in proto.graph.node:
+            node.output[:] = ["scores" if name == "output" else name for name in node.output]
+        proto.graph.output[0].name = "scores"
+        onnx.save(proto, path)
+        verdict = normswap.verify(model, path)
+
+        assert not verdict
+        assert verdict.problems == ("expected the outputs output, received scores",)
+
+    def test_a_model_that_takes_other_inputs(self, exported):
+        """A model that cannot run on the file's inputs is a failure, said in words."""
+        verdict = normswap.verify(nn.Linear(3, 2), exported[1])
+
+        assert verdict.problems[0].startswith("the model does not accept the file's inputs (x ['batch', 3, 12, 12]): ")
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [(b"", "received an empty file"), (b"not a graph at all", "received a file that is not valid: ")],
+    )
+    def test_what_is_no_model_49(self, model, tmp_path, content, message):
+        """An empty or damaged file is refused as input."""
+        (tmp_path / "m.onnx").write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            normswap.verify(model, tmp_path / "m.onnx")
+
+    def test_export_promotes_no_wrong_file_28(self, model, images, tmp_path, monkeypatch):
+        """If the exported file computes something else, the command fails, and the old file stays."""
+        from normswap.export import fold
+
+        path = tmp_path / "m.onnx"
+        path.write_text("old")
+        monkeypatch.setattr(fold, "folded_affine", lambda g, b, m, v, eps: (g / np.sqrt(v), b))
+        with pytest.raises(VerificationError, match="first diverging layer: stem.1"):
+            export(model, path, images, overwrite=True)
+
+        assert path.read_text() == "old"
+        assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
