@@ -50,9 +50,7 @@ def main(debug: bool) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
-_json = click.option(
-    "--json", "as_json", is_flag=True, callback=remember_json, help="Print one JSON object on stdout."
-)
+_json = click.option("--json", "as_json", is_flag=True, callback=remember_json, help="Print one JSON object on stdout.")
 _overwrite = click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
 _input = option_set(
     click.option("--input-shape", callback=numbers(int), help="One sample's shape, such as 3,224,224."),
@@ -105,7 +103,7 @@ def inspect(model: str, weights: Path | None, as_json: bool, **shape: Any) -> No
 )
 @click.option("--include", multiple=True, metavar="PATTERN", help="Replace only these: a glob, or re:REGEX.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave these alone: a glob, or re:REGEX.")
-@click.option("--recipe", type=Path, help="Replay the choices of a recipe file instead of --to.")
+@click.option("--recipe", type=Path, help="Replay the choices in a recipe file, or in the output of --dry-run --json.")
 @click.option("--calibrate", "data", metavar="DATA", help="Re-solve scales and shifts on images; labels are not used.")
 @click.option("--calibration-size", default=256, show_default=True, help="Number of images --calibrate uses.")
 @click.option("--dry-run", is_flag=True, help="Show the plan; write nothing.")

@@ -84,11 +84,14 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str) -> "Recipe":
-        """Return the recipe in ``text``; raises `InputError` if it is not one."""
+        """Return the recipe in ``text``, which may be a larger object that holds one, such as a bundle's manifest.
+
+        Raises `InputError` if there is none.
+        """
         try:
             data = json.loads(text)
         except ValueError as error:
             raise InputError(f"expected a recipe in JSON, received text that is not JSON: {error}") from None
         if not isinstance(data, dict):
             raise InputError(f"expected a recipe as a JSON object, received a {type(data).__name__}")
-        return cls.from_dict(data)
+        return cls.from_dict(data["recipe"] if isinstance(data.get("recipe"), dict) else data)

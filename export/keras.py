@@ -9,7 +9,8 @@ import numpy as np
 
 from ..errors import InputError, UnsupportedError
 from ..layers.keras import SwitchNormalization
-from ..patchers.keras import MARK, named_layers
+from ..patchers.keras import MARK
+from ..patchers.keras_walk import named_layers
 from .keras_calls import recording, unique, weighted_layers
 from .keras_convert import convert
 from .keras_forms import StandIns
@@ -26,7 +27,7 @@ from .keras_graph import (
 )
 from .traced import Traced
 
-__all__ = ["dtype_problem", "input_shapes", "norm_facts", "run", "trace"]
+__all__ = ["dtype_problem", "in_double", "input_shapes", "norm_facts", "run", "trace"]
 
 Array = np.ndarray[Any, Any]
 Shape = Sequence[int | None]
@@ -75,15 +76,11 @@ def trace(model: Any, examples: Sequence[Shape | Array], *, opset: int) -> Trace
     )
 
 
-def run(model: Any, arrays: Sequence[Array], *, double: bool = False) -> tuple[dict[str, Array], dict[str, Array]]:
+def run(model: Any, arrays: Sequence[Array]) -> tuple[dict[str, Array], dict[str, Array]]:
     """Return the outputs and the sites' outputs of ``model`` in inference mode, by name and in call order.
 
     Sites are laid out as in `trace`: convolutions and per-channel norms channels first.
-
-    With ``double`` a copy of the model computes in float64; raises `UnsupportedError` where none can be made.
     """
-    if double:
-        model = _in_double(model)
     inputs = _Inputs(model, [_shape(array) for array in arrays])
     dtypes = [dtype for _, dtype in inputs.specs.values()]
     tensors = [keras.ops.convert_to_tensor(array, dtype) for array, dtype in zip(arrays, dtypes, strict=True)]
@@ -216,18 +213,18 @@ def _layer_name(tensor: Any) -> str:
     return str(tensor._keras_history.operation.name)
 
 
-def _in_double(model: Any) -> Any:
-    """Return a copy of ``model`` whose layers compute in float64."""
+def in_double(model: Any) -> Any:
+    """Return a copy of ``model`` whose layers compute in float64; raises `UnsupportedError` if none can be made."""
     described = f"{type(model).__name__} {model.name!r}"
     if getattr(model, "inputs", None) is None:
         raise UnsupportedError(f"expected a Sequential or Functional model to rebuild in float64, received {described}")
 
-    def in_double(layer: Any) -> Any:
+    def retyped(layer: Any) -> Any:
         return type(layer).from_config(_retyped(layer.get_config()))
 
     try:
         with keras.utils.CustomObjectScope({type(layer).__name__: type(layer) for _, layer in named_layers(model)}):
-            copy = keras.models.clone_model(model, clone_function=in_double, recursive=True)
+            copy = keras.models.clone_model(model, clone_function=retyped, recursive=True)
         twins = dict(named_layers(copy))
         for path, layer in named_layers(model):
             store: dict[str, Any] = {}

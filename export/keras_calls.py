@@ -8,7 +8,7 @@ from typing import Any
 import keras
 
 from ..layers.keras import BatchRenormalization, SwitchNormalization
-from ..patchers.keras import named_layers, watching
+from ..patchers.keras_walk import named_layers, watching
 
 _PER_CHANNEL = (
     keras.layers.BatchNormalization,

@@ -18,7 +18,8 @@ import onnx_ir as ir
 from onnx_ir import tape
 
 from ..layers.keras import BatchRenormalization, SwitchNormalization
-from ..patchers.keras import MARK, named_layers
+from ..patchers.keras import MARK
+from ..patchers.keras_walk import named_layers
 from .keras_graph import mark
 
 Array = np.ndarray[Any, Any]

@@ -63,24 +63,20 @@ def trace(model: nn.Module, arrays: Sequence[Array], *, opset: int) -> Traced:
     return Traced(program.model, sites, probe.kinds())
 
 
-def run(
-    model: nn.Module, arrays: Sequence[Array], *, double: bool = False
-) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Return the outputs of ``model`` in eval mode, and those of its layers with weights, in call order.
-
-    ``double=True`` computes them on a float64 copy.
-    """
-    model = copy.deepcopy(model).cpu()
-    if double:
-        model = model.double()
-    tensors = [torch.from_numpy(array) for array in arrays]
-    tensors = [t.double() if double and t.is_floating_point() else t for t in tensors]
+def run(model: nn.Module, arrays: Sequence[Array]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Return the outputs of ``model`` in eval mode, and those of its layers with weights, in call order."""
     probe = _Probe(model)
+    device = next((parameter.device for parameter in model.parameters()), None)
     with inference(probe):
-        values = [value.numpy() for value in probe(*tensors)]
+        values = [value.cpu().numpy() for value in probe(*(torch.from_numpy(array).to(device) for array in arrays))]
     split = len(probe.output_names)
     outputs = dict(zip(probe.output_names, values[:split], strict=True))
     return outputs, dict(zip(probe.site_names, values[split:], strict=True))
+
+
+def in_double(model: nn.Module) -> nn.Module:
+    """Return a copy of ``model`` that computes in float64."""
+    return copy.deepcopy(model).double()
 
 
 def collapse(model: nn.Module) -> None:

@@ -145,7 +145,7 @@ def verify(
 
     checks: list[Check] = []
     suspect = batches[0]
-    notes: list[str] = []
+    twin, notes = _twin(adapter, model)
     for arrays in batches:
         try:
             outputs, _ = adapter.run(model, arrays)
@@ -154,7 +154,7 @@ def verify(
             return Verdict((), (problem,))
         if problems := _interface_problems(outputs, sessions["off"]):
             return Verdict((), tuple(problems))
-        exact = _double(adapter, model, arrays, notes)
+        exact = _exact(adapter, twin, arrays)
         for level, runner in sessions.items():
             found = dict(zip(outputs, _run(runner, arrays), strict=True))
             new = [
@@ -163,7 +163,7 @@ def verify(
             if all(check.passed for check in checks) and not all(check.passed for check in new):
                 suspect = arrays
             checks += new
-    diverging = _first_diverging(adapter, model, proto, suspect)
+    diverging = _first_diverging(adapter, model, twin, proto, suspect)
     return Verdict(tuple(checks), (), diverging, tuple(notes))
 
 
@@ -220,7 +220,9 @@ def _compare(name: str, batch: int, level: str, found: Array, expected: Array, e
     return Check(name, batch, level, difference, difference / scale, finite, ratio)
 
 
-def _first_diverging(adapter: ModuleType, model: Any, proto: onnx.ModelProto, arrays: list[Array]) -> str | None:
+def _first_diverging(
+    adapter: ModuleType, model: Any, twin: Any, proto: onnx.ModelProto, arrays: list[Array]
+) -> str | None:
     """Return the first layer in call order whose output differs, else the first graph output that does.
 
     A layer may differ where the outputs do not, as a scaled convolution before a GroupNorm.
@@ -236,7 +238,7 @@ def _first_diverging(adapter: ModuleType, model: Any, proto: onnx.ModelProto, ar
     expected: tuple[dict[str, Array], dict[str, Array]] = adapter.run(model, arrays)
     outputs, sites = expected
     recorded = {site: array for site, array in sites.items() if site in values}
-    exact = _double(adapter, model, arrays, [])
+    exact = _exact(adapter, twin, arrays)
     for name, array in (recorded | outputs).items():
         check = _compare(name, len(arrays[0]), "off", found[values.get(name, name)], array, exact.get(name))
         excused = name in values and check.ratio is not None and check.ratio <= ILL_CONDITIONED
@@ -252,14 +254,20 @@ def _interface_problems(outputs: Mapping[str, Array], runner: onnxruntime.Infere
     return []
 
 
-def _double(adapter: ModuleType, model: Any, arrays: list[Array], notes: list[str]) -> dict[str, Array]:
+def _twin(adapter: ModuleType, model: Any) -> tuple[Any, list[str]]:
+    """Return a float64 copy of the model, or None and a note why there is none."""
     try:
-        outputs, sites = adapter.run(model, arrays, double=True)
+        return adapter.in_double(model), []
     except Exception as error:
-        note = f"no float64 reference: {(str(error).splitlines() or [type(error).__name__])[0]}"
-        if note not in notes:
-            notes.append(note)
+        return None, [f"no float64 reference: {(str(error).splitlines() or [type(error).__name__])[0]}"]
+
+
+def _exact(adapter: ModuleType, twin: Any, arrays: list[Array]) -> dict[str, Array]:
+    """Return what the float64 copy computes, outputs and layers, or nothing where there is no copy."""
+    if twin is None:
         return {}
+    wide = [array.astype(np.float64) if array.dtype == np.float32 else array for array in arrays]
+    outputs, sites = adapter.run(twin, wide)
     return {**sites, **outputs}
 
 

@@ -1,5 +1,6 @@
 """Calibration: re-solve each replacement's scale and shift on unlabelled inputs, layer by layer."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -62,7 +63,7 @@ def calibrate(model: Any, reference: Any, batches: Iterable[Any]) -> list[Residu
 
     per channel, where y is what the same layer of ``reference``, the model before the patch, returns. A channel
     with γ = 0 keeps it. ``batches`` are inputs as the model takes them, without labels; a few hundred samples do.
-    Only one layer's moments are held at a time. Returns the residual of each layer.
+    A layer that is called several times is solved for all its calls together. Returns the residual of each layer.
 
     Raises `UnsupportedError` if the model has no replaced layers, `InputError` if the inputs are constant or none.
     """
@@ -73,19 +74,20 @@ def calibrate(model: Any, reference: Any, batches: Iterable[Any]) -> list[Residu
     layers: Mapping[str, Any] = adapter.site_layers(model)
     if not layers:
         raise UnsupportedError("expected a patched model to calibrate, received one without replaced layers")
-    order = [name for name in adapter.capture(model, list(layers), held[0]) if name in layers]
-    residuals = []
-    for name in order:
-        wanted = _moments(adapter, reference, name, held)
-        residuals.append(_solve(adapter, model, layers[name], name, wanted, held))
-    return residuals
+    calls = _calls(adapter, model, list(layers), held[0])
+    wanted = _moments(adapter, reference, list(calls), held)
+    return [
+        _solve(adapter, model, layers[name], name, wanted[name], held, once=count == 1) for name, count in calls.items()
+    ]
 
 
-def _solve(adapter: ModuleType, model: Any, layer: Any, name: str, wanted: Moments, batches: list[Any]) -> Residual:
+def _solve(
+    adapter: ModuleType, model: Any, layer: Any, name: str, wanted: Moments, batches: list[Any], *, once: bool
+) -> Residual:
     gamma, beta = adapter.get_affine(layer)
     adapter.set_affine(layer, np.ones_like(gamma), np.zeros_like(beta))
     try:
-        plain = _moments(adapter, model, name, batches)
+        plain = _moments(adapter, model, [name], batches, stop=once)[name]
     finally:
         adapter.set_affine(layer, gamma, beta)
     constant = plain.deviation == 0
@@ -101,11 +103,33 @@ def _solve(adapter: ModuleType, model: Any, layer: Any, name: str, wanted: Momen
     return Residual(name, before, after)
 
 
-def _moments(adapter: ModuleType, model: Any, name: str, batches: list[Any]) -> Moments:
-    moments = Moments()
+def _calls(adapter: ModuleType, model: Any, names: list[str], batch: Any) -> Counter[str]:
+    """Return how often each layer is called on one batch, in the order of the first calls."""
+    calls: Counter[str] = Counter()
+
+    def see(name: str, output: NDArray[Any]) -> bool:
+        calls[name] += 1
+        return False
+
+    adapter.observe(model, names, batch, see)
+    return calls
+
+
+def _moments(
+    adapter: ModuleType, model: Any, names: list[str], batches: list[Any], *, stop: bool = False
+) -> dict[str, Moments]:
+    """Return the moments of the named layers' outputs in call order; no output is held longer than it takes.
+
+    ``stop`` ends each pass at the first call of the one layer named, which saves the rest of the network.
+    """
+    moments: dict[str, Moments] = {}
     for batch in batches:
-        for output in adapter.capture(model, [name], batch, stop_after=name)[name]:
-            moments.add(output)
+
+        def see(name: str, output: NDArray[Any]) -> bool:
+            moments.setdefault(name, Moments()).add(output)
+            return stop
+
+        adapter.observe(model, names, batch, see)
     return moments
 
 

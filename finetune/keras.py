@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..errors import UnsupportedError, VerificationError
 from ..layers.keras import BatchRenormalization, SwitchNormalization
-from ..patchers.keras import named_layers
+from ..patchers.keras_walk import distinct_layers
 from ..sources.data import Data
 from .batches import batch_indices
 from .hooks import RenormLimits
@@ -102,7 +102,7 @@ def predict(model: keras.Model, x: Array, batch_size: int = 256) -> Array:
 
 def layers(model: keras.Model) -> Iterator[keras.Layer]:
     """Yield ``model`` and every layer below it once."""
-    return iter({id(layer): layer for _, layer in named_layers(model)}.values())
+    return iter(distinct_layers(model))
 
 
 class _Loss:

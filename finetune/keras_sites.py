@@ -1,6 +1,6 @@
 """What calibration needs of a Keras model: its replaced layers, their outputs, their scale and shift."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -12,14 +12,15 @@ from ..convert.targets import BatchRenorm
 from ..errors import InputError
 from ..layers.keras import SwitchNormalization
 from ..layers.keras.norm import wide
-from ..patchers.keras import MARK, call, named_layers, watching
+from ..patchers.keras import MARK
+from ..patchers.keras_walk import call, named_layers, watching
 
 Array = NDArray[np.float64]
 
 _REPLACEMENTS = (SwitchNormalization, keras.layers.GroupNormalization)
 
 
-class _Stop(BaseException):
+class _PassEnded(BaseException):
     """Raised to leave a forward pass once its last wanted layer has run; Keras rewraps every `Exception`."""
 
 
@@ -35,14 +36,11 @@ def site_layers(model: keras.Layer) -> dict[str, keras.Layer]:
     return dict(found.values())
 
 
-def capture(
-    model: keras.Layer, names: Sequence[str], batch: Any, stop_after: str | None = None
-) -> dict[str, list[NDArray[Any]]]:
-    """Return what the named layers output on one batch at inference, in call order, channels last.
+def observe(model: keras.Layer, names: Sequence[str], batch: Any, see: Callable[[str, NDArray[Any]], bool]) -> None:
+    """Run ``model`` on one batch and tell ``see(name, output)`` of each call of the named layers, channels last.
 
-    ``batch`` is an array, or a list or mapping of arrays. Outputs are float32, or float64 where the
-    layer computes in it. With ``stop_after`` the forward pass ends once that layer has run, before a second
-    call of it.
+    ``batch`` is an array, or a list or mapping of arrays. Outputs are float32, or float64 where the layer computes in
+    it. If ``see`` returns True, the forward pass ends there.
 
     Raises `InputError` for a name that no layer of the model has.
     """
@@ -52,20 +50,17 @@ def capture(
             f"expected a model with the layers {', '.join(names)}, received one without {', '.join(missing)}; "
             "a reference is the model as it was before the patch, with its layers under the same names"
         )
-    seen: dict[str, list[NDArray[Any]]] = {}
 
     def note(name: str, inputs: Any, output: Any) -> None:
         values = np.asarray(ops.convert_to_numpy(wide(output)))
-        seen.setdefault(name, []).append(np.moveaxis(values, layers[name].axis, -1))
-        if name == stop_after:
-            raise _Stop
+        if see(name, np.moveaxis(values, layers[name].axis, -1)):
+            raise _PassEnded
 
     try:
         with watching({name: layers[name] for name in names}, note):
             call(model, batch)
-    except _Stop:
+    except _PassEnded:
         pass
-    return seen
 
 
 def get_affine(layer: keras.Layer) -> tuple[Array, Array]:

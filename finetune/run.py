@@ -160,7 +160,7 @@ class _Run:
             if self.bundle.has_original:
                 original = self.model_file.replace("model", "original")
                 shutil.copy2(self.bundle.directory / original, folder / original)
-            safetensors.numpy.save_file({k: np.ascontiguousarray(v) for k, v in state.items()}, folder / STATE)
+            safetensors.numpy.save_file({k: np.asarray(v, order="C") for k, v in state.items()}, folder / STATE)
             (folder / LOG).write_text(json.dumps(log))
 
         bundles.save(

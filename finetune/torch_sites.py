@@ -1,6 +1,6 @@
 """What calibration needs of a PyTorch model: its replaced layers, their outputs, their scale and shift."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,19 +23,15 @@ def site_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in model.named_modules() if getattr(m, MARK, BatchRenorm.kind) != BatchRenorm.kind}
 
 
-def capture(
-    model: nn.Module, names: Sequence[str], batch: Any, stop_after: str | None = None
-) -> dict[str, list[NDArray[Any]]]:
-    """Return what the named layers output on one batch, in call order, channels last.
+def observe(model: nn.Module, names: Sequence[str], batch: Any, see: Callable[[str, NDArray[Any]], bool]) -> None:
+    """Run ``model`` on one batch and tell ``see(name, output)`` of each call of the named layers, channels last.
 
-    With ``stop_after`` the forward pass ends once that layer has run, before a second call of it.
+    If ``see`` returns True, the forward pass ends there.
     """
-    seen: dict[str, list[NDArray[Any]]] = {}
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            seen.setdefault(name, []).append(output.detach().movedim(1, -1).cpu().numpy())
-            if name == stop_after:
+            if see(name, output.detach().movedim(1, -1).cpu().numpy()):
                 raise _PassEnded
 
         return hook
@@ -49,7 +45,6 @@ def capture(
     finally:
         for handle in handles:
             handle.remove()
-    return seen
 
 
 def get_affine(layer: nn.Module) -> tuple[Array, Array]:

@@ -9,7 +9,6 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import wraps
 from typing import Any
 
 import keras
@@ -20,6 +19,7 @@ from ..convert.recipe import Recipe
 from ..convert.targets import BatchRenorm, GroupNorm, SwitchNorm, Target
 from ..errors import InputError, UnsupportedError
 from ..layers import keras as layers
+from .keras_walk import call, distinct_layers, named_layers, watching
 from .plan import Decision, Plan, Report, Site, decide
 
 MARK = "_normswap"
@@ -137,13 +137,20 @@ def find_sites(model: keras.Layer, example: Any = None) -> tuple[list[keras.Laye
     return list(found.values()), sites
 
 
-def named_layers(model: keras.Layer) -> Iterator[tuple[str, keras.Layer]]:
-    """Yield ``model`` under its own name and every layer below it, one held twice as often.
+def mark(model: keras.Layer, recipe: Recipe) -> None:
+    """Mark the replaced layers of a loaded model, since a GroupNorm does not tell that it was a BatchNorm.
 
-    A name below is the "/"-joined path of layer names; siblings of one name are told apart by "#2", "#3".
+    Raises `InputError` if a layer of the recipe is not there or is a BatchNorm again.
     """
-    yield model.name, model
-    yield from _below(model, "")
+    found = dict(named_layers(model))
+    for choice in recipe.choices:
+        layer = found.get(choice.name)
+        if layer is None or isinstance(layer, _BatchNorm):
+            kind = "no such layer" if layer is None else type(layer).__name__
+            raise InputError(
+                f"expected {choice.name} to be {choice.target.kind} in the bundle's model, received {kind}"
+            )
+        layer.__dict__[MARK] = choice.target.kind
 
 
 def read_state(layer: keras.Layer) -> BatchNormState:
@@ -160,38 +167,6 @@ def read_state(layer: keras.Layer) -> BatchNormState:
         var=read(layer.moving_variance),
         eps=float(layer.epsilon),
     )
-
-
-def call(model: keras.Layer, example: Any) -> Any:
-    """Call ``model`` at inference on an example: an array, or a list or mapping of arrays."""
-    return model(example, training=False)
-
-
-@contextmanager
-def watching(watched: Mapping[Any, keras.Layer], observe: Callable[[Any, Any, Any], object]) -> Iterator[None]:
-    """Run the body and tell ``observe(key, inputs, outputs)`` of every call of the watched layers.
-
-    Wrappers that go past ``__call__``, such as `keras.layers.TimeDistributed`, are seen too.
-    """
-    before = {key: layer.__dict__.get("call") for key, layer in watched.items()}
-
-    def spy(key: Any, run: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(run)
-        def call(inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            outputs = run(inputs, *args, **kwargs)
-            observe(key, inputs, outputs)
-            return outputs
-
-        return call
-
-    for key, layer in watched.items():
-        layer.__dict__["call"] = spy(key, layer.call)
-    try:
-        yield
-    finally:
-        for key, layer in watched.items():
-            del layer.__dict__["call"]
-            layer.__dict__.update({} if before[key] is None else {"call": before[key]})
 
 
 class _Swap:
@@ -337,19 +312,6 @@ def _dry_run(model: keras.Layer, watched: Mapping[int, keras.Layer], example: An
     return seen
 
 
-def _below(layer: keras.Layer, prefix: str) -> Iterator[tuple[str, keras.Layer]]:
-    met: Counter[str] = Counter()
-    for child in layer._layers:
-        met[child.name] += 1
-        path = f"{prefix}{child.name}" if met[child.name] == 1 else f"{prefix}{child.name}#{met[child.name]}"
-        yield path, child
-        yield from _below(child, f"{path}/")
-
-
-def _distinct(model: keras.Layer) -> list[keras.Layer]:
-    return list({id(layer): layer for _, layer in named_layers(model)}.values())
-
-
 def _own_attributes() -> set[str]:
     """Name what a BatchNormalization holds itself, so that what a user put on one can be told and kept."""
     plain = _BatchNorm(renorm=True, name="plain")
@@ -365,7 +327,7 @@ def _copy(model: keras.Layer) -> keras.Layer:
             "expected a model that Keras can save and load, which inplace=False needs, received "
             f"{type(model).__name__}: {error}; patch the model itself, or a copy that your own code makes"
         ) from error
-    for new, old in zip(_distinct(twin), _distinct(model), strict=True):
+    for new, old in zip(distinct_layers(twin), distinct_layers(model), strict=True):
         new.__dict__.update({MARK: old.__dict__[MARK]} if MARK in old.__dict__ else {})
     return twin
 
@@ -373,7 +335,7 @@ def _copy(model: keras.Layer) -> keras.Layer:
 @contextmanager
 def _retraced(model: keras.Layer) -> Iterator[None]:
     """Run a body that changes variables, then have every model within trace and optimize the new ones."""
-    models = [layer for layer in _distinct(model) if isinstance(layer, keras.Model)]
+    models = [layer for layer in distinct_layers(model) if isinstance(layer, keras.Model)]
     before = [list(map(id, each.trainable_variables)) for each in models]
     yield
     for each, ids in zip(models, before, strict=True):
@@ -381,7 +343,7 @@ def _retraced(model: keras.Layer) -> Iterator[None]:
         optimizer, variables = getattr(each, "optimizer", None), each.trainable_variables
         if optimizer is not None and optimizer.built and list(map(id, variables)) != ids:
             _renew(optimizer, variables)
-    for layer in _distinct(model):
+    for layer in distinct_layers(model):
         if hasattr(layer, "_track_variables"):  # the torch backend lists variables once more
             layer._track_variables()
 

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -76,7 +77,7 @@ def relative_spec(spec: str, directory: Path) -> str:
     path = Path(file if file.endswith(".py") else spec)
     if path.suffix not in (".py", *KERAS_SUFFIXES):
         return spec
-    relative = Path(_relative(path.resolve(), directory.resolve())).as_posix()
+    relative = Path(os.path.relpath(path.resolve(), directory.resolve())).as_posix()
     return f"{relative}{colon}{name}" if path.suffix == ".py" else relative
 
 
@@ -86,12 +87,6 @@ def absolute_spec(spec: str, directory: Path) -> str:
     if file.endswith(".py"):
         return f"{(directory / file).resolve()}{colon}{name}"
     return str((directory / spec).resolve()) if spec.endswith(KERAS_SUFFIXES) else spec
-
-
-def _relative(path: Path, start: Path) -> str:
-    import os.path
-
-    return os.path.relpath(path, start)
 
 
 def _callable(location: str, name: str) -> Callable[[], Any]:
@@ -135,7 +130,7 @@ def _torchvision(name: str, pretrained: bool) -> Any:
 
 
 def _keras_application(name: str, pretrained: bool) -> Any:
-    applications = _import("keras", "pip install 'normswap[keras]'").applications
+    applications = _import_keras().applications
     factory = getattr(applications, name, None)
     if not callable(factory):
         raise InputError(f"expected a model of keras.applications, received keras:{name}")
@@ -166,10 +161,25 @@ def _import(name: str, remedy: str) -> Any:
         raise MissingDependencyError(f"a {package}: model needs {package}: {remedy} ({error})") from None
 
 
+def _import_keras() -> Any:
+    """Import Keras without what TensorFlow's libraries write to stderr as they are loaded, past Python's."""
+    if "keras" in sys.modules:
+        return sys.modules["keras"]
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 2)
+            return _import("keras", "pip install 'normswap[keras]'")
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
 def _keras_file(path: Path) -> Any:
     require_file(path)
-    keras = _import("keras", "pip install 'normswap[keras]'")
-    importlib.import_module("normswap.layers.keras")  # registers the layers a saved model may hold
+    keras = _import_keras()
+    importlib.import_module("..layers.keras", __package__)  # registers the layers a saved model may hold
     try:
         return keras.models.load_model(path, compile=False)
     except Exception as error:

@@ -10,7 +10,7 @@ from keras import layers, ops
 
 from normswap.convert.targets import GroupNorm
 from normswap.errors import InputError, UnsupportedError
-from normswap.export.keras import dtype_problem, input_shapes, norm_facts, run, trace
+from normswap.export.keras import dtype_problem, in_double, input_shapes, norm_facts, run, trace
 from normswap.export.traced import Traced
 from normswap.layers.keras import BatchRenormalization, SwitchNormalization
 from normswap.patchers.keras import patch
@@ -241,7 +241,7 @@ class TestNorms:
         model = keras.Model(image, SwitchNormalization(batch_statistics="none")(image))
         x = np.random.default_rng(0).normal(1e4, 1, (2, 8, 8, 4)).astype(np.float32)
         found = next(iter(ort_values(trace(model, [(8, 8, 4)], opset=20), [x]).values()))
-        single, double = (next(iter(run(model, [x], double=flag)[0].values())) for flag in (False, True))
+        single, double = (next(iter(run(net, [x])[0].values())) for net in (model, in_double(model)))
 
         assert np.abs(found - double).max() <= 10 * np.abs(single - double).max()
 
@@ -312,7 +312,7 @@ class TestRun:
         """The float64 reference comes from a copy and agrees with float32 to its precision."""
         model = small_net()
         arrays = drawn([(8, 8, 3)], 2)
-        (single, _), (double, sites) = run(model, arrays), run(model, arrays, double=True)
+        (single, _), (double, sites) = run(model, arrays), run(in_double(model), arrays)
 
         assert double["scores"].dtype == sites["norm"].dtype == np.float64
         assert_close(single["scores"], double["scores"])
@@ -327,7 +327,7 @@ class TestRun:
         model = Plain(name="plain")
         model(np.ones((1, 2)))
         with pytest.raises(UnsupportedError) as raised:
-            run(model, [np.ones((1, 2), np.float32)], double=True)
+            in_double(model)
 
         assert str(raised.value) == (
             "expected a Sequential or Functional model to rebuild in float64, received Plain 'plain'"

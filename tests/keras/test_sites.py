@@ -10,7 +10,7 @@ from keras import layers
 from normswap.convert.targets import BatchRenorm, GroupNorm, SwitchNorm
 from normswap.errors import InputError
 from normswap.finetune.calibration import calibrate
-from normswap.finetune.keras_sites import capture, get_affine, set_affine, site_layers
+from normswap.finetune.keras_sites import get_affine, observe, set_affine, site_layers
 from normswap.patchers.keras import patch
 
 pytestmark = [
@@ -18,6 +18,18 @@ pytestmark = [
     # Keras's own copying converts variables this way.
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"),
 ]
+
+
+def capture(model, names, batch, stop_after=None):
+    """What `observe` tells, collected by name; the pass ends once ``stop_after`` has run."""
+    seen = {}
+
+    def see(name, output):
+        seen.setdefault(name, []).append(output)
+        return name == stop_after
+
+    observe(model, names, batch, see)
+    return seen
 
 
 def test_sites_are_the_replaced_layers(make):

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+TARGETS = ["sn", "brn", "gn", "ln", "in"]
+
 
 def trained_(model, seed=0):
     """Give every BatchNorm of ``model`` plausible statistics and scales, in place."""

@@ -115,13 +115,13 @@ class TestCommands:
         assert not (tmp_path / "b").exists()
 
     def test_a_recipe_is_replayed(self, run, tmp_path):
-        """The recipe of a dry run, kept as a file, makes the same bundle."""
-        plan = json.loads(run("patch", *MODEL, "--to", "gn", "--groups", "2", "--dry-run", "--json")[1])
-        (tmp_path / "recipe.json").write_text(json.dumps(plan["recipe"]))
+        """The output of a dry run, kept as a file, is a recipe that makes the same bundle."""
+        text = run("patch", *MODEL, "--to", "gn", "--groups", "2", "--dry-run", "--json")[1]
+        (tmp_path / "recipe.json").write_text(text)
         code, out, err = run("patch", *MODEL, "--recipe", tmp_path / "recipe.json", "-o", tmp_path / "b", "--json")
 
         assert code == 0, err
-        assert json.loads(out)["recipe"] == plan["recipe"]
+        assert json.loads(out)["recipe"] == json.loads(text)["recipe"]
 
     def test_finetune(self, run, tmp_path):
         """A run reports steps, loss and accuracy; --resume goes on with more steps."""
