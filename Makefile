@@ -30,7 +30,8 @@ clean:
 $(FILES): always pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@( cat pyproject.toml constraints.txt; find . -name '*.py' -not -path './.venv/*' -not -path './build/*' | sort ) > .venv/files.now
-	@cmp -s .venv/files.now $@ || ( \
-		$(BIN)/pip install -q -c constraints.txt --upgrade pip && \
-		$(BIN)/pip install -q -c constraints.txt -e '.[all,test]' -C editable_mode=strict && \
+	@cmp -s .venv/files.now $@ || ( echo "installing into .venv (a few minutes the first time) ..." && \
+		( $(BIN)/pip install --upgrade pip && \
+		$(BIN)/pip install -c constraints.txt -e '.[all,test]' -C editable_mode=strict ) \
+		> .venv/install.log 2>&1 || ( cat .venv/install.log; exit 1 ) && \
 		rm -rf .mypy_cache && mv .venv/files.now $@ )

@@ -1,5 +1,6 @@
 """The house: what lies at the root, what is installed, and what an import costs."""
 
+import ast
 import subprocess
 import sys
 import tomllib
@@ -49,6 +50,23 @@ def test_no_file_is_too_long_to_read():
     }
 
     assert long == {}
+
+
+def test_data_flows_in_one_direction():
+    """A folder uses those before it in the flow, never a later one; layers and convert use none."""
+    flow = ["errors", "layers", "convert", "sources", "patchers", "finetune", "export", "demo"]
+    backwards = []
+    for folder in flow[1:]:
+        for file in (ROOT / folder).rglob("*.py"):
+            depth = len(file.relative_to(ROOT).parts) - 1
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.ImportFrom) and node.level == depth + 1 and node.module:
+                    used = node.module.partition(".")[0]
+                    allowed = flow[: flow.index(folder) + 1] if folder not in ("layers", "convert") else ["errors"]
+                    if used not in allowed:
+                        backwards.append(f"{file.relative_to(ROOT)} uses {used}")
+
+    assert backwards == []
 
 
 @pytest.mark.parametrize("statement", ["import normswap", "import normswap.cli", "from normswap import GroupNorm"])

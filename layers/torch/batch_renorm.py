@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .norm import RunningNorm, per_channel, wide
+from .norm import RunningNorm
+from .statistics import Centred, per_channel, square, wide
 
 
 class _BatchRenorm(RunningNorm):
@@ -72,28 +73,22 @@ class _BatchRenorm(RunningNorm):
                 "expected more than one value per channel in training, "
                 f"received shape={tuple(x.shape)}; use a larger batch, or eval()"
             )
-        wide_x = wide(x)
+        centred = Centred(x)
+        mean = centred.mean.mean(0, keepdim=True)
+        var = (centred.var + square(centred.mean - mean)).mean(0, keepdim=True)
+        sigma = (var + self.eps).sqrt()
         with torch.no_grad():
-            dims = [0, *range(2, x.dim())]
-            mean = wide_x.mean(dims)
-            sigma = ((wide_x - per_channel(mean, x)).square().mean(dims) + self.eps).sqrt()
-            running_mean, running_var = wide(self.running_mean), wide(self.running_var)
-            running_sigma = (running_var + self.eps).sqrt()
+            running_mean, running_var = per_channel(self.running_mean, x), per_channel(self.running_var, x)
+            running_sigma = (running_var.to(sigma.dtype) + self.eps).sqrt()
             r = torch.minimum((sigma / running_sigma).maximum(1 / self.r_max), self.r_max)
             d = torch.minimum(((mean - running_mean) / running_sigma).maximum(-self.d_max), self.d_max)
-        weight, bias = r, d
-        if self.weight is not None:
-            weight, bias = self.weight * r, self.weight * d
-        if self.bias is not None:
-            bias = bias + self.bias
-        # The layer's output is batch normalization with scale γr and shift γd + β.
-        y = F.batch_norm(wide_x, None, None, weight.to(wide_x.dtype), bias.to(wide_x.dtype), True, 0.0, self.eps)
-        with torch.no_grad():
             momentum = self._next_momentum()
             running_sigma = running_sigma.lerp(sigma, momentum)
-            self.running_mean.copy_(running_mean.lerp(mean, momentum))
-            self.running_var.copy_((running_sigma.square() - self.eps).clamp_(min=0))
-        return y.to(x.dtype)
+            self.running_mean.lerp_(mean.flatten().to(self.running_mean.dtype), momentum)
+            self.running_var.copy_((square(running_sigma) - self.eps).clamp_(min=0).flatten())
+        gamma = 1.0 if self.weight is None else per_channel(wide(self.weight), x)
+        beta = 0.0 if self.bias is None else per_channel(wide(self.bias), x)
+        return centred.normalize(mean, gamma * r / sigma, gamma * d + beta)
 
     def extra_repr(self) -> str:
         """Return the arguments shown by ``print(module)``."""

@@ -67,18 +67,3 @@ class RunningNorm(nn.Module):
         """Count one batch and return the weight of its statistics: ``momentum``, or 1/n for a cumulative average."""
         self.num_batches_tracked.add_(1)
         return 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
-
-
-def wide(x: Tensor) -> Tensor:
-    """Return ``x`` in float32 where it is narrower: statistics are never taken in half precision."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def per_channel(vector: Tensor, x: Tensor) -> Tensor:
-    """Return a (C,) vector shaped to broadcast along dimension 1 of ``x``."""
-    return vector.view(1, -1, *[1] * (x.dim() - 2))
-
-
-def square(x: Tensor) -> Tensor:
-    """Return ``x * x``: exporters write ``x ** 2`` as a slower power."""
-    return x * x

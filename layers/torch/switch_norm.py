@@ -5,7 +5,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from .norm import RunningNorm, per_channel, square, wide
+from .norm import RunningNorm
+from .statistics import Centred, per_channel, square, wide
 
 BatchStatistics = Literal["moving", "frozen", "none"]
 
@@ -64,24 +65,16 @@ class _SwitchNorm(RunningNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x`` of shape (N, C, ...)."""
         self._check(x)
-        wide_x = wide(x)
-        spatial = list(range(2, x.dim()))
-        if spatial:
-            mean = wide_x.mean(spatial, keepdim=True)
-            centred = wide_x - mean
-            var = square(centred).mean(spatial, keepdim=True)
-        else:
-            mean, centred, var = wide_x, wide_x, torch.zeros_like(wide_x)
-
-        # From here on everything but the last line has the size of (N, C). The variances of layer and batch are
-        # sums of two non-negative terms, never E[x²] - E[x]². What is constant at inference is added up apart from
-        # what is not, so that an exporter can fold it.
+        centred = Centred(x)
+        mean, var = centred.mean, centred.var
         layer_mean = mean.mean(1, keepdim=True)
+        # A sum of two non-negative terms, never E[x²] - E[x]².
         layer_var = (var + square(mean - layer_mean)).mean(1, keepdim=True)
-        own = (mean, var) if spatial else (layer_mean, layer_var)
+        own = (mean, var) if x.dim() > 2 else (layer_mean, layer_var)
         mean_gates, var_gates = self.gates()
         mixed_mean = mean_gates[0] * own[0] + mean_gates[1] * layer_mean
         mixed_var = var_gates[0] * own[1] + var_gates[1] * layer_var
+        # What is constant at inference is added up apart from what is not, so that an exporter can fold it.
         if self.batch_statistics == "none":
             mixed_var = mixed_var + self.eps
         else:
@@ -90,11 +83,8 @@ class _SwitchNorm(RunningNorm):
             mixed_var = mixed_var + (var_gates[2] * batch_var + self.eps)
 
         gamma = 1.0 if self.weight is None else per_channel(wide(self.weight), x)
-        scale = gamma / mixed_var.sqrt()
-        shift = (mean - mixed_mean) * scale if spatial else -mixed_mean * scale
-        if self.bias is not None:
-            shift = shift + per_channel(wide(self.bias), x)
-        return (centred * scale + shift).to(x.dtype)
+        beta = 0.0 if self.bias is None else per_channel(wide(self.bias), x)
+        return centred.normalize(mixed_mean, gamma / mixed_var.sqrt(), beta)
 
     def _batch_statistics(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         if not self.training or self.batch_statistics == "frozen":
