@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .norm import RunningNorm
-from .statistics import Centred, per_channel, square, wide
+from .statistics import normalize, per_channel, square, wide
 
 
 class _BatchRenorm(RunningNorm):
@@ -73,22 +73,27 @@ class _BatchRenorm(RunningNorm):
                 "expected more than one value per channel in training, "
                 f"received shape={tuple(x.shape)}; use a larger batch, or eval()"
             )
-        centred = Centred(x)
-        mean = centred.mean.mean(0, keepdim=True)
-        var = (centred.var + square(centred.mean - mean)).mean(0, keepdim=True)
-        sigma = (var + self.eps).sqrt()
+        return normalize(x, self._mix, self.weight, self.bias)
+
+    def _mix(
+        self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | float]:
+        """Return mean, scale and shift from the instance statistics (N, C, 1, ...), and update the running ones."""
+        batch_mean = mean.mean(0, keepdim=True)
+        batch_var = (var + square(mean - batch_mean)).mean(0, keepdim=True)
+        sigma = (batch_var + self.eps).sqrt()
         with torch.no_grad():
-            running_mean, running_var = per_channel(self.running_mean, x), per_channel(self.running_var, x)
+            running_mean, running_var = per_channel(self.running_mean, mean), per_channel(self.running_var, mean)
             running_sigma = (running_var.to(sigma.dtype) + self.eps).sqrt()
             r = torch.minimum((sigma / running_sigma).maximum(1 / self.r_max), self.r_max)
-            d = torch.minimum(((mean - running_mean) / running_sigma).maximum(-self.d_max), self.d_max)
+            d = torch.minimum(((batch_mean - running_mean) / running_sigma).maximum(-self.d_max), self.d_max)
             momentum = self._next_momentum()
             running_sigma = running_sigma.lerp(sigma, momentum)
-            self.running_mean.lerp_(mean.flatten().to(self.running_mean.dtype), momentum)
+            self.running_mean.lerp_(batch_mean.flatten().to(self.running_mean.dtype), momentum)
             self.running_var.copy_((square(running_sigma) - self.eps).clamp_(min=0).flatten())
-        gamma = 1.0 if self.weight is None else per_channel(wide(self.weight), x)
-        beta = 0.0 if self.bias is None else per_channel(wide(self.bias), x)
-        return centred.normalize(mean, gamma * r / sigma, gamma * d + beta)
+        gamma = 1.0 if weight is None else per_channel(wide(weight), mean)
+        beta = 0.0 if bias is None else per_channel(wide(bias), mean)
+        return batch_mean, gamma * r / sigma, gamma * d + beta
 
     def extra_repr(self) -> str:
         """Return the arguments shown by ``print(module)``."""

@@ -1,17 +1,36 @@
 """The two passes over the data that every normalization consists of: take its moments, apply a scale and shift.
 
-All else in a layer's formula is on arrays of the size of (N, C), written in plain operations and differentiated by
-autograd. Eagerly, the two passes are autograd functions with hand-written backwards that keep the input and arrays of
-(N, C) alone, and moments are float64 on those small arrays, so that a mean far above the deviation costs no digits.
-Where the graph itself is wanted (``torch.compile``, ``torch.export``) or a function transform is at work
-(``torch.func``), the same formulas run as plain operations in float32.
+All else in a layer's formula is on arrays of the size of (N, C): plain operations in a function ``mix``, which autograd
+differentiates. Eagerly the passes over the data have a hand-written backward that keeps the input and nothing else of
+its size; they go through the batch in blocks that stay in the cache. Moments are float64 on the small arrays, so that a
+mean far above the deviation costs no digits. Where the graph itself is wanted (``torch.compile``, ``torch.export``) or
+a function transform is at work (``torch.func``), the same formulas run as plain operations in float32.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+Mix = Callable[..., tuple[Tensor, Tensor, Tensor | float]]
+
+BLOCK = 1 << 18
+"""Values worked on at a time: a megabyte in float32, which a second-level cache holds."""
+
+
+def normalize(x: Tensor, mix: Mix, *parameters: Tensor | None) -> Tensor:
+    r"""Return ``(x - mean) * scale + shift`` with ``mean, scale, shift = mix(moments..., *parameters)``.
+
+    ``mix(mean, var, *parameters)`` is given the mean and the biased variance per sample and channel, of shape
+    (N, C, 1, ...), and returns arrays that broadcast with them. It is called once and has to be differentiable in all
+    its arguments. For (N, C) input each value is its own mean and the variance is 0.
+    """
+    if _plain():
+        return _plainly(x, mix, *parameters)
+    result: Tensor = _Normalize.apply(x, mix, *parameters)  # type: ignore[no-untyped-call]
+    return result
 
 
 def wide(x: Tensor) -> Tensor:
@@ -29,122 +48,110 @@ def square(x: Tensor) -> Tensor:
     return x * x
 
 
-class Centred:
-    """An input with its moments per sample and channel: ``mean`` and biased ``var`` of shape (N, C, 1, ...).
+class _Normalize(torch.autograd.Function):
+    """The eager passes. The pivot K is the mean as float32 has it, and what is left of the mean corrects it.
 
-    For (N, C) input each value is its own mean and the variance is 0.
-    """
-
-    def __init__(self, x: Tensor) -> None:
-        self._x = x
-        if _plain():
-            values = wide(x)
-            axes = list(range(2, x.dim()))
-            self.mean = values.mean(axes, keepdim=True) if axes else values
-            self._centred = values - self.mean if axes else torch.zeros_like(values)
-            self.var = square(self._centred).mean(axes, keepdim=True) if axes else self._centred
-            self._pivot = self.mean
-        else:
-            self.mean, self.var, self._centred, self._pivot = _Moments.apply(x)
-
-    def normalize(self, mean: Tensor, scale: Tensor, shift: Tensor | float) -> Tensor:
-        """Return ``(x - mean) * scale + shift`` in the dtype of x; may be called once.
-
-        The arguments broadcast with (N, C, 1, ...).
-        """
-        if _plain():
-            if self._x.dim() == 2:
-                return ((self.mean - mean) * scale + shift).to(self._x.dtype)
-            return (self._centred * scale + ((self.mean - mean) * scale + shift)).to(self._x.dtype)
-        offset = (self._pivot - mean) * scale + shift
-        scale, offset = (part.expand_as(self.mean) for part in (scale, offset))
-        result: Tensor = _Affine.apply(self._x, self._centred, self._pivot, scale, offset)
-        return result
-
-
-class _Moments(torch.autograd.Function):
-    """Mean and biased variance per sample and channel, by two passes about a pivot.
-
-    The pivot is the mean as float32 has it; the mean of what is left corrects it, and the variance is that of the
-    difference, so nothing large is ever subtracted from something large.
+    Nothing large is subtracted from something large: var = mean((x-K)²) - (mean(x)-K)² with mean(x)-K next to nothing,
+    and the output is (x-K)·scale + offset.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, mix: Mix, *parameters: Tensor | None) -> Tensor:
         values = wide(x)
         axes = list(range(2, x.dim()))
-        pivot = values.mean(axes, keepdim=True) if axes else values
-        centred = values - pivot
-        rest = centred.mean(axes, keepdim=True).double() if axes else torch.zeros_like(pivot, dtype=torch.float64)
-        var = _mean_of_squares(centred, axes) - square(rest) if axes else torch.zeros_like(rest)
-        pivot = pivot.double()
-        mean = pivot + rest
-        ctx.save_for_backward(x, mean)
-        ctx.mark_non_differentiable(centred, pivot)
-        ctx.set_materialize_grads(False)
-        return mean, var.clamp_(min=0), centred, pivot
+        if not axes:  # K = x, and nothing of the size of the data is left
+            pivot, y = values.double(), torch.zeros_like(values)
+            mean, var = pivot.clone(), torch.zeros_like(pivot)
+        else:
+            y = torch.empty_like(values)
+            pivot = values.mean(axes, keepdim=True)
+            rest, power = torch.empty_like(pivot), torch.empty_like(pivot)
+            for part in _blocks(values):
+                centred = torch.sub(values[part], pivot[part], out=y[part])
+                rest[part] = centred.mean(axes, keepdim=True)
+                power[part] = _mean_of_squares(centred, axes)
+            pivot, rest = pivot.double(), rest.double()
+            mean, var = pivot + rest, (power.double() - square(rest)).clamp_(min=0)
+
+        needs = any(ctx.needs_input_grad)
+        with torch.set_grad_enabled(needs):
+            leaves = [None if p is None else p.detach().requires_grad_(p.requires_grad) for p in parameters]
+            moments = [moment.requires_grad_(needs) for moment in (mean, var)]
+            mixed, scale, shift = mix(*moments, *leaves)
+            offset = (pivot - mixed) * scale + shift
+            scale, offset = scale.expand_as(pivot), offset.expand_as(pivot)
+        if needs:
+            ctx.save_for_backward(x)
+            ctx.small = pivot, moments, leaves, scale, offset
+        if not axes:
+            y = offset.detach().to(values.dtype)
+        else:
+            narrow_scale, narrow_offset = (part.detach().to(values.dtype) for part in (scale, offset))
+            for part in _blocks(values):
+                y[part].mul_(narrow_scale[part]).add_(narrow_offset[part])
+        return y.to(x.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, d_mean: Tensor | None, d_var: Tensor | None, *_: Any) -> Tensor | None:
-        x, mean = ctx.saved_tensors
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        pivot, moments, leaves, scale, offset = ctx.small
+        values, dy, axes = wide(x), wide(dy), list(range(2, x.dim()))
+        dx = torch.empty_like(values)
+        d_offset, d_scale = torch.zeros_like(pivot), torch.zeros_like(pivot)
+        if axes:
+            near = pivot.to(values.dtype)
+            for part in _blocks(values):
+                centred = torch.sub(values[part], near[part], out=dx[part])
+                d_offset[part] = dy[part].sum(axes, keepdim=True)
+                d_scale[part] = (dy[part] * centred).sum(axes, keepdim=True)
+        else:
+            d_offset += dy
+
+        wanted = [*moments, *(leaf for leaf in leaves if leaf is not None and leaf.requires_grad)]
+        found = torch.autograd.grad((scale, offset), wanted, (d_scale, d_offset), retain_graph=True, allow_unused=True)
+        d_mean, d_var, *rest = found
+        gradients = iter(rest)
+        d_leaves = [next(gradients) if leaf is not None and leaf.requires_grad else None for leaf in leaves]
+        if not ctx.needs_input_grad[0]:
+            return None, None, *d_leaves
+
+        d_mean = torch.zeros_like(pivot) if d_mean is None else d_mean
+        if not axes:
+            return (d_mean + scale.detach() * dy).to(x.dtype), None, *d_leaves
+        # dx = scale·dy + d_mean/count + 2·d_var·(x - mean)/count, with x - mean split into (x - K) and (K - mean)
         count = x.shape[2:].numel()
-        # dx = (d_mean + 2 (x - mean) d_var) / count, split about the mean as the working dtype has it.
-        working = wide(x).dtype
-        gradient: Tensor | None = None
-        if d_var is not None and x.dim() > 2:
-            near = mean.to(working)
-            slope = d_var * (2 / count)
-            gradient = (wide(x) - near).mul_(slope.to(working))
-            level = (near.double() - mean) * slope
-            level = level if d_mean is None else level + d_mean / count
-            gradient.add_(level.to(working))
-        elif d_mean is not None:
-            gradient = (d_mean / count).to(working).expand_as(x)
-        return None if gradient is None else gradient.to(x.dtype)
+        slope = torch.zeros_like(pivot) if d_var is None else d_var * (2 / count)
+        level = d_mean / count + (pivot - moments[0].detach()) * slope
+        scale, slope, level = (part.detach().to(values.dtype) for part in (scale, slope, level))
+        for part in _blocks(values):
+            dx[part].mul_(slope[part]).add_(level[part]).add_(dy[part] * scale[part])
+        return dx.to(x.dtype), None, *d_leaves
 
 
-class _Affine(torch.autograd.Function):
-    """``centred * scale + offset``, written over ``centred`` = x - pivot, which backward computes again."""
+def _plainly(x: Tensor, mix: Mix, *parameters: Tensor | None) -> Tensor:
+    values = wide(x)
+    axes = list(range(2, x.dim()))
+    if not axes:
+        mean, scale, shift = mix(values, torch.zeros_like(values), *parameters)
+        return ((values - mean) * scale + shift).to(x.dtype)
+    own_mean = values.mean(axes, keepdim=True)
+    centred = values - own_mean
+    mean, scale, shift = mix(own_mean, square(centred).mean(axes, keepdim=True), *parameters)
+    return (centred * scale + ((own_mean - mean) * scale + shift)).to(x.dtype)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, centred: Tensor, pivot: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-        ctx.save_for_backward(x, pivot, scale)
-        y = centred.mul_(scale.to(centred.dtype)).add_(offset.to(centred.dtype))
-        if y.dtype != x.dtype:
-            return y.to(x.dtype)
-        ctx.mark_dirty(centred)
-        return y
 
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None]:
-        x, pivot, scale = ctx.saved_tensors
-        working, axes = wide(x).dtype, list(range(2, x.dim()))
-        dy = wide(dy)
-        d_scale = d_offset = dx = None
-        if ctx.needs_input_grad[4]:
-            d_offset = _total(dy, axes)
-        if ctx.needs_input_grad[3]:
-            product = (wide(x) - pivot.to(working)).mul_(dy)
-            d_scale = _total(product, axes)
-            if ctx.needs_input_grad[0]:
-                dx = torch.mul(dy, scale.to(working), out=product)
-        elif ctx.needs_input_grad[0]:
-            dx = dy * scale.to(working)
-        return None if dx is None else dx.to(x.dtype), None, None, d_scale, d_offset
+def _blocks(x: Tensor) -> Iterator[slice]:
+    """Yield slices along the batch of about `BLOCK` values each; on an accelerator the whole batch at once."""
+    samples = max(1, BLOCK // max(1, x.shape[1:].numel())) if x.device.type == "cpu" else max(1, len(x))
+    for start in range(0, len(x), samples):
+        yield slice(start, start + samples)
 
 
 def _mean_of_squares(x: Tensor, axes: list[int]) -> Tensor:
-    if x.is_contiguous():  # the norm's kernel is fast along the last axes alone, and needs no second array
-        count = x.shape[2:].numel()
-        return square(torch.linalg.vector_norm(x, 2, axes, keepdim=True).double()) / count
-    return square(x).mean(axes, keepdim=True).double()
-
-
-def _total(x: Tensor, axes: list[int]) -> Tensor:
-    """Return the sum over ``axes`` in float64, never a view of ``x``."""
-    return x.sum(axes, keepdim=True).double() if axes else x.to(torch.float64, copy=True)
+    if x.is_contiguous():  # this kernel is fast along the last axes alone, and needs no second array
+        return square(torch.linalg.vector_norm(x, 2, axes, keepdim=True)) / x.shape[2:].numel()
+    return square(x).mean(axes, keepdim=True)
 
 
 def _plain() -> bool:

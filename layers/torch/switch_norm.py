@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .norm import RunningNorm
-from .statistics import Centred, per_channel, square, wide
+from .statistics import normalize, per_channel, square, wide
 
 BatchStatistics = Literal["moving", "frozen", "none"]
 
@@ -65,13 +65,17 @@ class _SwitchNorm(RunningNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x`` of shape (N, C, ...)."""
         self._check(x)
-        centred = Centred(x)
-        mean, var = centred.mean, centred.var
+        return normalize(x, self._mix, self.weight, self.bias, self.mean_weight, self.var_weight)
+
+    def _mix(
+        self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, *gate_logits: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | float]:
+        """Return mean, scale and shift from the instance statistics (N, C, 1, ...)."""
         layer_mean = mean.mean(1, keepdim=True)
         # A sum of two non-negative terms, never E[x²] - E[x]².
         layer_var = (var + square(mean - layer_mean)).mean(1, keepdim=True)
-        own = (mean, var) if x.dim() > 2 else (layer_mean, layer_var)
-        mean_gates, var_gates = self.gates()
+        own = (mean, var) if mean.dim() > 2 else (layer_mean, layer_var)
+        mean_gates, var_gates = (wide(logits).softmax(0) for logits in gate_logits)
         mixed_mean = mean_gates[0] * own[0] + mean_gates[1] * layer_mean
         mixed_var = var_gates[0] * own[1] + var_gates[1] * layer_var
         # What is constant at inference is added up apart from what is not, so that an exporter can fold it.
@@ -81,10 +85,9 @@ class _SwitchNorm(RunningNorm):
             batch_mean, batch_var = self._batch_statistics(mean, var)
             mixed_mean = mixed_mean + mean_gates[2] * batch_mean
             mixed_var = mixed_var + (var_gates[2] * batch_var + self.eps)
-
-        gamma = 1.0 if self.weight is None else per_channel(wide(self.weight), x)
-        beta = 0.0 if self.bias is None else per_channel(wide(self.bias), x)
-        return centred.normalize(mixed_mean, gamma / mixed_var.sqrt(), beta)
+        gamma = 1.0 if weight is None else per_channel(wide(weight), mean)
+        beta = 0.0 if bias is None else per_channel(wide(bias), mean)
+        return mixed_mean, gamma / mixed_var.sqrt(), beta
 
     def _batch_statistics(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         if not self.training or self.batch_statistics == "frozen":
