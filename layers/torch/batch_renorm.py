@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .norm import RunningNorm
+from .norm import RunningNorm, move
 from .statistics import normalize, per_channel, square, wide
 
 
@@ -41,11 +41,19 @@ class _BatchRenorm(RunningNorm):
         affine: bool = True,
         r_max: float = 3.0,
         d_max: float = 5.0,
+        zero_init: bool = False,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__(
-            num_features, eps=eps, momentum=momentum, affine=affine, track=True, device=device, dtype=dtype
+            num_features,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            zero_init=zero_init,
+            track=True,
+            device=device,
+            dtype=dtype,
         )
         self.register_buffer("r_max", torch.tensor(1.0, device=device))
         self.register_buffer("d_max", torch.tensor(0.0, device=device))
@@ -87,10 +95,10 @@ class _BatchRenorm(RunningNorm):
             running_sigma = (running_var.to(sigma.dtype) + self.eps).sqrt()
             r = torch.minimum((sigma / running_sigma).maximum(1 / self.r_max), self.r_max)
             d = torch.minimum(((batch_mean - running_mean) / running_sigma).maximum(-self.d_max), self.d_max)
-            momentum = self._next_momentum()
-            running_sigma = running_sigma.lerp(sigma, momentum)
-            self.running_mean.lerp_(batch_mean.flatten().to(self.running_mean.dtype), momentum)
-            self.running_var.copy_((square(running_sigma) - self.eps).clamp_(min=0).flatten())
+            momentum = self._count_batch()
+            move(self.running_mean, batch_mean, momentum)
+            averaged = running_sigma + momentum * (sigma - running_sigma)
+            self.running_var.copy_((square(averaged) - self.eps).clamp_(min=0).flatten())
         gamma = 1.0 if weight is None else per_channel(wide(weight), mean)
         beta = 0.0 if bias is None else per_channel(wide(bias), mean)
         return batch_mean, gamma * r / sigma, gamma * d + beta

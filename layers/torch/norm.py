@@ -26,6 +26,7 @@ class RunningNorm(nn.Module):
         eps: float,
         momentum: float | None,
         affine: bool,
+        zero_init: bool,
         track: bool,
         device: Any,
         dtype: Any,
@@ -33,6 +34,8 @@ class RunningNorm(nn.Module):
         super().__init__()
         if num_features < 1:
             raise ValueError(f"expected `num_features` of at least 1, received num_features={num_features}")
+        if momentum is not None and not 0 <= momentum <= 1:
+            raise ValueError(f"expected `momentum` from 0 to 1 or None, received momentum={momentum}")
         if not eps > 0:
             raise ValueError(f"expected `eps` above 0, received eps={eps}")
         self.num_features = num_features
@@ -40,7 +43,7 @@ class RunningNorm(nn.Module):
         self.momentum = momentum
         factory = {"device": device, "dtype": dtype}
         if affine:
-            self.weight = nn.Parameter(torch.ones(num_features, **factory))
+            self.weight = nn.Parameter(torch.full((num_features,), 0.0 if zero_init else 1.0, **factory))
             self.bias = nn.Parameter(torch.zeros(num_features, **factory))
         else:
             self.register_parameter("weight", None)
@@ -62,8 +65,15 @@ class RunningNorm(nn.Module):
             raise ValueError(f"expected {self.num_features} channels, received shape={tuple(x.shape)}")
         if not x.is_floating_point():
             raise TypeError(f"expected a floating-point input, received dtype={x.dtype}")
+        if x.numel() == 0:
+            raise ValueError(f"expected at least one value, received shape={tuple(x.shape)}")
 
-    def _next_momentum(self) -> float:
+    def _count_batch(self) -> float | Tensor:
         """Count one batch and return the weight of its statistics: ``momentum``, or 1/n for a cumulative average."""
         self.num_batches_tracked.add_(1)
-        return 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+        return 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+
+
+def move(running: Tensor, value: Tensor, weight: float | Tensor) -> None:
+    """Move a running statistic (C,) towards a batch's value in place."""
+    running.add_(weight * (value.flatten() - running))

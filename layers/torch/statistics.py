@@ -12,12 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 Mix = Callable[..., tuple[Tensor, Tensor, Tensor | float]]
 
 BLOCK = 1 << 18
 """Values worked on at a time: a megabyte in float32, which a second-level cache holds."""
+
+FAR = 32.0
+"""A mean this many deviations from zero costs the row kernel too many digits: 32 roundings of 6e-8."""
+
+TINY = 1e-12
+"""What keeps the row kernel's variance from 0; it is taken off again."""
 
 
 def normalize(x: Tensor, mix: Mix, *parameters: Tensor | None) -> Tensor:
@@ -49,30 +54,15 @@ def square(x: Tensor) -> Tensor:
 
 
 class _Normalize(torch.autograd.Function):
-    """The eager passes. The pivot K is the mean as float32 has it, and what is left of the mean corrects it.
+    """The eager passes: into z = (x - pivot)·unit with its moments, then z·scale/unit + offset in place.
 
-    Nothing large is subtracted from something large: var = mean((x-K)²) - (mean(x)-K)² with mean(x)-K next to nothing,
-    and the output is (x-K)·scale + offset.
+    ``pivot`` and ``unit`` are those of the way the moments were taken; see `_moments`.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mix: Mix, *parameters: Tensor | None) -> Tensor:
         values = wide(x)
-        axes = list(range(2, x.dim()))
-        if not axes:  # K = x, and nothing of the size of the data is left
-            pivot, y = values.double(), torch.zeros_like(values)
-            mean, var = pivot.clone(), torch.zeros_like(pivot)
-        else:
-            y = torch.empty_like(values)
-            pivot = values.mean(axes, keepdim=True)
-            rest, power = torch.empty_like(pivot), torch.empty_like(pivot)
-            for part in _blocks(values):
-                centred = torch.sub(values[part], pivot[part], out=y[part])
-                rest[part] = centred.mean(axes, keepdim=True)
-                power[part] = _mean_of_squares(centred, axes)
-            pivot, rest = pivot.double(), rest.double()
-            mean, var = pivot + rest, (power.double() - square(rest)).clamp_(min=0)
-
+        z, pivot, unit, mean, var = _moments(values)
         needs = any(ctx.needs_input_grad)
         with torch.set_grad_enabled(needs):
             leaves = [None if p is None else p.detach().requires_grad_(p.requires_grad) for p in parameters]
@@ -82,51 +72,109 @@ class _Normalize(torch.autograd.Function):
             scale, offset = scale.expand_as(pivot), offset.expand_as(pivot)
         if needs:
             ctx.save_for_backward(x)
-            ctx.small = pivot, moments, leaves, scale, offset
-        if not axes:
-            y = offset.detach().to(values.dtype)
-        else:
-            narrow_scale, narrow_offset = (part.detach().to(values.dtype) for part in (scale, offset))
-            for part in _blocks(values):
-                y[part].mul_(narrow_scale[part]).add_(narrow_offset[part])
-        return y.to(x.dtype)
+            ctx.small = pivot, unit, moments, leaves, scale, offset
+        if x.dim() == 2:
+            return offset.detach().to(x.dtype)
+        factor, addend = (scale.detach() / unit).to(z.dtype), offset.detach().to(z.dtype)
+        for part in _blocks(z):
+            z[part].mul_(factor[part]).add_(addend[part])
+        return z.to(x.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "expected create_graph=False, received create_graph=True: this layer's backward is not differentiable "
+                "itself; use torch.func, or torch.compile, which differentiate its plain operations"
+            )
         (x,) = ctx.saved_tensors
-        pivot, moments, leaves, scale, offset = ctx.small
-        values, dy, axes = wide(x), wide(dy), list(range(2, x.dim()))
-        dx = torch.empty_like(values)
-        d_offset, d_scale = torch.zeros_like(pivot), torch.zeros_like(pivot)
-        if axes:
-            near = pivot.to(values.dtype)
-            for part in _blocks(values):
-                centred = torch.sub(values[part], near[part], out=dx[part])
-                d_offset[part] = dy[part].sum(axes, keepdim=True)
-                d_scale[part] = (dy[part] * centred).sum(axes, keepdim=True)
-        else:
-            d_offset += dy
+        pivot, unit, moments, leaves, scale, offset = ctx.small
+        values, dy = wide(x), wide(dy)
+        d_scale, d_offset = _products(dy, values, pivot, unit)
 
         wanted = [*moments, *(leaf for leaf in leaves if leaf is not None and leaf.requires_grad)]
-        found = torch.autograd.grad((scale, offset), wanted, (d_scale, d_offset), retain_graph=True, allow_unused=True)
-        d_mean, d_var, *rest = found
+        d_mean, d_var, *rest = torch.autograd.grad(
+            (scale, offset), wanted, (d_scale, d_offset), retain_graph=True, allow_unused=True
+        )
         gradients = iter(rest)
         d_leaves = [next(gradients) if leaf is not None and leaf.requires_grad else None for leaf in leaves]
         if not ctx.needs_input_grad[0]:
             return None, None, *d_leaves
 
-        d_mean = torch.zeros_like(pivot) if d_mean is None else d_mean
-        if not axes:
-            return (d_mean + scale.detach() * dy).to(x.dtype), None, *d_leaves
-        # dx = scale·dy + d_mean/count + 2·d_var·(x - mean)/count, with x - mean split into (x - K) and (K - mean)
+        scale, d_mean = scale.detach(), torch.zeros_like(pivot) if d_mean is None else d_mean
+        if x.dim() == 2:
+            return (d_mean + scale * dy).to(x.dtype), None, *d_leaves
+        # dx = scale·dy + d_mean/count + 2·d_var·(x - mean)/count, with x - mean split into (x - pivot) + (pivot - mean)
         count = x.shape[2:].numel()
         slope = torch.zeros_like(pivot) if d_var is None else d_var * (2 / count)
         level = d_mean / count + (pivot - moments[0].detach()) * slope
-        scale, slope, level = (part.detach().to(values.dtype) for part in (scale, slope, level))
-        for part in _blocks(values):
-            dx[part].mul_(slope[part]).add_(level[part]).add_(dy[part] * scale[part])
-        return dx.to(x.dtype), None, *d_leaves
+        return _combine(dy, values, pivot, scale, slope, level).to(x.dtype), None, *d_leaves
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return z = (x - pivot)·unit, then pivot, unit, mean and biased variance of (N, C, 1, ...) in float64.
+
+    The native kernel that normalizes rows does it in one pass, as x·rstd - mean·rstd, and its moments are as good as
+    its result while the mean is not far above the deviation. Else the pivot is the mean as the working dtype has it,
+    the mean of what is left corrects it, and the variance is that of the difference.
+    """
+    axes = list(range(2, x.dim()))
+    if not axes:  # each value is its own pivot, and nothing of the size of the data is left
+        pivot = x.double()
+        return x, pivot, torch.ones_like(pivot), pivot.clone(), torch.zeros_like(pivot)
+    small = (*x.shape[:2], *[1] * len(axes))
+    if _rowwise(x):
+        rows, count = small[0] * small[1], x.shape[2:].numel()
+        z, mean, rstd = torch.native_group_norm(x.view(1, rows, count), None, None, 1, rows, count, rows, TINY)
+        if bool((mean * rstd).abs().max() <= FAR):
+            mean, rstd = mean.double().view(small), rstd.double().view(small)
+            return z.view_as(x), mean, rstd, mean.clone(), (1 / square(rstd) - TINY).clamp_(min=0)
+    z, pivot = torch.empty_like(x), x.mean(axes, keepdim=True)
+    rest, power = torch.empty_like(pivot), torch.empty_like(pivot)
+    for part in _blocks(x):
+        centred = torch.sub(x[part], pivot[part], out=z[part])
+        rest[part] = centred.mean(axes, keepdim=True)
+        power[part] = square(centred).mean(axes, keepdim=True)
+    pivot, rest = pivot.double(), rest.double()
+    return z, pivot, torch.ones_like(pivot), pivot + rest, (power.double() - square(rest)).clamp_(min=0)
+
+
+def _products(dy: Tensor, x: Tensor, pivot: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums of dy·(x - pivot) and of dy per sample and channel, in float64."""
+    axes = list(range(2, x.dim()))
+    if not axes:
+        return torch.zeros_like(pivot), dy.double()
+    if _rowwise(x) and bool((pivot * unit).abs().max() <= FAR):
+        rows, count = pivot.numel(), x.shape[2:].numel()
+        ones = torch.ones(rows, dtype=x.dtype)
+        _, products, sums = torch.ops.aten.native_group_norm_backward(
+            dy.contiguous().view(1, rows, count),
+            x.view(1, rows, count),
+            pivot.to(x.dtype).view(1, rows),
+            ones.view(1, rows),
+            ones,
+            1,
+            rows,
+            count,
+            rows,
+            [False, True, True],
+        )
+        return products.double().view_as(pivot), sums.double().view_as(pivot)
+    products, sums, near = torch.empty_like(pivot), torch.empty_like(pivot), pivot.to(x.dtype)
+    for part in _blocks(x):
+        products[part] = (x[part] - near[part]).mul_(dy[part]).sum(axes, keepdim=True)
+        sums[part] = dy[part].sum(axes, keepdim=True)
+    return products, sums
+
+
+def _combine(dy: Tensor, x: Tensor, pivot: Tensor, scale: Tensor, slope: Tensor, level: Tensor) -> Tensor:
+    """Return scale·dy + slope·(x - pivot) + level."""
+    result = torch.empty_like(x)
+    scale, slope, level, pivot = (part.to(x.dtype) for part in (scale, slope, level, pivot))
+    for part in _blocks(x):
+        torch.sub(x[part], pivot[part], out=result[part]).mul_(slope[part]).add_(level[part])
+        result[part].add_(dy[part] * scale[part])
+    return result
 
 
 def _plainly(x: Tensor, mix: Mix, *parameters: Tensor | None) -> Tensor:
@@ -148,10 +196,9 @@ def _blocks(x: Tensor) -> Iterator[slice]:
         yield slice(start, start + samples)
 
 
-def _mean_of_squares(x: Tensor, axes: list[int]) -> Tensor:
-    if x.is_contiguous():  # this kernel is fast along the last axes alone, and needs no second array
-        return square(torch.linalg.vector_norm(x, 2, axes, keepdim=True)) / x.shape[2:].numel()
-    return square(x).mean(axes, keepdim=True)
+def _rowwise(x: Tensor) -> bool:
+    """Whether the native kernel's rows are the samples' channels."""
+    return x.device.type == "cpu" and x.is_contiguous()
 
 
 def _plain() -> bool:

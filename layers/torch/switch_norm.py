@@ -3,12 +3,16 @@
 from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .norm import RunningNorm
+from .norm import RunningNorm, move
 from .statistics import normalize, per_channel, square, wide
 
 BatchStatistics = Literal["moving", "frozen", "none"]
+
+CLOSED = -120.0
+"""A logit that beside 0 gives a gate of exactly 0 in float32."""
 
 
 class _SwitchNorm(RunningNorm):
@@ -27,6 +31,9 @@ class _SwitchNorm(RunningNorm):
     inference. ``"frozen"`` takes the running ones always and never updates them: no sample sees another.
     ``"none"`` has two gates, instance and layer, and no running statistics.
 
+    ``zero_init`` starts γ at 0, for the last norm of a residual branch. The attribute ``temperature`` (1.0) divides the
+    logits before the softmax; 0 takes the largest gate alone. `harden` does so for good.
+
     Statistics are computed in float32 for narrower inputs; output has the input's dtype and shape.
 
     Raises `ValueError` for a wrong rank or channel count, `TypeError` for a dtype that is not floating-point.
@@ -41,6 +48,7 @@ class _SwitchNorm(RunningNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         batch_statistics: BatchStatistics = "moving",
+        zero_init: bool = False,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -51,16 +59,37 @@ class _SwitchNorm(RunningNorm):
             )
         track = batch_statistics != "none"
         super().__init__(
-            num_features, eps=eps, momentum=momentum, affine=affine, track=track, device=device, dtype=dtype
+            num_features,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            zero_init=zero_init,
+            track=track,
+            device=device,
+            dtype=dtype,
         )
         self.batch_statistics = batch_statistics
+        self.temperature = 1.0
         gates = 3 if track else 2
         self.mean_weight = nn.Parameter(torch.ones(gates, device=device, dtype=dtype))
         self.var_weight = nn.Parameter(torch.ones(gates, device=device, dtype=dtype))
 
     def gates(self) -> tuple[Tensor, Tensor]:
-        """Return the softmaxed gates of the mean and of the variance, in the order instance, layer, batch."""
-        return wide(self.mean_weight).softmax(0), wide(self.var_weight).softmax(0)
+        """Return the gates of the mean and of the variance, in the order instance, layer, batch."""
+        return self._gates(self.mean_weight), self._gates(self.var_weight)
+
+    def _gates(self, logits: Tensor) -> Tensor:
+        logits = wide(logits)
+        if self.temperature == 0:
+            return F.one_hot(logits.argmax(), logits.numel()).to(logits.dtype)
+        return (logits / self.temperature).softmax(0)
+
+    def harden(self) -> None:
+        """Give each mix to its largest gate for good: that gate becomes 1 and the others 0, which export can fold."""
+        with torch.no_grad():
+            for logits in (self.mean_weight, self.var_weight):
+                taken = F.one_hot(logits.argmax(), logits.numel())
+                logits.copy_((1 - taken) * CLOSED)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x`` of shape (N, C, ...)."""
@@ -75,7 +104,7 @@ class _SwitchNorm(RunningNorm):
         # A sum of two non-negative terms, never E[x²] - E[x]².
         layer_var = (var + square(mean - layer_mean)).mean(1, keepdim=True)
         own = (mean, var) if mean.dim() > 2 else (layer_mean, layer_var)
-        mean_gates, var_gates = (wide(logits).softmax(0) for logits in gate_logits)
+        mean_gates, var_gates = map(self._gates, gate_logits)
         mixed_mean = mean_gates[0] * own[0] + mean_gates[1] * layer_mean
         mixed_var = var_gates[0] * own[1] + var_gates[1] * layer_var
         # What is constant at inference is added up apart from what is not, so that an exporter can fold it.
@@ -95,9 +124,9 @@ class _SwitchNorm(RunningNorm):
         batch_mean = mean.mean(0, keepdim=True)
         batch_var = (var + square(mean - batch_mean)).mean(0, keepdim=True)
         with torch.no_grad():
-            momentum = self._next_momentum()
-            self.running_mean.lerp_(batch_mean.flatten().to(self.running_mean.dtype), momentum)
-            self.running_var.lerp_(batch_var.flatten().to(self.running_var.dtype), momentum)
+            momentum = self._count_batch()
+            move(self.running_mean, batch_mean, momentum)
+            move(self.running_var, batch_var, momentum)
         return batch_mean, batch_var
 
     def extra_repr(self) -> str:

@@ -23,6 +23,15 @@ def trained_(model, seed=0):
     return model.eval()
 
 
+def filled(cls, channels, **options):
+    """A layer whose parameters and running statistics are not the initial ones."""
+    layer = cls(channels, **options)
+    generator = torch.Generator().manual_seed(3)
+    for tensor in (*layer.parameters(), *(b for n, b in layer.named_buffers() if n.startswith("running"))):
+        tensor.data.uniform_(0.3, 1.5, generator=generator)
+    return layer
+
+
 class Residual(nn.Module):
     """A network with a branch, so that call order and nesting matter."""
 

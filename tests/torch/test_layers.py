@@ -8,11 +8,10 @@ import re
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import nn
 
 from normswap.layers import torch as layers
+
+from .conftest import filled
 
 SHAPES = {
     "1d rank 2": (1, (6, 5)),
@@ -25,15 +24,6 @@ CASES = [
     for label, (dimensions, shape) in SHAPES.items()
     for name in ("SwitchNorm", "BatchRenorm")
 ]
-
-
-def filled(cls, channels, **options):
-    """A layer whose parameters and running statistics are not the initial ones."""
-    layer = cls(channels, **options)
-    generator = torch.Generator().manual_seed(3)
-    for tensor in (*layer.parameters(), *(b for n, b in layer.named_buffers() if n.startswith("running"))):
-        tensor.data.uniform_(0.3, 1.5, generator=generator)
-    return layer
 
 
 def switch_norm(x, layer, training):
@@ -201,125 +191,77 @@ class TestConformance:
             layer(torch.zeros(wrong))
         with pytest.raises(TypeError, match=r"^expected a floating-point input, received dtype=torch.int64$"):
             layer(torch.zeros(shape, dtype=torch.long))
+        empty = (0, *shape[1:])
+        with pytest.raises(ValueError, match=f"^expected at least one value, received shape={re.escape(str(empty))}$"):
+            layer(torch.zeros(empty))
+        with pytest.raises(ValueError, match=r"^expected `momentum` from 0 to 1 or None, received momentum=2$"):
+            cls(shape[1], momentum=2)
 
+    def test_compiles_and_exports(self, cls, shape):
+        """torch.compile takes the whole layer as one graph, torch.export as plain operations; both compute the same."""
+        layer, x = filled(cls, shape[1], momentum=None), torch.randn(shape)
+        compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager")
+        plain = copy.deepcopy(layer)
+        exported = torch.export.export(copy.deepcopy(layer), (x,)).module()
+        expected = layer(x)
 
-class TestSwitchNorm:
-    @pytest.mark.parametrize(
-        ("gate", "native"),
-        [
-            (0, nn.InstanceNorm2d(5)),
-            (1, nn.GroupNorm(1, 5)),
-            (2, nn.BatchNorm2d(5)),
-        ],
-    )
-    def test_one_hot_gates_are_the_native_layers(self, gate, native):
-        """A gate that takes all makes it InstanceNorm, LayerNorm over (C, H, W) or BatchNorm."""
-        layer = layers.SwitchNorm2d(5)
-        with torch.no_grad():
-            for weights in (layer.mean_weight, layer.var_weight):
-                weights.fill_(-200)
-                weights[gate] = 0
-        x = torch.randn(4, 5, 3, 3) * 2 + 1
+        torch.testing.assert_close(compiled(x), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(exported(x), expected, atol=1e-5, rtol=1e-5)
+        gradients = []
+        for each in (compiled, plain):
+            leaf = x.clone().requires_grad_()
+            each(leaf).square().sum().backward()
+            gradients.append(leaf.grad)
+        torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
 
-        torch.testing.assert_close(layer(x), native(x), atol=1e-5, rtol=1e-5)
+    def test_function_transforms(self, cls, shape):
+        """At inference torch.func gives per-sample gradients; training, which updates buffers, it refuses."""
+        layer = filled(cls, shape[1]).eval()
+        x = torch.randn(shape)
 
-    def test_frozen_statistics_keep_samples_apart(self):
-        """With batch_statistics="frozen" a sample's output and every gradient are its own, in training too."""
-        layer = filled(layers.SwitchNorm2d, 5, batch_statistics="frozen").train()
-        before = layer.running_mean.clone()
-        x = torch.randn(4, 5, 3, 3)
+        def loss(parameters, sample):
+            return torch.func.functional_call(layer, parameters, (sample[None],)).square().sum()
 
-        together, alone = layer(x), torch.cat([layer(sample[None]) for sample in x])
+        parameters = {name: p.detach() for name, p in layer.named_parameters()}
+        found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+        for index, sample in enumerate(x):
+            layer.zero_grad()
+            layer(sample[None]).square().sum().backward()
+            for name, p in layer.named_parameters():
+                torch.testing.assert_close(found[name][index], p.grad, atol=1e-3, rtol=1e-3)
+        layer.train()
+        with pytest.raises((RuntimeError, ValueError), match=r"in-place operation|more than one value per channel"):
+            torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
 
-        torch.testing.assert_close(together, alone)
-        assert torch.equal(layer.running_mean, before)
-
-    def test_no_batch_statistics(self):
-        """With batch_statistics="none" there are two gates and no running statistics."""
-        layer = layers.SwitchNorm2d(5, batch_statistics="none")
-
-        assert [gate.tolist() for gate in layer.gates()] == [[0.5, 0.5]] * 2
-        assert dict(layer.named_buffers()) == {}
-        assert torch.isfinite(layer(torch.randn(1, 5, 1, 1))).all()
-
-    @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
-    @settings(deadline=None, max_examples=30)
-    def test_tiny_inputs_are_finite(self, n, c, size):
-        """Batch 1, one channel and 1x1 maps give numbers, and gradients are numbers too."""
-        layer = layers.SwitchNorm2d(c)
-        x = torch.randn(n, c, size, size, requires_grad=True)
-        layer(x).square().sum().backward()
-
-        assert torch.isfinite(x.grad).all()
-        assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
-
-    def test_wrong_arguments(self):
-        """Constructor arguments are checked by name."""
-        with pytest.raises(ValueError, match=r"^expected `num_features` of at least 1, received num_features=0$"):
-            layers.SwitchNorm2d(0)
-        with pytest.raises(ValueError, match=r"^expected `eps` above 0, received eps=0$"):
-            layers.SwitchNorm2d(3, eps=0)
-        message = "expected `batch_statistics` out of moving, frozen, none, received batch_statistics='off'"
-        with pytest.raises(ValueError, match=f"^{message}$"):
-            layers.SwitchNorm2d(3, batch_statistics="off")
-
-
-class TestBatchRenorm:
-    def test_unclipped_it_is_its_inference_function(self):
-        """With wide limits, training computes exactly what inference does: no sample sees another."""
-        layer = filled(layers.BatchRenorm2d, 5, r_max=1e6, d_max=1e6)
-        x = torch.randn(4, 5, 3, 3)
-        expected = copy.deepcopy(layer).eval()(x)
-
-        torch.testing.assert_close(layer.train()(x), expected, atol=1e-5, rtol=1e-5)
-
-    def test_closed_limits_are_batch_norm(self):
-        """r_max=1, d_max=0 is BatchNorm, output and input gradient."""
-        layer, native = filled(layers.BatchRenorm2d, 5, r_max=1, d_max=0), nn.BatchNorm2d(5)
-        native.load_state_dict({k: v for k, v in layer.state_dict().items() if k not in ("r_max", "d_max")})
-        x, y = (torch.linspace(-1, 2, 180).view(4, 5, 3, 3).sin().requires_grad_() for _ in range(2))
-        weights = torch.randn(4, 5, 3, 3)
-        (layer(x) * weights).sum().backward()
-        (native(y) * weights).sum().backward()
-
-        torch.testing.assert_close(x.grad, y.grad)
-
-    def test_the_running_average_is_of_sigma(self):
-        """As in the paper σ is averaged, eps inside, and running_var holds σ² - ε."""
-        layer = layers.BatchRenorm2d(1, momentum=0.25, eps=0.5)
-        x = torch.tensor([0.0, 2.0]).view(2, 1, 1, 1)
-        layer(x)
-
-        sigma = 0.75 * (1 + 0.5) ** 0.5 + 0.25 * (1 + 0.5) ** 0.5
-        torch.testing.assert_close(layer.running_var, torch.tensor([sigma**2 - 0.5]))
-        torch.testing.assert_close(layer.running_mean, torch.tensor([0.25]))
-
-    def test_limits_are_saved(self):
-        """A schedule's state comes back with the weights."""
-        layer = layers.BatchRenorm2d(3)
-        layer.set_limits(1.5, 0.25)
-        other = layers.BatchRenorm2d(3)
-        other.load_state_dict(layer.state_dict())
-
-        assert (float(other.r_max), float(other.d_max)) == (1.5, 0.25)
-
-    def test_a_single_value_has_no_variance(self):
-        """Training on one value per channel is refused with the way out."""
+    def test_second_derivatives_are_refused(self, cls, shape):
+        """Asking for a graph of the backward is an error, never a silently missing term."""
+        layer = filled(cls, shape[1]).train()
+        x = torch.randn(shape, requires_grad=True)
         message = (
-            "expected more than one value per channel in training, received shape=(1, 3, 1, 1); "
-            "use a larger batch, or eval()"
+            "expected create_graph=False, received create_graph=True: this layer's backward is not differentiable "
+            "itself; use torch.func, or torch.compile, which differentiate its plain operations"
         )
-        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-            layers.BatchRenorm2d(3)(torch.zeros(1, 3, 1, 1))
+        with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+            torch.autograd.grad(layer(x).sum(), x, create_graph=True)
 
-    @pytest.mark.parametrize(
-        ("limits", "message"),
-        [
-            ((0.5, 0), "expected `r_max` of at least 1, received r_max=0.5"),
-            ((1, -1), "expected `d_max` of at least 0, received d_max=-1"),
-        ],
-    )
-    def test_wrong_limits(self, limits, message):
-        """Limits that would turn the correction round are refused."""
-        with pytest.raises(ValueError, match=f"^{message}$"):
-            layers.BatchRenorm2d(3).set_limits(*limits)
+    def test_keeps_the_input_alone(self, cls, shape):
+        """Nothing of the input's size is kept for backward but the input itself."""
+        if len(shape) == 2:
+            return  # all of the layer's arrays have the size of (N, C)
+        layer, x = filled(cls, shape[1]).train(), torch.randn(8, shape[1], *shape[2:]).requires_grad_()
+        kept = {}
+
+        def pack(tensor):
+            kept[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            layer(x)
+
+        assert [size for size in kept.values() if size >= x.numel()] in ([x.numel()], [])
+
+    def test_zero_init(self, cls, shape):
+        """zero_init starts γ at 0: a residual branch that ends in it begins closed."""
+        layer = cls(shape[1], zero_init=True)
+
+        assert torch.count_nonzero(layer(torch.randn(shape))) == 0

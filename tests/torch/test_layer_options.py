@@ -1,0 +1,154 @@
+"""What each layer promises beside conformance: special cases, options, and its own refusals."""
+
+import copy
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from normswap.layers import torch as layers
+
+from .conftest import filled
+
+
+class TestSwitchNorm:
+    def test_temperature(self):
+        """A low temperature sharpens the gates, and 0 takes the largest alone."""
+        layer = layers.SwitchNorm2d(5)
+        layer.mean_weight.data = torch.tensor([0.0, 1.0, 0.5])
+        layer.temperature = 0.5
+        torch.testing.assert_close(layer.gates()[0], torch.tensor([0.0, 2.0, 1.0]).softmax(0))
+        layer.temperature = 0
+
+        assert layer.gates()[0].tolist() == [0, 1, 0]
+
+    def test_harden(self):
+        """harden() makes the largest gate 1 for good, ties broken towards the first."""
+        layer = layers.SwitchNorm2d(5)
+        layer.mean_weight.data = torch.tensor([0.0, 1.0, 0.5])
+        layer.harden()
+
+        assert [gates.tolist() for gates in layer.gates()] == [[0, 1, 0], [1, 0, 0]]
+
+    @pytest.mark.parametrize(
+        ("gate", "native"),
+        [
+            (0, nn.InstanceNorm2d(5)),
+            (1, nn.GroupNorm(1, 5)),
+            (2, nn.BatchNorm2d(5)),
+        ],
+    )
+    def test_one_hot_gates_are_the_native_layers(self, gate, native):
+        """A gate that takes all makes it InstanceNorm, LayerNorm over (C, H, W) or BatchNorm."""
+        layer = layers.SwitchNorm2d(5)
+        with torch.no_grad():
+            for weights in (layer.mean_weight, layer.var_weight):
+                weights.fill_(-200)
+                weights[gate] = 0
+        x = torch.randn(4, 5, 3, 3) * 2 + 1
+
+        torch.testing.assert_close(layer(x), native(x), atol=1e-5, rtol=1e-5)
+
+    def test_frozen_statistics_keep_samples_apart(self):
+        """With batch_statistics="frozen" a sample's output and every gradient are its own, in training too."""
+        layer = filled(layers.SwitchNorm2d, 5, batch_statistics="frozen").train()
+        before = layer.running_mean.clone()
+        x = torch.randn(4, 5, 3, 3)
+
+        together, alone = layer(x), torch.cat([layer(sample[None]) for sample in x])
+
+        torch.testing.assert_close(together, alone)
+        assert torch.equal(layer.running_mean, before)
+
+    def test_no_batch_statistics(self):
+        """With batch_statistics="none" there are two gates and no running statistics."""
+        layer = layers.SwitchNorm2d(5, batch_statistics="none")
+
+        assert [gate.tolist() for gate in layer.gates()] == [[0.5, 0.5]] * 2
+        assert dict(layer.named_buffers()) == {}
+        assert torch.isfinite(layer(torch.randn(1, 5, 1, 1))).all()
+
+    @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
+    @settings(deadline=None, max_examples=30)
+    def test_tiny_inputs_are_finite(self, n, c, size):
+        """Batch 1, one channel and 1x1 maps give numbers, and gradients are numbers too."""
+        layer = layers.SwitchNorm2d(c)
+        x = torch.randn(n, c, size, size, requires_grad=True)
+        layer(x).square().sum().backward()
+
+        assert torch.isfinite(x.grad).all()
+        assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
+
+    def test_wrong_arguments(self):
+        """Constructor arguments are checked by name."""
+        with pytest.raises(ValueError, match=r"^expected `num_features` of at least 1, received num_features=0$"):
+            layers.SwitchNorm2d(0)
+        with pytest.raises(ValueError, match=r"^expected `eps` above 0, received eps=0$"):
+            layers.SwitchNorm2d(3, eps=0)
+        message = "expected `batch_statistics` out of moving, frozen, none, received batch_statistics='off'"
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            layers.SwitchNorm2d(3, batch_statistics="off")
+
+
+class TestBatchRenorm:
+    def test_unclipped_it_is_its_inference_function(self):
+        """With wide limits, training computes exactly what inference does: no sample sees another."""
+        layer = filled(layers.BatchRenorm2d, 5, r_max=1e6, d_max=1e6)
+        x = torch.randn(4, 5, 3, 3)
+        expected = copy.deepcopy(layer).eval()(x)
+
+        torch.testing.assert_close(layer.train()(x), expected, atol=1e-5, rtol=1e-5)
+
+    def test_closed_limits_are_batch_norm(self):
+        """r_max=1, d_max=0 is BatchNorm, output and input gradient."""
+        layer, native = filled(layers.BatchRenorm2d, 5, r_max=1, d_max=0), nn.BatchNorm2d(5)
+        native.load_state_dict({k: v for k, v in layer.state_dict().items() if k not in ("r_max", "d_max")})
+        x, y = (torch.linspace(-1, 2, 180).view(4, 5, 3, 3).sin().requires_grad_() for _ in range(2))
+        weights = torch.randn(4, 5, 3, 3)
+        (layer(x) * weights).sum().backward()
+        (native(y) * weights).sum().backward()
+
+        torch.testing.assert_close(x.grad, y.grad)
+
+    def test_the_running_average_is_of_sigma(self):
+        """As in the paper σ is averaged, eps inside, and running_var holds σ² - ε."""
+        layer = layers.BatchRenorm2d(1, momentum=0.25, eps=0.5)
+        x = torch.tensor([0.0, 2.0]).view(2, 1, 1, 1)
+        layer(x)
+
+        sigma = 0.75 * (1 + 0.5) ** 0.5 + 0.25 * (1 + 0.5) ** 0.5
+        torch.testing.assert_close(layer.running_var, torch.tensor([sigma**2 - 0.5]))
+        torch.testing.assert_close(layer.running_mean, torch.tensor([0.25]))
+
+    def test_limits_are_saved(self):
+        """A schedule's state comes back with the weights."""
+        layer = layers.BatchRenorm2d(3)
+        layer.set_limits(1.5, 0.25)
+        other = layers.BatchRenorm2d(3)
+        other.load_state_dict(layer.state_dict())
+
+        assert (float(other.r_max), float(other.d_max)) == (1.5, 0.25)
+
+    def test_a_single_value_has_no_variance(self):
+        """Training on one value per channel is refused with the way out."""
+        message = (
+            "expected more than one value per channel in training, received shape=(1, 3, 1, 1); "
+            "use a larger batch, or eval()"
+        )
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            layers.BatchRenorm2d(3)(torch.zeros(1, 3, 1, 1))
+
+    @pytest.mark.parametrize(
+        ("limits", "message"),
+        [
+            ((0.5, 0), "expected `r_max` of at least 1, received r_max=0.5"),
+            ((1, -1), "expected `d_max` of at least 0, received d_max=-1"),
+        ],
+    )
+    def test_wrong_limits(self, limits, message):
+        """Limits that would turn the correction round are refused."""
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            layers.BatchRenorm2d(3).set_limits(*limits)
