@@ -43,6 +43,7 @@ EXIT_IO = 7
 _EXTRAS = {
     "PIL": "data",
     "accelerate": "torch",
+    "h5py": "keras",
     "keras": "keras",
     "onnx": "onnx",
     "onnx_ir": "onnx",
