@@ -1,5 +1,6 @@
 """Batch Renormalization for PyTorch."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,14 +82,13 @@ class _BatchRenorm(RunningNorm):
                 "expected more than one value per channel in training, "
                 f"received shape={tuple(x.shape)}; use a larger batch, or eval()"
             )
-        return normalize(x, self._mix, self.weight, self.bias)
+        return normalize(x, partial(self._mix, x.shape[2:].numel()), self.weight, self.bias)
 
     def _mix(
-        self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None
+        self, count: int, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | float]:
         """Return mean, scale and shift from the instance statistics (N, C, 1, ...), and update the running ones."""
-        batch_mean = mean.mean(0, keepdim=True)
-        batch_var = (var + square(mean - batch_mean)).mean(0, keepdim=True)
+        batch_mean, batch_var = self._batch_moments(mean, var, count)
         sigma = (batch_var + self.eps).sqrt()
         with torch.no_grad():
             running_mean, running_var = per_channel(self.running_mean, mean), per_channel(self.running_var, mean)

@@ -3,7 +3,10 @@
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from .statistics import square
 
 
 class RunningNorm(nn.Module):
@@ -12,6 +15,9 @@ class RunningNorm(nn.Module):
     It is not a ``torch.nn.modules.batchnorm._BatchNorm``: torch, timm and Lightning convert subclasses of that
     class into SyncBatchNorm or frozen BatchNorm without a word. The buffers carry BatchNorm's names
     ``running_mean``, ``running_var`` (biased) and ``num_batches_tracked``, which distributed tools look for.
+
+    With the attribute ``sync`` the batch statistics in training are those of all processes of ``process_group`` (None:
+    the default group) together, each weighted by how many values it has, and gradients flow through them.
     """
 
     ranks: ClassVar[tuple[int, ...]]
@@ -41,6 +47,8 @@ class RunningNorm(nn.Module):
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
+        self.sync = False
+        self.process_group: Any = None
         factory = {"device": device, "dtype": dtype}
         if affine:
             self.weight = nn.Parameter(torch.full((num_features,), 0.0 if zero_init else 1.0, **factory))
@@ -68,10 +76,45 @@ class RunningNorm(nn.Module):
         if x.numel() == 0:
             raise ValueError(f"expected at least one value, received shape={tuple(x.shape)}")
 
+    def _batch_moments(self, mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Return mean and biased variance (1, C, 1, ...) of the batch, of all processes' batches if ``sync`` is set.
+
+        ``mean`` and ``var`` are those of each sample and channel, over ``count`` values.
+        """
+        if not (self.sync and dist.is_available() and dist.is_initialized()):
+            batch_mean = mean.mean(0, keepdim=True)
+            return batch_mean, (var + square(mean - batch_mean)).mean(0, keepdim=True)
+        values = mean.new_tensor([float(mean.shape[0] * count)])
+        total = self._over_processes(torch.cat([values, mean.sum(0).flatten() * count]))
+        batch_mean = (total[1:] / total[0]).view_as(mean[:1])
+        power = (var + square(mean - batch_mean)).sum(0, keepdim=True) * count
+        return batch_mean, self._over_processes(power) / total[0]
+
+    def _over_processes(self, x: Tensor) -> Tensor:
+        total: Tensor = _SumOverProcesses.apply(x, self.process_group)  # type: ignore[no-untyped-call]
+        return total
+
     def _count_batch(self) -> float | Tensor:
         """Count one batch and return the weight of its statistics: ``momentum``, or 1/n for a cumulative average."""
         self.num_batches_tracked.add_(1)
         return 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes, whose gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = x.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
 
 
 def move(running: Tensor, value: Tensor, weight: float | Tensor) -> None:

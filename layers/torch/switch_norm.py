@@ -1,5 +1,6 @@
 """Switchable Normalization for PyTorch."""
 
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -94,10 +95,11 @@ class _SwitchNorm(RunningNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x`` of shape (N, C, ...)."""
         self._check(x)
-        return normalize(x, self._mix, self.weight, self.bias, self.mean_weight, self.var_weight)
+        mix = partial(self._mix, x.shape[2:].numel())
+        return normalize(x, mix, self.weight, self.bias, self.mean_weight, self.var_weight)
 
     def _mix(
-        self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, *gate_logits: Tensor
+        self, count: int, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, *gate_logits: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | float]:
         """Return mean, scale and shift from the instance statistics (N, C, 1, ...)."""
         layer_mean = mean.mean(1, keepdim=True)
@@ -111,18 +113,17 @@ class _SwitchNorm(RunningNorm):
         if self.batch_statistics == "none":
             mixed_var = mixed_var + self.eps
         else:
-            batch_mean, batch_var = self._batch_statistics(mean, var)
+            batch_mean, batch_var = self._batch_statistics(count, mean, var)
             mixed_mean = mixed_mean + mean_gates[2] * batch_mean
             mixed_var = mixed_var + (var_gates[2] * batch_var + self.eps)
         gamma = 1.0 if weight is None else per_channel(wide(weight), mean)
         beta = 0.0 if bias is None else per_channel(wide(bias), mean)
         return mixed_mean, gamma / mixed_var.sqrt(), beta
 
-    def _batch_statistics(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    def _batch_statistics(self, count: int, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         if not self.training or self.batch_statistics == "frozen":
             return per_channel(wide(self.running_mean), mean), per_channel(wide(self.running_var), mean)
-        batch_mean = mean.mean(0, keepdim=True)
-        batch_var = (var + square(mean - batch_mean)).mean(0, keepdim=True)
+        batch_mean, batch_var = self._batch_moments(mean, var, count)
         with torch.no_grad():
             momentum = self._count_batch()
             move(self.running_mean, batch_mean, momentum)

@@ -1,0 +1,104 @@
+"""What a training loop of one's own needs at once: parameter groups, synchronized statistics, their re-estimation."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError, UnsupportedError
+from ..layers.torch.norm import RunningNorm
+from ..patchers.torch import call, inference
+
+_NORMS = (RunningNorm, nn.GroupNorm, nn.LayerNorm, nn.modules.batchnorm._NormBase)
+_GATES = ("mean_weight", "var_weight")
+
+
+def param_groups(model: nn.Module, weight_decay: float, *, gate_lr: float | None = None) -> list[dict[str, Any]]:
+    """Return optimizer parameter groups: decay on weights alone, none on norms, biases and gates.
+
+    Decay pulls gates to equal shares, and γ to a closed channel. ``gate_lr`` gives the gates a rate of their own.
+    Parameters that do not require gradients are left out.
+    """
+    gates = [p for m in model.modules() for name in _GATES if isinstance(p := getattr(m, name, None), nn.Parameter)]
+    norms = {id(p) for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters(recurse=False)}
+    known = {id(p) for p in gates}
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad and id(parameter) not in known:
+            spared = id(parameter) in norms or parameter.dim() <= 1
+            (plain if spared else decayed).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+        {"params": [p for p in gates if p.requires_grad], "weight_decay": 0.0},
+    ]
+    if gate_lr is not None:
+        groups[-1]["lr"] = gate_lr
+    return [group for group in groups if group["params"]]
+
+
+def convert_sync(model: nn.Module, *, sync: bool = True, process_group: Any = None) -> nn.Module:
+    """Let every SN and BRN take its batch statistics over all processes, or with ``sync=False`` over its own again."""
+    for module in model.modules():
+        if isinstance(module, RunningNorm):
+            module.sync, module.process_group = sync, process_group
+    return model
+
+
+def update_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Re-estimate the running statistics of every SN and BRN on ``batches``, in place of their moving averages.
+
+    Mean and variance become those of all the values a layer saw, each batch weighted by its count, while the layers
+    normalize by the batch as in training; all else runs as at inference. ``batches`` are inputs as the model takes
+    them, or pairs whose first part is. It does for these layers what `torch.optim.swa_utils.update_bn` does for
+    BatchNorm.
+
+    Raises `UnsupportedError` if the model has no such layer, `InputError` if there are no batches.
+    """
+    layers = [m for m in model.modules() if isinstance(m, RunningNorm) and "running_mean" in m._buffers]
+    layers = [m for m in layers if getattr(m, "batch_statistics", "moving") == "moving"]
+    if not layers:
+        raise UnsupportedError(
+            "expected a model with SN or BRN layers that keep moving statistics, received one without"
+        )
+    kept = [(m, m.running_mean.clone(), m.running_var.clone(), m.num_batches_tracked.clone()) for m in layers]
+    pools = {m: _Pool() for m in layers}
+    handles = [m.register_forward_pre_hook(lambda m, inputs: pools[m].add(inputs[0])) for m in layers]
+    try:
+        with inference(model):
+            for m in layers:
+                m.training = True
+            for batch in batches:
+                call(model, batch[0] if isinstance(batch, list | tuple) else batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for m, mean, var, count in kept:
+            m.running_mean.copy_(mean)
+            m.running_var.copy_(var)
+            m.num_batches_tracked.copy_(count)
+    if any(pool.count == 0 for pool in pools.values()):
+        raise InputError("expected batches that reach every layer, received none for some")
+    for m, pool in pools.items():
+        m.running_mean.copy_(pool.mean)
+        m.running_var.copy_(pool.power / pool.count)
+
+
+class _Pool:
+    """Count, mean and sum of squared deviations per channel of everything added, in float64 (Chan et al., 1979)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: Tensor = torch.zeros(())
+        self.power: Tensor = torch.zeros(())
+
+    def add(self, x: Tensor) -> None:
+        rows = x.detach().movedim(1, -1).reshape(-1, x.shape[1]).double()
+        count, mean = len(rows), rows.mean(0)
+        power, total = (rows - mean).square().sum(0), self.count + count
+        difference = mean - self.mean
+        self.power = self.power + power + difference.square() * (self.count * count / total)
+        self.mean = self.mean + difference * (count / total)
+        self.count = total

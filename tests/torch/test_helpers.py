@@ -1,0 +1,128 @@
+"""Helpers for loops of one's own, and batch statistics over two processes."""
+
+import copy
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+import normswap
+from normswap.errors import InputError, UnsupportedError
+from normswap.finetune.torch_helpers import convert_sync, param_groups, update_statistics
+from normswap.layers.torch import BatchRenorm2d, SwitchNorm2d
+
+from .conftest import filled
+
+
+class TestParamGroups:
+    def test_who_decays(self, model):
+        """Convolutions and matrices decay; norms, biases and gates do not, and gates may have their own rate."""
+        normswap.patch(model, "sn")
+        model.bn.bias.requires_grad_(False)
+        names = {id(p): name for name, p in model.named_parameters()}
+        groups = param_groups(model, 0.1, gate_lr=1e-3)
+        found = [sorted(names[id(p)] for p in group["params"]) for group in groups]
+
+        assert found[0] == ["conv.weight", "head.weight", "stem.0.weight"]
+        assert found[1] == ["bn.weight", "conv.bias", "head.bias", "stem.1.bias", "stem.1.weight"]
+        assert found[2] == ["bn.mean_weight", "bn.var_weight", "stem.1.mean_weight", "stem.1.var_weight"]
+        assert [group["weight_decay"] for group in groups] == [0.1, 0, 0]
+        assert groups[2]["lr"] == 1e-3
+        torch.optim.SGD(groups, lr=0.1)
+
+    def test_empty_groups_are_left_out(self):
+        """A model without norms has no group for gates."""
+        assert len(param_groups(nn.Linear(2, 2, bias=False), 0.1)) == 1
+
+
+class TestUpdateStatistics:
+    @pytest.mark.parametrize("target", ["sn", "brn"])
+    def test_statistics_are_those_of_all_the_data(self, model, target):
+        """Uneven batches count by their size; layers, modes and counters are otherwise as before."""
+        normswap.patch(model, target)
+        batches = [torch.randn(n, 3, 12, 12) + n for n in (5, 2)]
+        everything = torch.cat([model.stem[0](batch) for batch in batches])
+        update_statistics(model, batches)
+
+        torch.testing.assert_close(model.stem[1].running_mean, everything.mean((0, 2, 3)))
+        torch.testing.assert_close(model.stem[1].running_var, everything.var((0, 2, 3), unbiased=False))
+        assert not any(m.training for m in model.modules())
+        assert model.bn.num_batches_tracked == 0
+
+    def test_refusals(self, model):
+        """A model without such layers, and no batches at all, are refused; statistics stay."""
+        message = "expected a model with SN or BRN layers that keep moving statistics, received one without"
+        with pytest.raises(UnsupportedError, match=f"^{re.escape(message)}$"):
+            update_statistics(model, [])
+        normswap.patch(model, "sn")
+        before = model.bn.running_mean.clone()
+        with pytest.raises(InputError, match="^expected batches that reach every layer, received none for some$"):
+            update_statistics(model, [])
+
+        assert torch.equal(model.bn.running_mean, before)
+
+
+def step(layer, x, weights):
+    """One training step's output, input gradient and parameter gradients."""
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    (y * weights).sum().backward()
+    return y.detach(), x.grad, [p.grad for p in layer.parameters()]
+
+
+def work(rank, path, layers, x, weights, splits, results):
+    """One of two processes: its share of the batch through each layer."""
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    start = sum(splits[:rank])
+    part = slice(start, start + splits[rank])
+    results[rank] = []
+    found = []
+    for shared in layers:
+        layer = copy.deepcopy(shared)  # what is passed to a process shares its memory with the others
+        y, dx, gradients = step(convert_sync(layer), x[part], weights[part])
+        for gradient in gradients:
+            dist.all_reduce(gradient)
+        found.append((y, dx, gradients, layer.running_mean, layer.running_var))
+    results[rank] = found
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("splits", [(3, 3), (5, 1)])
+def test_two_processes_are_one_on_the_whole_batch(splits, tmp_path):
+    """Outputs, gradients of input, parameters and gates, and running statistics agree to 1e-10, uneven shares too."""
+    torch.manual_seed(0)
+    layers = [filled(cls, 4, dtype=torch.float64).train() for cls in (SwitchNorm2d, BatchRenorm2d)]
+    x = torch.randn(6, 4, 3, 5, dtype=torch.float64) * 2 + 1
+    weights = torch.randn_like(x)
+    single = [(copy.deepcopy(layer), *step(layer, x, weights)) for layer in copy.deepcopy(layers)]
+    expected = [(y, dx, gradients) for _, y, dx, gradients in single]
+    alone = copy.deepcopy(layers)
+    for layer in alone:
+        layer(x)
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(work, (tmp_path / "rendezvous", layers, x, weights, splits, results), nprocs=2)
+        shares = [results[0], results[1]]
+
+    for index, (y, dx, gradients) in enumerate(expected):
+        both = [share[index] for share in shares]
+        close = {"atol": 1e-10, "rtol": 1e-10}
+        torch.testing.assert_close(torch.cat([share[0] for share in both]), y, **close)
+        torch.testing.assert_close(torch.cat([share[1] for share in both]), dx, **close)
+        for share in both:
+            torch.testing.assert_close(share[2], gradients, **close)
+            torch.testing.assert_close(share[3], alone[index].running_mean, **close)
+            torch.testing.assert_close(share[4], alone[index].running_var, **close)
+
+
+def test_sync_without_processes_changes_nothing():
+    """A layer set to sync works alone, and back again."""
+    layer = filled(SwitchNorm2d, 4).train()
+    x = torch.randn(2, 4, 3, 3)
+    expected = copy.deepcopy(layer)(x)
+
+    torch.testing.assert_close(convert_sync(copy.deepcopy(layer))(x), expected)
+    assert convert_sync(layer, sync=False).sync is False
