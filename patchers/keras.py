@@ -21,6 +21,7 @@ from ..errors import InputError, UnsupportedError
 from ..layers import keras as layers
 from .keras_walk import call, distinct_layers, named_layers, watching
 from .plan import Decision, Plan, Report, Site, decide
+from .swap import carry_out
 
 MARK = "_normswap"
 """Attribute of a replaced layer that holds its target's kind."""
@@ -80,32 +81,13 @@ def patch(
     chosen = decided.having("replace")
     by_name = {site.name: layer for layer, site in zip(*find_sites(model), strict=True)}
     swaps = [_Swap(by_name[decision.site.name], decision) for decision in chosen]
-    done: list[_Swap] = []
-    try:
-        with _retraced(model):
-            for swap in swaps:
-                done.append(swap)
-                swap.apply()
-            left = {site.name for site in find_sites(model)[1] if site.kind is None}
-            if leftover := sorted(left & {swap.name for swap in swaps}):
-                raise RuntimeError(f"expected no BatchNorm left at {', '.join(leftover)}")
-    except BaseException:
-        for swap in done:
-            swap.restore()
-        raise
-
-    def undo() -> None:
-        if trained := [swap.name for swap in swaps if swap.trained()]:
-            raise UnsupportedError(
-                f"expected untrained replacements, received {len(trained)} that have changed since the patch "
-                f"(first: {trained[0]}); no BatchNorm computes what they do: reload the original model"
-            )
-        with _retraced(model):
-            for swap in swaps:
-                swap.restore()
-        swaps.clear()
-
-    return Report(model, decided, undo)
+    return carry_out(
+        model,
+        decided,
+        swaps,
+        lambda: (site.name for site in find_sites(model)[1] if site.kind is None),
+        around=lambda: _retraced(model),
+    )
 
 
 def find_sites(model: keras.Layer, example: Any = None) -> tuple[list[keras.Layer], list[Site]]:

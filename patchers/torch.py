@@ -23,6 +23,7 @@ from ..convert.targets import BatchRenorm, GroupNorm, SwitchNorm, Target
 from ..errors import InputError, UnsupportedError
 from ..layers import torch as layers
 from .plan import Decision, Plan, Report, Site, decide
+from .swap import carry_out
 
 MARK = "_normswap"
 """Attribute of a replaced module that holds its target's kind."""
@@ -74,34 +75,9 @@ def patch(
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     swaps = []
     for decision in decided.having("replace"):
-        old = by_name[decision.site.name]
         with _naming(decision.site.name):
-            swaps.append(_Swap(old, *_build(old, decision), kept=_kept_parameters(old, decision.target, owners)))
-
-    done: list[_Swap] = []
-    try:
-        for swap in swaps:
-            swap.apply()
-            done.append(swap)
-        left = [site.name for site in find_sites(model)[1] if site.kind is None]
-        if leftover := sorted(set(left) & {d.site.name for d in decided.having("replace")}):
-            raise RuntimeError(f"expected no BatchNorm left at {', '.join(leftover)}")
-    except BaseException:
-        for swap in done:
-            swap.restore()
-        raise
-
-    def undo() -> None:
-        trained = [d.site.name for d, s in zip(decided.having("replace"), swaps, strict=True) if s.trained()]
-        if trained:
-            raise UnsupportedError(
-                f"expected untrained replacements, received {len(trained)} that have changed since the patch "
-                f"(first: {trained[0]}); no BatchNorm computes what they do: reload the original model"
-            )
-        for swap in swaps:
-            swap.restore()
-
-    return Report(model, decided, undo)
+            swaps.append(_Swap(by_name[decision.site.name], decision, owners))
+    return carry_out(model, decided, swaps, lambda: (site.name for site in find_sites(model)[1] if site.kind is None))
 
 
 def find_sites(model: nn.Module, example: Any = None) -> tuple[list[nn.Module], list[Site]]:
@@ -179,10 +155,12 @@ def inference(model: nn.Module) -> Iterator[None]:
 class _Swap:
     """One site's replacement, applied to the module object itself and reversible."""
 
-    def __init__(self, module: nn.Module, new: nn.Module, kind: str, kept: set[str]) -> None:
-        self.module, self.new, self.kind, self.kept = module, new, kind, kept
+    def __init__(self, module: nn.Module, decision: Decision, owners: Counter[int]) -> None:
+        self.name, self.module = decision.site.name, module
+        self.new, self.kind = _build(module, decision)
+        self.kept = _kept_parameters(module, decision.target, owners)
         self.old_class, self.old_contents = type(module), _shallow(module)
-        self.old_values = {name: getattr(module, name).detach().clone() for name in kept}
+        self.old_values = {name: getattr(module, name).detach().clone() for name in self.kept}
 
     def apply(self) -> None:
         old, contents = self.old_contents, _shallow(self.new)

@@ -1,0 +1,62 @@
+"""Carry out a plan: every replacement or none, and the way back."""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+from ..errors import UnsupportedError
+from .plan import Plan, Report
+
+
+class Swap(Protocol):
+    """One site's replacement, built and ready, in place of the BatchNorm called ``name``."""
+
+    name: str
+
+    def apply(self) -> None:
+        """Put the replacement in place."""
+
+    def trained(self) -> bool:
+        """Return whether the replacement has changed since into something no BatchNorm computes."""
+
+    def restore(self) -> None:
+        """Put the BatchNorm back, also after an `apply` that failed half-way."""
+
+
+def carry_out(
+    model: Any,
+    plan: Plan,
+    swaps: Sequence[Swap],
+    batch_norms: Callable[[], Iterable[str]],
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Report:
+    """Apply ``swaps`` to ``model`` and return the report; if anything fails, the model is as it was.
+
+    ``batch_norms()`` names the BatchNorms that are left, among which no replaced one may be. Changes are made within
+    ``around()``.
+    """
+    done: list[Swap] = []
+    try:
+        with around():
+            for swap in swaps:
+                done.append(swap)
+                swap.apply()
+            if leftover := sorted(set(batch_norms()) & {swap.name for swap in swaps}):
+                raise RuntimeError(f"expected no BatchNorm left at {', '.join(leftover)}")
+    except BaseException:
+        for swap in done:
+            swap.restore()
+        raise
+
+    def undo() -> None:
+        if trained := [swap.name for swap in done if swap.trained()]:
+            raise UnsupportedError(
+                f"expected untrained replacements, received {len(trained)} that have changed since the patch "
+                f"(first: {trained[0]}); no BatchNorm computes what they do: reload the original model"
+            )
+        with around():
+            for swap in done:
+                swap.restore()
+        done.clear()
+
+    return Report(model, plan, undo)
