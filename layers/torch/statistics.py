@@ -120,14 +120,14 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """
     axes = list(range(2, x.dim()))
     if not axes:  # each value is its own pivot, and nothing of the size of the data is left
-        pivot = x.double()
+        pivot = _exact(x)
         return x, pivot, torch.ones_like(pivot), pivot.clone(), torch.zeros_like(pivot)
     small = (*x.shape[:2], *[1] * len(axes))
     if _rowwise(x):
         rows, count = small[0] * small[1], x.shape[2:].numel()
         z, mean, rstd = torch.native_group_norm(x.view(1, rows, count), None, None, 1, rows, count, rows, TINY)
         if bool((mean * rstd).abs().max() <= FAR):
-            mean, rstd = mean.double().view(small), rstd.double().view(small)
+            mean, rstd = _exact(mean).view(small), _exact(rstd).view(small)
             return z.view_as(x), mean, rstd, mean.clone(), (1 / square(rstd) - TINY).clamp_(min=0)
     z, pivot = torch.empty_like(x), x.mean(axes, keepdim=True)
     rest, power = torch.empty_like(pivot), torch.empty_like(pivot)
@@ -135,15 +135,15 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         centred = torch.sub(x[part], pivot[part], out=z[part])
         rest[part] = centred.mean(axes, keepdim=True)
         power[part] = square(centred).mean(axes, keepdim=True)
-    pivot, rest = pivot.double(), rest.double()
-    return z, pivot, torch.ones_like(pivot), pivot + rest, (power.double() - square(rest)).clamp_(min=0)
+    pivot, rest = _exact(pivot), _exact(rest)
+    return z, pivot, torch.ones_like(pivot), pivot + rest, (_exact(power) - square(rest)).clamp_(min=0)
 
 
 def _products(dy: Tensor, x: Tensor, pivot: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sums of dy·(x - pivot) and of dy per sample and channel, in float64."""
     axes = list(range(2, x.dim()))
     if not axes:
-        return torch.zeros_like(pivot), dy.double()
+        return torch.zeros_like(pivot), _exact(dy)
     if _rowwise(x) and bool((pivot * unit).abs().max() <= FAR):
         rows, count = pivot.numel(), x.shape[2:].numel()
         ones = torch.ones(rows, dtype=x.dtype)
@@ -159,7 +159,7 @@ def _products(dy: Tensor, x: Tensor, pivot: Tensor, unit: Tensor) -> tuple[Tenso
             rows,
             [False, True, True],
         )
-        return products.double().view_as(pivot), sums.double().view_as(pivot)
+        return _exact(products).view_as(pivot), _exact(sums).view_as(pivot)
     products, sums, near = torch.empty_like(pivot), torch.empty_like(pivot), pivot.to(x.dtype)
     for part in _blocks(x):
         products[part] = (x[part] - near[part]).mul_(dy[part]).sum(axes, keepdim=True)
@@ -194,6 +194,11 @@ def _blocks(x: Tensor) -> Iterator[slice]:
     samples = max(1, BLOCK // max(1, x.shape[1:].numel())) if x.device.type == "cpu" else max(1, len(x))
     for start in range(0, len(x), samples):
         yield slice(start, start + samples)
+
+
+def _exact(x: Tensor) -> Tensor:
+    """Return ``x`` in float64, where the device has it."""
+    return x if x.device.type == "mps" else x.double()
 
 
 def _rowwise(x: Tensor) -> bool:
