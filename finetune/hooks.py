@@ -9,12 +9,15 @@ from .schedules import Preset, renorm_limits
 class RenormLimits:
     """Move the limits of every Batch Renormalization along a preset (see `renorm_limits`).
 
-    ``layers`` are modules or layers of either framework; those without ``set_limits`` are passed over. Limits are
+    ``layers`` are modules or layers of either framework; those without ``set_limits``, and Keras layers that have a
+    schedule of their own, are passed over. Limits are
     set from the step alone and live in the layers' saved state, so a resumed run goes on where it was.
     """
 
     def __init__(self, layers: Iterable[Any], steps: int, preset: Preset = "pretrained") -> None:
-        self.layers = [layer for layer in layers if hasattr(layer, "set_limits")]
+        self.layers = [
+            layer for layer in layers if hasattr(layer, "set_limits") and getattr(layer, "schedule", None) is None
+        ]
         self.steps, self.preset = steps, preset
 
     def on_step(self, step: int) -> None:

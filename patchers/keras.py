@@ -33,7 +33,7 @@ _AFFINE = {
     *("gamma_initializer", "gamma_regularizer", "gamma_constraint"),
     *("beta_initializer", "beta_regularizer", "beta_constraint"),
 }
-_MOVING = _AFFINE | {"momentum", "moving_mean_initializer", "moving_variance_initializer"}
+_MOVING = _AFFINE | {"momentum", "synchronized", "moving_mean_initializer", "moving_variance_initializer"}
 _KEPT = {
     *("name", "activity_regularizer", "_dtype_policy", "_trainable", "_path", "_parent_path", "_remat_mode"),
     *("_inbound_nodes", "_outbound_nodes", "_called", "_losses", "_loss_ids", "_losses_override"),

@@ -1,11 +1,15 @@
 """Batch Renormalization for Keras."""
 
-from typing import Any
+from typing import Any, ClassVar, Literal, get_args
 
 import keras
 from keras import ops
 
-from .norm import MovingNorm, batch_moments, wide
+from .norm import MovingNorm
+from .schedules import Schedule, limits_at
+from .statistics import Moments, moments
+
+Compat = Literal["titu1994"]
 
 
 @keras.saving.register_keras_serializable(package="normswap")
@@ -21,17 +25,32 @@ class BatchRenormalization(MovingNorm):
     ``momentum``; as in the paper the average is of σ, and ``moving_variance`` holds σ² - ε. A mask leaves
     timesteps out of the batch statistics.
 
-    ``r_max`` and ``d_max`` are variables, so a schedule set by `set_limits` acts inside compiled training
-    functions and is saved with the weights. The further arguments are those of
+    ``r_max`` and ``d_max`` are variables, so limits given to `set_limits` act inside compiled training functions
+    and are saved with the weights. With a ``schedule`` the layer sets them itself, by its count of training calls,
+    the variable ``step``, from 1 and 0 up to ``r_max`` and ``d_max``: ``"paper"`` within the first third of
+    ``schedule_steps`` calls, ``"pretrained"`` linearly over all of them, ``"sigmoid"`` logistically with ``t_delta``
+    per call (see `limits_at`). The limits default to 3 and 5, with ``"pretrained"`` to 1.25 and 0.5.
+
+    ``compat="titu1994"`` computes what titu1994/BatchRenormalization does in training: the sigmoid schedule, and a
+    moving average of the variance with ε in it, to which inference adds ε once more; what it calls ``r_max_value``
+    and ``d_max_value`` is ``r_max`` and ``d_max`` here. The further arguments are those of
     `keras.layers.BatchNormalization`. Statistics are computed in float32 for narrower inputs; output has the
     compute dtype and the input's shape.
 
     Raises `ValueError` for input of rank below 2, an ``axis`` that is none of its channel axes, and a mask
-    that is not the input's shape without its channels.
+    that is not the input's shape without its channels; `TypeError` for input that is not floating-point.
 
     Source: Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models",
     algorithm 1.
     """
+
+    settings: ClassVar[tuple[str, ...]] = (
+        *MovingNorm.settings,
+        "schedule",
+        "schedule_steps",
+        "t_delta",
+        "compat",
+    )
 
     def __init__(
         self,
@@ -40,69 +59,130 @@ class BatchRenormalization(MovingNorm):
         epsilon: float = 1e-3,
         center: bool = True,
         scale: bool = True,
-        r_max: float = 3.0,
-        d_max: float = 5.0,
+        r_max: float | None = None,
+        d_max: float | None = None,
+        *,
+        schedule: Schedule | None = None,
+        schedule_steps: int | None = None,
+        t_delta: float = 1e-3,
+        compat: Compat | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(axis, momentum, epsilon, center, scale, **kwargs)
+        if compat not in (None, *get_args(Compat)):
+            raise ValueError(f"expected `compat` to be None or 'titu1994', received compat={compat!r}")
+        if schedule is None and compat is not None:
+            schedule = "sigmoid"
+        _check_schedule(schedule, schedule_steps, t_delta)
+        r_default, d_default = (1.25, 0.5) if schedule == "pretrained" else (3.0, 5.0)
+        self.schedule = schedule
+        self.schedule_steps = schedule_steps
+        self.t_delta = float(t_delta)
+        self.compat = compat
         self.r_max: Any = None
         self.d_max: Any = None
-        self.set_limits(r_max, d_max)
+        self.step: Any = None
+        self._limits = _limits(r_default if r_max is None else r_max, d_default if d_max is None else d_max)
 
     def build(self, input_shape: Any) -> None:
         """Create the variables for input of this shape."""
         channels = self._channels(input_shape)
         self._add_affine(channels)
         self._add_statistics(channels)
-        self.r_max = self._add_limit("r_max", self._limits[0])
-        self.d_max = self._add_limit("d_max", self._limits[1])
-
-    def _add_limit(self, name: str, value: float) -> Any:
-        initializer = keras.initializers.Constant(value)
-        return self.add_weight(name=name, shape=(), initializer=initializer, trainable=False, autocast=False)
+        r_max, d_max = self._limits if self.schedule is None else (1.0, 0.0)
+        self.r_max = self._add_constant("r_max", r_max)
+        self.d_max = self._add_constant("d_max", d_max)
+        if self.schedule is not None:
+            # A float, which every device and compiler takes; exact for 16 million calls, past every schedule.
+            self.step = self._add_constant("step", 0.0, dtype="float32")
 
     def set_limits(self, r_max: float, d_max: float) -> None:
-        """Set the limits of the correction; raises `ValueError` unless ``r_max >= 1`` and ``d_max >= 0``."""
-        if not r_max >= 1:
-            raise ValueError(f"expected `r_max` of at least 1, received r_max={r_max}")
-        if not d_max >= 0:
-            raise ValueError(f"expected `d_max` of at least 0, received d_max={d_max}")
-        self._limits = (float(r_max), float(d_max))
+        """Set the limits of the correction.
+
+        Raises `ValueError` unless ``r_max >= 1`` and ``d_max >= 0``, and for a layer with a schedule.
+        """
+        limits = _limits(r_max, d_max)
+        if self.schedule is not None:
+            raise ValueError(
+                f"expected schedule=None for limits set from outside, received schedule={self.schedule!r} in layer "
+                f"{self.name}; drop the one or the other"
+            )
+        self._limits = limits
         if self.r_max is not None:
             self.r_max.assign(r_max)
             self.d_max.assign(d_max)
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         """Normalize ``inputs`` along ``axis``."""
-        x = wide(inputs)
+        x = self._checked(inputs)
         gamma = None if self.gamma is None else ops.cast(self.gamma, x.dtype)
         beta = None if self.beta is None else ops.cast(self.beta, x.dtype)
         if training and self.trainable:
-            mean, variance = (ops.reshape(m, [-1]) for m in batch_moments(x, self.axis % len(x.shape), mask))
-            r, d = self._correct_and_move(mean, variance)
-            # The layer's output is batch normalization with scale γr and shift γd + β.
+            channel = self.axis % len(x.shape)
+            others = [axis for axis in range(len(x.shape)) if axis != channel]
+            x, batch = moments(x, self._batch_average(x, others, channel, mask))
+            batch = Moments(*(ops.reshape(part, [-1]) for part in (batch.pivot, batch.rest, batch.variance)))
+            r, d = self._correct_and_move(batch)
+            # The layer's output is batch normalization with scale γr and shift γd + β, here of x less its pivot.
             gamma, shift = (r, d) if gamma is None else (gamma * r, gamma * d)
             beta = shift if beta is None else shift + beta
+            mean, variance = batch.rest, batch.variance
         else:
             mean, variance = ops.cast(self.moving_mean, x.dtype), ops.cast(self.moving_variance, x.dtype)
         y = ops.batch_normalization(x, mean, variance, axis=self.axis, offset=beta, scale=gamma, epsilon=self.epsilon)
         return ops.cast(y, self.compute_dtype)
 
-    def _correct_and_move(self, mean: Any, variance: Any) -> tuple[Any, Any]:
+    def _correct_and_move(self, batch: Moments) -> tuple[Any, Any]:
         """Return r and d, which use the moving statistics of before this batch, then move those."""
-        mean, sigma = ops.stop_gradient(mean), ops.sqrt(ops.stop_gradient(variance) + self.epsilon)
-        moving_mean = ops.cast(self.moving_mean, mean.dtype)
-        moving_sigma = ops.sqrt(ops.cast(self.moving_variance, mean.dtype) + self.epsilon)
-        r_max, d_max = ops.cast(self.r_max, mean.dtype), ops.cast(self.d_max, mean.dtype)
+        batch = Moments(batch.pivot, ops.stop_gradient(batch.rest), ops.stop_gradient(batch.variance))
+        dtype = batch.rest.dtype
+        sigma = ops.sqrt(batch.variance + self.epsilon)
+        moving = Moments(ops.cast(self.moving_mean, dtype), 0.0, ops.cast(self.moving_variance, dtype))
+        moving_sigma = ops.sqrt(moving.variance + self.epsilon)
+        r_max, d_max = (ops.cast(limit, dtype) for limit in self._limits_now())
         r = ops.minimum(ops.maximum(sigma / moving_sigma, 1 / r_max), r_max)
-        d = ops.minimum(ops.maximum((mean - moving_mean) / moving_sigma, -d_max), d_max)
+        d = ops.minimum(ops.maximum(batch.above(moving) / moving_sigma, -d_max), d_max)
 
-        self._move(self.moving_mean, mean)
-        moved_sigma = moving_sigma * self.momentum + sigma * (1.0 - self.momentum)
-        moved = ops.maximum(ops.square(moved_sigma) - self.epsilon, 0.0)
-        self.moving_variance.assign(ops.cast(moved, self.moving_variance.dtype))
+        self._move(self.moving_mean, batch.mean)
+        if self.compat is None:
+            moved_sigma = moving_sigma * self.momentum + sigma * (1.0 - self.momentum)
+            moved = ops.maximum(ops.square(moved_sigma) - self.epsilon, 0.0)
+            self.moving_variance.assign(ops.cast(moved, self.moving_variance.dtype))
+        else:
+            self._move(self.moving_variance, ops.square(sigma))
         return r, d
+
+    def _limits_now(self) -> tuple[Any, Any]:
+        """Return the limits of this training call; a schedule also counts it."""
+        if self.schedule is not None:
+            r_max, d_max = limits_at(self.step, self.schedule, *self._limits, self.schedule_steps, self.t_delta)
+            self.r_max.assign(ops.cast(r_max, self.r_max.dtype))
+            self.d_max.assign(ops.cast(d_max, self.d_max.dtype))
+            self.step.assign(self.step + 1)
+        return self.r_max, self.d_max
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments as plain data, with the limits last set."""
         return {**super().get_config(), "r_max": self._limits[0], "d_max": self._limits[1]}
+
+
+def _limits(r_max: float, d_max: float) -> tuple[float, float]:
+    if not r_max >= 1:
+        raise ValueError(f"expected `r_max` of at least 1, received r_max={r_max}")
+    if not d_max >= 0:
+        raise ValueError(f"expected `d_max` of at least 0, received d_max={d_max}")
+    return float(r_max), float(d_max)
+
+
+def _check_schedule(schedule: Any, steps: Any, t_delta: Any) -> None:
+    if schedule not in (None, *get_args(Schedule)):
+        raise ValueError(
+            f"expected `schedule` to be None or out of {', '.join(get_args(Schedule))}, received schedule={schedule!r}"
+        )
+    if schedule in ("paper", "pretrained") and not (isinstance(steps, int) and steps > 0):
+        raise ValueError(
+            "expected `schedule_steps`, the number of training calls in the run, with "
+            f"schedule={schedule!r}, received schedule_steps={steps}"
+        )
+    if not t_delta > 0:
+        raise ValueError(f"expected `t_delta` above 0, received t_delta={t_delta}")

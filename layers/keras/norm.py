@@ -1,10 +1,13 @@
 """What Switchable Normalization and Batch Renormalization share: variables, checks and moving statistics."""
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, ClassVar
 
 import keras
 from keras import ops
+
+from .statistics import Mean, averaging, kept, wide
 
 _MODULES: dict[str, ModuleType] = {
     "initializer": keras.initializers,
@@ -18,10 +21,11 @@ class MovingNorm(keras.Layer):  # type: ignore[misc]
 
     As in `keras.layers.BatchNormalization`, ``axis`` holds the channels, ``momentum`` is the weight of the
     old moving value, variances are biased, and ``trainable=False`` means inference mode. Variables have the
-    dtype policy's variable dtype.
+    dtype policy's variable dtype. With ``synchronized=True`` the batch statistics are those of all replicas of a
+    TensorFlow distribution strategy.
     """
 
-    settings: ClassVar[tuple[str, ...]] = ("axis", "momentum", "epsilon", "center", "scale")
+    settings: ClassVar[tuple[str, ...]] = ("axis", "momentum", "epsilon", "center", "scale", "synchronized")
     objects: ClassVar[tuple[str, ...]] = (
         "gamma_initializer",
         "beta_initializer",
@@ -49,6 +53,7 @@ class MovingNorm(keras.Layer):  # type: ignore[misc]
         beta_regularizer: Any = None,
         gamma_constraint: Any = None,
         beta_constraint: Any = None,
+        synchronized: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -58,11 +63,15 @@ class MovingNorm(keras.Layer):  # type: ignore[misc]
             raise ValueError(f"expected `momentum` between 0 and 1, received momentum={momentum}")
         if not epsilon > 0:
             raise ValueError(f"expected `epsilon` above 0, received epsilon={epsilon}")
+        if synchronized and keras.backend.backend() != "tensorflow":
+            # As keras.layers.BatchNormalization says it.
+            raise ValueError("Argument synchronized=True is only supported with the TensorFlow backend.")
         self.axis = axis
         self.momentum = float(momentum)
         self.epsilon = float(epsilon)
         self.center = center
         self.scale = scale
+        self.synchronized = synchronized
         self._set_objects(
             gamma_initializer=gamma_initializer,
             beta_initializer=beta_initializer,
@@ -107,6 +116,10 @@ class MovingNorm(keras.Layer):  # type: ignore[misc]
         self.moving_mean = self._add_moving("moving_mean", channels)
         self.moving_variance = self._add_moving("moving_variance", channels)
 
+    def _add_constant(self, name: str, value: float, **kwargs: Any) -> Any:
+        initializer = keras.initializers.Constant(value)
+        return self.add_weight(name=name, shape=(), initializer=initializer, trainable=False, autocast=False, **kwargs)
+
     def _channels(self, shape: Any) -> int:
         """Return the channel count of an input shape and expect it of every input from here on."""
         rank, shown = len(shape), tuple(shape)
@@ -119,6 +132,17 @@ class MovingNorm(keras.Layer):  # type: ignore[misc]
             raise ValueError(f"expected a known size along axis={self.axis}, received shape={shown}")
         self.input_spec = keras.InputSpec(ndim=rank, axes={self.axis % rank: channels})
         return int(channels)
+
+    def _checked(self, inputs: Any) -> Any:
+        """Return ``inputs`` wide enough for statistics."""
+        dtype = keras.backend.standardize_dtype(inputs.dtype)
+        if not keras.backend.is_float_dtype(dtype):
+            raise TypeError(f"expected floating-point input to {self.name}, received dtype={dtype}; cast it first")
+        return wide(inputs)
+
+    def _batch_average(self, x: Any, axes: Sequence[int], channel: int, mask: Any) -> Mean:
+        """Return the average over ``axes`` of what ``mask`` keeps of the batch, on all replicas if synchronized."""
+        return averaging(axes, None if mask is None else kept(mask, x, channel), self.synchronized)
 
     def _move(self, variable: Any, value: Any) -> None:
         """Move a moving statistic of shape (C,) towards ``value`` of any shape with C elements."""
@@ -134,39 +158,6 @@ class MovingNorm(keras.Layer):  # type: ignore[misc]
         plain = {name: getattr(self, name) for name in self.settings}
         objects = {name: _module(name).serialize(getattr(self, name)) for name in self.objects}
         return {**super().get_config(), **plain, **objects}
-
-
-def wide(x: Any) -> Any:
-    """Return ``x`` in float32 where it is narrower: statistics are never taken in half precision."""
-    return x if keras.backend.standardize_dtype(x.dtype) in ("float32", "float64") else ops.cast(x, "float32")
-
-
-def per_channel(vector: Any, x: Any, channel: int) -> Any:
-    """Return a (C,) vector in the dtype of ``x``, shaped to broadcast along its dimension ``channel``."""
-    shape = [1] * len(x.shape)
-    shape[channel] = -1
-    return ops.reshape(ops.cast(vector, x.dtype), shape)
-
-
-def batch_moments(x: Any, channel: int, mask: Any = None) -> tuple[Any, Any]:
-    """Return mean and biased variance over every axis but ``channel``, with the rank of ``x``.
-
-    Where ``mask``, of the shape of ``x`` without its channels, is False, values are left out. With everything
-    masked both are 0. Raises `ValueError` for a mask of another rank.
-    """
-    axes = [axis for axis in range(len(x.shape)) if axis != channel]
-    if mask is None:
-        mean = ops.mean(x, axes, keepdims=True)
-        return mean, ops.mean(ops.square(x - mean), axes, keepdims=True)
-    if len(mask.shape) != len(x.shape) - 1:
-        raise ValueError(
-            "expected a mask of the input's shape without its channels, "
-            f"received mask.shape={tuple(mask.shape)} for input.shape={tuple(x.shape)}"
-        )
-    keep = ops.broadcast_to(ops.expand_dims(ops.cast(mask, "bool"), channel), ops.shape(x))
-    count = ops.maximum(ops.sum(ops.cast(keep, x.dtype), axes, keepdims=True), 1)
-    mean = ops.sum(ops.where(keep, x, 0), axes, keepdims=True) / count
-    return mean, ops.sum(ops.where(keep, ops.square(x - mean), 0), axes, keepdims=True) / count
 
 
 def _module(name: str) -> ModuleType:

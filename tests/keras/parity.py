@@ -19,9 +19,16 @@ LAYERS = {
     "sn_frozen": lambda: SwitchNormalization(epsilon=1e-5, batch_statistics="frozen"),
     "sn_none": lambda: SwitchNormalization(epsilon=1e-5, batch_statistics="none"),
     "brn": lambda: BatchRenormalization(epsilon=1e-5, momentum=0.9, r_max=1.5, d_max=0.5),
+    "sn_cool": lambda: SwitchNormalization(epsilon=1e-5, momentum=0.9, temperature=0.25),
+    "sn_hard": lambda: SwitchNormalization(epsilon=1e-5, momentum=0.9, temperature=0.0),
+    "brn_paper": lambda: BatchRenormalization(epsilon=1e-5, momentum=0.9, schedule="paper", schedule_steps=4),
+    "brn_sigmoid": lambda: BatchRenormalization(epsilon=1e-5, momentum=0.9, compat="titu1994", t_delta=1.0),
 }
 TARGETS = {"a": SwitchNorm(), "b": BatchRenorm(), "c": GroupNorm(2)}
 SHAPES = {"nc": (5, 6), "nhwc": (3, 5, 4, 6)}
+MASK = np.array([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]], bool)
+FAR = 1e4
+REPLICAS = (5, 3)
 
 
 def inputs(shape):
@@ -42,19 +49,39 @@ def numpy(x):
     return np.asarray(keras.ops.convert_to_numpy(x))
 
 
+def built(kind, shape):
+    """Return a layer with seeded values."""
+    layer = LAYERS[kind]()
+    layer.build(shape)
+    for name, value in values(layer).items():
+        getattr(layer, name).assign(value)
+    return layer
+
+
 def run_layers(results):
     """Record each layer's outputs at inference and in training, and the statistics it is left with."""
-    for kind, make in LAYERS.items():
+    for kind in LAYERS:
         for label, shape in SHAPES.items():
-            layer = make()
-            layer.build(shape)
-            for name, value in values(layer).items():
-                getattr(layer, name).assign(value)
+            layer = built(kind, shape)
             results[f"{kind}/{label}/inference"] = numpy(layer(inputs(shape), training=False))
             results[f"{kind}/{label}/training"] = numpy(layer(inputs(shape), training=True))
             if layer.moving_mean is not None:
                 results[f"{kind}/{label}/moving_mean"] = numpy(layer.moving_mean)
                 results[f"{kind}/{label}/moving_variance"] = numpy(layer.moving_variance)
+
+
+def run_hard_cases(results):
+    """Record training with masked timesteps, steps along a schedule, and means far above the deviation."""
+    for kind in LAYERS:
+        layer, x = built(kind, (3, 4, 6)), inputs((3, 4, 6))
+        for step in range(3):
+            results[f"{kind}/masked/{step}"] = numpy(layer(x, training=True, mask=MASK))
+        layer = built(kind, SHAPES["nhwc"])
+        if layer.moving_mean is not None:
+            layer.moving_mean.assign(layer.moving_mean + FAR)
+        results[f"{kind}/far"] = numpy(layer(inputs(SHAPES["nhwc"]) + np.float32(FAR), training=True))
+        for variable in layer.weights:
+            results[f"{kind}/left/{variable.name}"] = numpy(variable)
 
 
 def network():
@@ -94,8 +121,56 @@ def run_model(results):
     assert np.array_equal(loaded.predict(x, verbose=0), trained)
 
 
+def run_replicas(results):
+    """Record outputs, gradients and statistics on one device, and with the batch in uneven parts on two."""
+    import tensorflow as tf
+
+    (device,) = tf.config.list_physical_devices("CPU")
+    tf.config.set_logical_device_configuration(device, [tf.config.LogicalDeviceConfiguration()] * 2)
+    x, dy = inputs((sum(REPLICAS), 4, 6)), np.sin(np.arange(sum(REPLICAS) * 24, dtype="float32")).reshape(-1, 4, 6)
+    strategies = {
+        "one": tf.distribute.OneDeviceStrategy("CPU:0"),
+        "two": tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]),
+    }
+    for cls in (SwitchNormalization, BatchRenormalization):
+        for name, strategy in strategies.items():
+            bounds = np.cumsum([0, *REPLICAS]) if name == "two" else [0, len(x)]
+            with strategy.scope():
+                layer = cls(momentum=0.5, synchronized=True)
+                layer.build(x.shape)
+                for variable, value in values(layer).items():
+                    getattr(layer, variable).assign(value)
+
+            def part(array, bounds=bounds, strategy=strategy):
+                def piece(context):
+                    rank = context.replica_id_in_sync_group
+                    return tf.constant(array[bounds[rank] : bounds[rank + 1]])
+
+                return strategy.experimental_distribute_values_from_function(piece)
+
+            @tf.function
+            def step(x, dy, layer=layer):
+                with tf.GradientTape() as tape:
+                    tape.watch(x)
+                    y = layer(x, training=True)
+                sources = [x, *(v.value for v in layer.trainable_variables)]
+                return y, tape.gradient(y, sources, dy)
+
+            y, (dx, *gradients) = strategy.run(step, args=(part(x), part(dy)))
+            parts = strategy.experimental_local_results
+            found = {"y": np.concatenate(parts(y)), "dx": np.concatenate(parts(dx))}
+            for variable, gradient in zip(layer.trainable_variables, gradients, strict=True):
+                found[variable.name] = np.sum([g.numpy() for g in parts(gradient)], 0)
+            for variable in layer.non_trainable_variables:
+                found[variable.name] = numpy(variable)
+            results.update({f"replicas/{cls.__name__}/{name}/{key}": value for key, value in found.items()})
+
+
 if __name__ == "__main__":
     recorded = {"backend": np.array(keras.backend.backend())}
+    if keras.backend.backend() == "tensorflow":
+        run_replicas(recorded)  # first, since it divides the device
     run_layers(recorded)
+    run_hard_cases(recorded)
     run_model(recorded)
     np.savez(sys.argv[1], **recorded)

@@ -97,14 +97,79 @@ def test_no_gradient_flows_through_the_correction():
     np.testing.assert_allclose(gradients[0], gradients[1] * r, rtol=1e-3, atol=1e-5)
 
 
-def test_limits_take_effect_inside_a_compiled_training_function():
-    """A schedule that sets the limits changes what an already traced training step computes."""
-    model = keras.Sequential([keras.Input((6,)), BatchRenormalization(r_max=1.0, d_max=0.0, momentum=1.0)])
-    model.compile(keras.optimizers.SGD(0.0), "mse")
+@pytest.mark.parametrize("jit", [False, True])
+def test_limits_take_effect_inside_a_compiled_training_function(jit):
+    """A schedule that sets the limits changes what an already traced training step computes, with one trace."""
+    traces = []
+
+    class Counted(BatchRenormalization):
+        def call(self, inputs, training=None, mask=None):
+            traces.extend([training] if training else [])
+            return super().call(inputs, training=training, mask=mask)
+
+    model = keras.Sequential([keras.Input((6,)), Counted(r_max=1.0, d_max=0.0, momentum=1.0)])
+    model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=jit)
     x = np.random.default_rng(1).normal(2.0, 3.0, (64, 6)).astype("float32")
     corrected = model.train_on_batch(x, x)
+    traced = len(traces)
     model.layers[-1].set_limits(100.0, 100.0)
     assert model.train_on_batch(x, x) < corrected / 100  # unclipped, the layer returns its input
+    if keras.backend.backend() == "tensorflow":
+        assert len(traces) == traced > 0
+
+
+def limits_of(layer, steps):
+    """Return the limits in force in the training calls of these numbers, one column per limit."""
+    x = np.random.default_rng(1).normal(size=(8, 2)).astype("float32")
+    layer.build(x.shape)
+    found = []
+    for step in steps:
+        layer.step.assign(step)
+        layer(x, training=True)
+        assert float(layer.step.numpy()) == step + 1
+        found.append((float(layer.r_max.numpy()), float(layer.d_max.numpy())))
+    return np.array(found)
+
+
+def test_the_paper_schedule():
+    """Plain BatchNorm for 4 % of the run, then r_max to 3 at 31 % and d_max to 5 at 19 %, linearly."""
+    layer = BatchRenormalization(schedule="paper", schedule_steps=100)
+    found = limits_of(layer, [0, 4, 10, 19, 25, 31, 101])
+    np.testing.assert_allclose(found[:, 0], [1, 1, 1 + 2 * 6 / 27, 1 + 2 * 15 / 27, 1 + 2 * 21 / 27, 3, 3], rtol=1e-5)
+    np.testing.assert_allclose(found[:, 1], [0, 0, 5 * 6 / 15, 5, 5, 5, 5], rtol=1e-5, atol=1e-6)
+
+
+def test_the_pretrained_schedule():
+    """From nothing to 1.25 and 0.5 over the whole run, or to the limits given."""
+    found = limits_of(BatchRenormalization(schedule="pretrained", schedule_steps=4), range(6))
+    np.testing.assert_allclose(found[:, 0], [1, 1.0625, 1.125, 1.1875, 1.25, 1.25], rtol=1e-6)
+    np.testing.assert_allclose(found[:, 1], [0, 0.125, 0.25, 0.375, 0.5, 0.5], rtol=1e-6)
+    given = BatchRenormalization(schedule="pretrained", schedule_steps=1, r_max=2.0, d_max=0.0)
+    np.testing.assert_allclose(limits_of(given, range(2)), [[1, 0], [2, 0]])
+
+
+def test_the_sigmoid_schedule():
+    """Logistic growth in t = t_delta · step, at the values tabulated for t_delta = 0.001."""
+    found = limits_of(BatchRenormalization(schedule="sigmoid"), [0, 1000, 3000, 5000, 10000])
+    np.testing.assert_allclose(found[:, 0], [1, 1.73, 2.73, 2.96, 3.00], atol=0.005)
+    np.testing.assert_allclose(found[:, 1], [0.001, 0.007, 0.37, 4.08, 5.00], atol=0.005)
+    unshifted = limits_of(BatchRenormalization(schedule="sigmoid", d_max=0.0), range(2))
+    assert unshifted[:, 1].tolist() == [0, 0]
+
+
+def test_a_schedule_goes_on_where_a_saved_run_stopped(tmp_path):
+    """The count of training calls is in the file; inference does not count."""
+    model = keras.Sequential([keras.Input((6,)), BatchRenormalization(schedule="pretrained", schedule_steps=8)])
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    x = np.random.default_rng(1).normal(size=(8, 6)).astype("float32")
+    for _ in range(5):
+        model.train_on_batch(x, x)
+    model.save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras")
+    loaded.predict(x, verbose=0)
+    assert float(loaded.layers[-1].step.numpy()) == 5
+    loaded.train_on_batch(x, x)
+    assert float(loaded.layers[-1].r_max.numpy()) == 1 + 0.25 * 5 / 8
 
 
 def test_limits_are_saved(tmp_path):
@@ -171,6 +236,31 @@ def test_mixed_precision(training):
     assert np.isfinite(y).all()
 
 
+HARD_NUMBERS = {
+    "1x1 maps": lambda rng: rng.normal(size=(4, 1, 1, 6)),
+    "batch of one": lambda rng: rng.normal(size=(1, 7, 7, 6)),
+    "constant": lambda _: np.full((2, 5, 5, 3), 0.1),
+    "large constant": lambda _: np.full((2, 5, 5, 3), 12345.678),
+    "mean far above deviation": lambda rng: rng.normal(1e4, 1.0, (4, 8, 8, 3)),
+    "mean far above deviation, no maps": lambda rng: rng.normal(1e4, 1.0, (64, 6)),
+    "one channel": lambda rng: rng.normal(2.0, 3.0, (2, 5, 5, 1)),
+    "prime number of channels": lambda rng: rng.normal(2.0, 3.0, (2, 5, 5, 13)),
+    "float16 around 600": lambda rng: rng.normal(600.0, 50.0, (2, 16, 16, 8)).astype("float16"),
+}
+
+
+@pytest.mark.parametrize("case", HARD_NUMBERS)
+def test_numbers_hold_in_training(case):
+    """Where floating point loses digits easily, output and statistics are within 1e-5 of the formula in float64."""
+    x = HARD_NUMBERS[case](np.random.default_rng(1)).astype("float32")
+    layer = filled(BatchRenormalization(momentum=0.5), x.shape)
+    layer.moving_mean.assign(layer.moving_mean + np.float32(x.mean()))
+    y, mean, var = by_formula(x, layer, 3.0, 5.0)
+    np.testing.assert_allclose(layer(x, training=True), y, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(layer.moving_mean, mean, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(layer.moving_variance, var, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(1, 4), (1, 1, 1, 4)])
 def test_a_single_value_per_channel_is_finite(shape):
     """Where BatchNormalization has no variance to divide by, the output is what d makes of it, and finite."""
@@ -193,3 +283,41 @@ def test_wrong_limits(limits, message):
         BatchRenormalization(r_max=limits[0], d_max=limits[1])
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         BatchRenormalization().set_limits(*limits)
+
+
+def test_limits_set_beside_a_schedule():
+    """A layer that sets its own limits refuses others, and says which."""
+    layer = BatchRenormalization(schedule="sigmoid", name="brn")
+    message = (
+        "expected schedule=None for limits set from outside, received schedule='sigmoid' in layer brn; "
+        "drop the one or the other"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        layer.set_limits(2.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"schedule": "linear"},
+            "expected `schedule` to be None or out of paper, pretrained, sigmoid, received schedule='linear'",
+        ),
+        (
+            {"schedule": "paper"},
+            "expected `schedule_steps`, the number of training calls in the run, with schedule='paper', "
+            "received schedule_steps=None",
+        ),
+        (
+            {"schedule": "pretrained", "schedule_steps": 0},
+            "expected `schedule_steps`, the number of training calls in the run, with schedule='pretrained', "
+            "received schedule_steps=0",
+        ),
+        ({"schedule": "sigmoid", "t_delta": 0}, "expected `t_delta` above 0, received t_delta=0"),
+        ({"compat": "keras"}, "expected `compat` to be None or 'titu1994', received compat='keras'"),
+    ],
+)
+def test_wrong_arguments(options, message):
+    """A wrong argument is named with what was expected."""
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        BatchRenormalization(**options)
