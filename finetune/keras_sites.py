@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..convert.targets import BatchRenorm
 from ..errors import InputError
 from ..layers.keras import SwitchNormalization
-from ..layers.keras.norm import wide
+from ..layers.keras.statistics import wide
 from ..patchers.keras import MARK
 from ..patchers.keras_walk import call, named_layers, watching
 
