@@ -270,7 +270,7 @@ class TestTypes:
 
     def test_a_quantization_aware_module_is_refused(self):
         """The BatchNorm inside a fused QAT convolution is no layer of its own."""
-        qat = pytest.importorskip("torch.ao.nn.intrinsic.qat")
+        from torch.ao.nn.intrinsic import qat
         from torch.ao.quantization import get_default_qat_qconfig
 
         model = nn.Sequential(qat.ConvBn2d(3, 4, 1, qconfig=get_default_qat_qconfig("fbgemm")))
