@@ -48,14 +48,14 @@ def trace(model: Any, examples: Sequence[Shape | Array], *, opset: int) -> Trace
     inputs = _Inputs(model, [_shape(example) for example in examples])
     stand_ins = StandIns()
     names: list[str] = []
-    sites: list[tuple[str, Any]] = []
+    sites: list[str] = []
 
     def inference(*tensors: Any) -> list[Any]:
         with stand_ins.standing_in(model), recording(model) as returned:
             outputs = _named(_call(model, inputs.pack(tensors)), model, taken=inputs.names)
         own = {site: call for site, call in returned.items() if call[1].graph is tensors[0].graph}
         names[:] = outputs
-        sites[:] = [(site, layer) for site, (layer, _) in own.items()]
+        sites[:] = own
         marked = [mark(tensor, number) for number, (_, tensor) in enumerate(own.values(), len(stand_ins.calls))]
         return [*outputs.values(), probe(marked)]
 
@@ -65,15 +65,11 @@ def trace(model: Any, examples: Sequence[Shape | Array], *, opset: int) -> Trace
     cancel_transposes(converted.graph)
     merge_outputs(converted.graph)
     values = take_probe(converted.graph)
-    numbered = enumerate((site for site, _ in sites), len(stand_ins.calls))
+    numbered = enumerate(sites, len(stand_ins.calls))
     found = {site: values[number] for number, site in numbered if number in values}
     located = name_sites(found, taken=[*inputs.names, *names])
     tidy(converted.graph, keep=located.values())
-    return Traced(
-        model=converted,
-        sites={site: str(value.name) for site, value in located.items()},
-        kinds={site: type(layer).__name__ for site, layer in sites if site in located},
-    )
+    return Traced(converted, {site: str(value.name) for site, value in located.items()})
 
 
 def run(model: Any, arrays: Sequence[Array]) -> tuple[dict[str, Array], dict[str, Array]]:

@@ -60,7 +60,7 @@ def trace(model: nn.Module, arrays: Sequence[Array], *, opset: int) -> Traced:
     while len(graph.outputs) > split:
         graph.outputs.pop()
     sites = {name: str(value.name) for name, value in zip(probe.site_names, outputs[split:], strict=True)}
-    return Traced(program.model, sites, probe.kinds())
+    return Traced(program.model, sites)
 
 
 def run(model: nn.Module, arrays: Sequence[Array]) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -169,10 +169,6 @@ class _Probe(nn.Module):
             site_names.append(name if calls[name] == 1 else f"{name}#{calls[name]}")
         self.output_names, self.site_names = list(outputs), site_names
         return [*outputs.values(), *(output for _, output in seen)]
-
-    def kinds(self) -> dict[str, str]:
-        """Return the class name of each layer that was called."""
-        return {name: type(self._layers[name.partition("#")[0]]).__name__ for name in self.site_names}
 
 
 def _flatten(output: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:

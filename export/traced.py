@@ -11,9 +11,8 @@ class Traced:
 
     ``model``'s graph inputs and outputs are the model's own, with its names and in its order, the batch dimension
     symbolic ("batch"). ``sites`` maps each layer that has weights, in call order, to the name of the graph value
-    it returns; the second call of a shared layer is ``"name#2"``. ``kinds`` gives the class name of each.
+    it returns; the second call of a shared layer is ``"name#2"``.
     """
 
     model: ir.Model
     sites: dict[str, str]
-    kinds: dict[str, str]

@@ -85,11 +85,10 @@ class Data:
         chosen = [int(index) for index in indices]
         return self.preprocessing.apply(self._images.read(chosen, self.preprocessing)), self._images.labels[chosen]
 
-    def batches(self, size: int, limit: int | None = None) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
-        """Yield everything in order, or the first ``limit`` images, in batches of ``size``."""
-        end = len(self) if limit is None else min(limit, len(self))
-        for start in range(0, end, size):
-            yield self.batch(range(start, min(start + size, end)))
+    def batches(self, size: int) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+        """Yield everything in order, in batches of ``size``."""
+        for start in range(0, len(self), size):
+            yield self.batch(range(start, min(start + size, len(self))))
 
     def sample(self, count: int, seed: int = 0) -> NDArray[np.int64]:
         """Return the indices of ``count`` images drawn without replacement."""
