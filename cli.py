@@ -139,25 +139,24 @@ def patch(model: str, target: str | None, output: Path | None, **options: Any) -
         require_absent(output, overwrite=options["overwrite"])
     opened = Opened(model, options["weights"], options)
     selection = {"include": options["include"], "exclude": options["exclude"], "example": opened.example}
-    plan = patchers.plan(opened.model, wanted, **selection)
+    report = None if options["dry_run"] else patchers.patch(opened.model, wanted, **selection)
+    plan = patchers.plan(opened.model, wanted, **selection) if report is None else report.plan
     rows = [decision.to_dict() for decision in plan.decisions]
     result = {
         "replaced": [d.site.name for d in plan.having("replace")],
         "skipped": [d.site.name for d in plan.having("skip")],
-        "output": None if output is None or options["dry_run"] else str(output),
+        "output": None if report is None else str(output),
         "plan": rows,
         "recipe": plan.recipe().to_dict(),
     }
     shown = [{**row, "target": _brief(row["target"]), "aliases": ", ".join(row["aliases"])} for row in rows]
-    if options["dry_run"]:
+    if report is None:
         show(options["as_json"], result, table(f"plan for {model}", shown))
         plan.require_work()
         return
     assert output is not None
-    if opened.bundle is not None and not plan.having("replace"):
-        plan.require_work()
+    if opened.bundle is not None and not report.replaced:
         raise UnsupportedError(f"expected a model to patch, received a bundle patched already: {model}")
-    report = patchers.patch(opened.model, wanted, **selection)
     original = opened.bundle.original() if opened.bundle else load_model(model, options["weights"])
     if options["data"]:
         result["calibration"] = _calibrate(opened, original, options["data"], options["calibration_size"])

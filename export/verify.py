@@ -144,11 +144,11 @@ def verify(
     batches += [[np.ascontiguousarray(array)] for array in data]
 
     checks: list[Check] = []
-    suspect = batches[0]
+    suspect: _Reference | None = None
     twin, notes = _twin(adapter, model)
     for arrays in batches:
         try:
-            outputs, _ = adapter.run(model, arrays)
+            outputs, sites = adapter.run(model, arrays)
         except Exception as error:
             problem = f"the model does not accept the file's inputs ({_describe(inputs)}): {error}"
             return Verdict((), (problem,))
@@ -160,10 +160,11 @@ def verify(
             new = [
                 _compare(name, len(arrays[0]), level, found[name], outputs[name], exact.get(name)) for name in outputs
             ]
-            if all(check.passed for check in checks) and not all(check.passed for check in new):
-                suspect = arrays
+            first_miss = all(check.passed for check in checks) and not all(check.passed for check in new)
+            if suspect is None or first_miss:
+                suspect = _Reference(arrays, outputs, sites, exact)
             checks += new
-    diverging = _first_diverging(adapter, model, twin, proto, suspect)
+    diverging = None if suspect is None else _first_diverging(proto, suspect)
     return Verdict(tuple(checks), (), diverging, tuple(notes))
 
 
@@ -220,9 +221,17 @@ def _compare(name: str, batch: int, level: str, found: Array, expected: Array, e
     return Check(name, batch, level, difference, difference / scale, finite, ratio)
 
 
-def _first_diverging(
-    adapter: ModuleType, model: Any, twin: Any, proto: onnx.ModelProto, arrays: list[Array]
-) -> str | None:
+@dataclass(frozen=True)
+class _Reference:
+    """What the framework computed on one batch: outputs, layers' outputs, and both in float64 where it can."""
+
+    arrays: list[Array]
+    outputs: dict[str, Array]
+    sites: dict[str, Array]
+    exact: dict[str, Array]
+
+
+def _first_diverging(proto: onnx.ModelProto, reference: _Reference) -> str | None:
     """Return the first layer in call order whose output differs, else the first graph output that does.
 
     A layer may differ where the outputs do not, as a scaled convolution before a GroupNorm.
@@ -234,13 +243,11 @@ def _first_diverging(
     extended.CopyFrom(proto)
     extended.graph.output.extend(onnx.ValueInfoProto(name=value) for value in sorted(set(values.values()) - own))
     runner = session(extended.SerializeToString(), _LEVELS["off"])
-    found = dict(zip((output.name for output in runner.get_outputs()), _run(runner, arrays), strict=True))
-    expected: tuple[dict[str, Array], dict[str, Array]] = adapter.run(model, arrays)
-    outputs, sites = expected
-    recorded = {site: array for site, array in sites.items() if site in values}
-    exact = _exact(adapter, twin, arrays)
-    for name, array in (recorded | outputs).items():
-        check = _compare(name, len(arrays[0]), "off", found[values.get(name, name)], array, exact.get(name))
+    found = dict(zip((output.name for output in runner.get_outputs()), _run(runner, reference.arrays), strict=True))
+    recorded = {site: array for site, array in reference.sites.items() if site in values}
+    batch = len(reference.arrays[0])
+    for name, array in (recorded | reference.outputs).items():
+        check = _compare(name, batch, "off", found[values.get(name, name)], array, reference.exact.get(name))
         excused = name in values and check.ratio is not None and check.ratio <= ILL_CONDITIONED
         if not check.finite or not (check.passed or excused):
             return name

@@ -85,7 +85,7 @@ def finetune(
         run.resume()
     else:
         require_absent(output, overwrite=overwrite)
-    engine = import_module(f".{bundle.recipe.framework}", __package__)
+    engine = run.engine
 
     def after_step(step: int, loss: float, state: Callable[[], dict[str, Any]]) -> None:
         run.losses.append(loss)
@@ -117,6 +117,7 @@ class _Run:
 
     def __init__(self, bundle: bundles.Bundle, output: Path, settings: Settings, eval_data: Data | None) -> None:
         self.bundle, self.output, self.settings, self.eval_data = bundle, output, settings, eval_data
+        self.engine = import_module(f".{bundle.recipe.framework}", __package__)
         self.step = 0
         self.state: dict[str, Any] | None = None
         self.best: Accuracy | None = None
@@ -142,8 +143,7 @@ class _Run:
         """Write the output anew; its model stays the old one if that was better."""
         better = True
         if self.eval_data is not None:
-            engine = import_module(f".{self.bundle.recipe.framework}", __package__)
-            found = accuracy(lambda x: engine.predict(self.bundle.model, x), self.eval_data)
+            found = accuracy(lambda x: self.engine.predict(self.bundle.model, x), self.eval_data)
             better = self.best is None or found.top1 > self.best.top1
             self.best = found if better else self.best
         log = {

@@ -12,16 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import VerificationError
-from ..layers.torch.norm import RunningNorm
 from ..patchers.torch import inference
 from ..sources.data import Data
 from .batches import batch_indices
 from .hooks import RenormLimits
 from .schedules import learning_rate
+from .torch_helpers import norm_parameters
 
 Array = NDArray[Any]
 
-NORMS = (RunningNorm, nn.GroupNorm, nn.LayerNorm, nn.modules.batchnorm._NormBase)
 MAX_GRADIENT_NORM = 1.0
 
 
@@ -110,7 +109,7 @@ def _trainable(model: nn.Module, which: Literal["all", "norm"]) -> Iterator[list
     """Let only the chosen parameters learn, those that are frozen already never; restore the flags afterwards."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     if which == "norm":
-        norms = {id(p) for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
+        norms = norm_parameters(model)
         for parameter, _ in flags:
             if id(parameter) not in norms:
                 parameter.requires_grad_(False)

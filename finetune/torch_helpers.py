@@ -21,7 +21,7 @@ def param_groups(model: nn.Module, weight_decay: float, *, gate_lr: float | None
     Parameters that do not require gradients are left out.
     """
     gates = [p for m in model.modules() for name in _GATES if isinstance(p := getattr(m, name, None), nn.Parameter)]
-    norms = {id(p) for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters(recurse=False)}
+    norms = norm_parameters(model)
     known = {id(p) for p in gates}
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
@@ -37,6 +37,11 @@ def param_groups(model: nn.Module, weight_decay: float, *, gate_lr: float | None
     if gate_lr is not None:
         groups[-1]["lr"] = gate_lr
     return [group for group in groups if group["params"]]
+
+
+def norm_parameters(model: nn.Module) -> set[int]:
+    """Return the ids of all normalization layers' own parameters."""
+    return {id(p) for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters(recurse=False)}
 
 
 def convert_sync(model: nn.Module, *, sync: bool = True, process_group: Any = None) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from ..convert.recipe import Recipe
@@ -28,7 +29,7 @@ def plan(
 
     Raises `InputError` for a target, pattern, recipe or example that does not fit the model.
     """
-    adapter = import_module(f".{framework_of(model)}", __package__)
+    adapter = _adapter(model)
     resolved = target if isinstance(target, Recipe) else as_target(target)
     decided: Plan = adapter.plan(model, resolved, example=example, include=include, exclude=exclude, where=where)
     return decided
@@ -52,7 +53,7 @@ def patch(
 
     Raises `UnsupportedError` if a selected site cannot be replaced or there is none, `InputError` as `plan`.
     """
-    adapter = import_module(f".{framework_of(model)}", __package__)
+    adapter = _adapter(model)
     resolved = target if isinstance(target, Recipe) else as_target(target)
     report: Report = adapter.patch(
         model, resolved, example=example, include=include, exclude=exclude, where=where, inplace=inplace
@@ -62,6 +63,10 @@ def patch(
 
 def sites(model: Any, *, example: Any = None) -> list[Site]:
     """Return every BatchNorm of ``model``, and every one replaced before, with its shape if an example is given."""
-    adapter = import_module(f".{framework_of(model)}", __package__)
+    adapter = _adapter(model)
     found: list[Site] = adapter.find_sites(model, example)[1]
     return found
+
+
+def _adapter(model: Any) -> ModuleType:
+    return import_module(f".{framework_of(model)}", __package__)
