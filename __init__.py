@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from normswap.finetune.calibration import calibrate
     from normswap.patchers.bundle import load, save
     from normswap.patchers.model import patch, plan
+    from normswap.patchers.registry import register_batch_norm
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ _HOME = {
     "load": "normswap.patchers.bundle",
     "patch": "normswap.patchers.model",
     "plan": "normswap.patchers.model",
+    "register_batch_norm": "normswap.patchers.registry",
     "save": "normswap.patchers.bundle",
     "to_onnx": "normswap.export.onnx",
     "verify": "normswap.export.verify",
@@ -41,6 +43,7 @@ __all__ = [
     "load",
     "patch",
     "plan",
+    "register_batch_norm",
     "save",
     "to_onnx",
     "verify",

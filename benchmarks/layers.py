@@ -1,13 +1,17 @@
 """What a training step and inference of each normalization layer cost, as ratios to native BatchNorm2d in one run.
 
-One thread, float32, the minimum of interleaved repetitions; "formula" is the layer written with plain operations, as
-the published implementations compute it. Saved bytes are those autograd keeps for backward, in units of the input.
+float32, the minimum of interleaved repetitions, with the allocator told to keep what it has been given back (or page
+faults would be measured); "formula" is the layer written with plain operations, as the published implementations
+compute it. Saved bytes are those autograd keeps for backward, in units of the input.
 
-    python benchmarks/layers.py [--threads N] [--json FILE]
+    python benchmarks/layers.py [--threads 1 2] [--compile] [--device cuda --dtype bfloat16] [--json FILE]
 """
 
 import argparse
+import itertools
 import json
+import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -96,32 +100,54 @@ LAYERS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def measure(shape: tuple[int, ...], layout: torch.memory_format, repetitions: int) -> dict[str, dict[str, float]]:
+COMPILED = ("BatchNorm2d", "SwitchNorm2d", "SN formula", "BatchRenorm2d", "BRN formula")
+"""What is measured under ``torch.compile`` too."""
+
+REPEATS = 3
+"""Steps of one layer in a row: the first one pays for what the layer before it left in the caches."""
+
+
+def measure(x: Tensor, repetitions: int, *, compiled: bool) -> dict[str, dict[str, float]]:
     """Return for each layer the seconds of forward, step and inference, and the saved bytes over the input's."""
     torch.manual_seed(0)
-    x = torch.randn(shape).contiguous(memory_format=layout)
-    dy = torch.randn(shape).contiguous(memory_format=layout)
-    layers = {name: build(shape[1]) for name, build in LAYERS.items()}
+    dy = torch.randn_like(x)
+    layers = {
+        name: build(x.shape[1]).to(x.device) for name, build in LAYERS.items() if not compiled or name in COMPILED
+    }
     found = {name: dict.fromkeys(("forward", "step", "eval"), float("inf")) for name in layers}
+    saved = {name: saved_bytes(layer.train(), x) / x.nbytes for name, layer in layers.items()}
+    train, infer = dict(layers), dict(layers)
+    if compiled:
+        torch.compiler.reset()
+        train, infer = ({name: torch.compile(layer) for name, layer in layers.items()} for _ in range(2))
     for _ in range(repetitions):
         for name, layer in layers.items():
-            leaf = x.detach().requires_grad_()
             layer.train()
-            begin = time.perf_counter()
-            y = layer(leaf)
-            middle = time.perf_counter()
-            y.backward(dy)
-            end = time.perf_counter()
+            for _ in range(REPEATS):
+                leaf = x.detach().requires_grad_()
+                begin = now(x)
+                y = train[name](leaf)
+                middle = now(x)
+                y.backward(dy)
+                end = now(x)
+                found[name]["forward"] = min(found[name]["forward"], middle - begin)
+                found[name]["step"] = min(found[name]["step"], end - begin)
             layer.eval()
             with torch.no_grad():
-                start = time.perf_counter()
-                layer(x)
-                stop = time.perf_counter()
-            for key, value in (("forward", middle - begin), ("step", end - begin), ("eval", stop - start)):
-                found[name][key] = min(found[name][key], value)
-    for name, layer in layers.items():
-        found[name]["saved"] = saved_bytes(layer.train(), x) / x.nbytes
+                for _ in range(REPEATS):
+                    begin = now(x)
+                    infer[name](x)
+                    found[name]["eval"] = min(found[name]["eval"], now(x) - begin)
+    for name, row in found.items():
+        row["saved"] = saved[name]
     return found
+
+
+def now(x: Tensor) -> float:
+    """Return the time, after what runs on the device of ``x`` has ended."""
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def saved_bytes(layer: nn.Module, x: Tensor) -> int:
@@ -137,27 +163,43 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
     return sum(kept.values())
 
 
+def keep_memory() -> None:
+    """Start the program again with an allocator that keeps memory: else page faults are a large part of each pass."""
+    keep = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "4000000000"}
+    if not keep.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **keep})
+
+
 def main() -> None:
     """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    parser.add_argument("--compile", action="store_true", help="measure under torch.compile too")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--repetitions", type=int, default=25)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    keep_memory()
     results: list[dict[str, Any]] = []
-    for layout in (torch.contiguous_format, torch.channels_last):
-        for shape in SHAPES:
-            found = measure(shape, layout, arguments.repetitions)
+    modes = (False, True) if arguments.compile else (False,)
+    for threads, compiled in itertools.product(arguments.threads, modes):
+        torch.set_num_threads(threads)
+        for layout, shape in itertools.product((torch.contiguous_format, torch.channels_last), SHAPES):
+            x = torch.randn(shape, dtype=getattr(torch, arguments.dtype), device=arguments.device)
+            found = measure(x.contiguous(memory_format=layout), arguments.repetitions, compiled=compiled)
             base = found["BatchNorm2d"]
-            table = Table("layer", "forward", "step", "eval", "saved", title=f"{shape} {layout}, BatchNorm2d = 1")
+            setting = {"layout": str(layout).removeprefix("torch."), "threads": threads, "compiled": compiled}
+            title = f"{shape}, {', '.join(f'{key} {value}' for key, value in setting.items())}; BatchNorm2d = 1"
+            table = Table("layer", "forward", "step", "eval", "saved", title=title, title_justify="left")
             for name, row in found.items():
                 ratios = [row[key] / base[key] for key in ("forward", "step", "eval")]
                 table.add_row(name, *(f"{ratio:.2f}" for ratio in ratios), f"{row['saved']:.2f}")
-                results.append({"shape": shape, "layout": str(layout), "layer": name, "seconds": row})
+                results.append({"shape": shape, **setting, "layer": name, "seconds": row})
             Console(width=100).print(table)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"threads": arguments.threads, "results": results}, indent=1))
+        setting = {"device": arguments.device, "dtype": arguments.dtype}
+        arguments.json.write_text(json.dumps({**setting, "results": results}, indent=1))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ def trace(model: nn.Module, arrays: Sequence[Array], *, opset: int) -> Traced:
     The model itself is left alone: one-hot Switchable Normalizations are collapsed to BatchNorm on a copy.
     Raises `UnsupportedError` if torch cannot export it.
     """
-    copied = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    with _quiet():
+        copied = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     collapse(copied)
     probe = _Probe(copied)
     probe.eval()
@@ -76,7 +77,8 @@ def run(model: nn.Module, arrays: Sequence[Array]) -> tuple[dict[str, Array], di
 
 def in_double(model: nn.Module) -> nn.Module:
     """Return a copy of ``model`` that computes in float64."""
-    return copy.deepcopy(model).double()
+    with _quiet():
+        return copy.deepcopy(model).double()
 
 
 def collapse(model: nn.Module) -> None:
@@ -92,6 +94,8 @@ def collapse(model: nn.Module) -> None:
                 replacement = classes[type(child)](child.num_features, eps=child.eps).eval()
                 for part in ("weight", "bias", "running_mean", "running_var"):
                     setattr(replacement, part, getattr(child, part))
+                added = {key: value for key, value in vars(child).items() if key == "_modules" or "_hooks" in key}
+                vars(replacement).update(added)  # such as the activation that a fused BatchNorm came with
                 parent._modules[name] = replacement
 
 
@@ -154,9 +158,14 @@ class _Probe(nn.Module):
         seen: list[tuple[str, Tensor]] = []
 
         def note(name: str) -> Any:
-            return lambda module, args, output: seen.append((name, output)) if torch.is_tensor(output) else None
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                if torch.is_tensor(output):  # which an activation in place would change; a trace tells them apart
+                    seen.append((name, output if torch.compiler.is_exporting() else output.clone()))
 
-        handles = [layer.register_forward_hook(note(name)) for name, layer in self._layers.items()]
+            return hook
+
+        # First of all hooks, so that a norm's output is what it computed, not what a hook made of it.
+        handles = [layer.register_forward_hook(note(name), prepend=True) for name, layer in self._layers.items()]
         try:
             outputs = dict(_flatten(self.model(*inputs), ""))
         finally:
@@ -200,7 +209,7 @@ def _at_least_two(array: Array) -> Array:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what torch says of its own internals while exporting."""
+    """Silence what torch says of its own internals while copying and exporting."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -3,18 +3,19 @@
 from collections.abc import Iterable
 from typing import Any
 
-from .schedules import Preset, renorm_limits
+from ..layers.schedules import Schedule
+from .schedules import renorm_limits
 
 
 class RenormLimits:
     """Move the limits of every Batch Renormalization along a preset (see `renorm_limits`).
 
-    ``layers`` are modules or layers of either framework; those without ``set_limits``, and Keras layers that have a
-    schedule of their own, are passed over. Limits are
-    set from the step alone and live in the layers' saved state, so a resumed run goes on where it was.
+    ``layers`` are modules or layers of either framework; those without ``set_limits``, and those with a schedule of
+    their own, are passed over. Limits are set from the step alone and live in the layers' saved state, so a resumed run
+    goes on where it was.
     """
 
-    def __init__(self, layers: Iterable[Any], steps: int, preset: Preset = "pretrained") -> None:
+    def __init__(self, layers: Iterable[Any], steps: int, preset: Schedule = "pretrained") -> None:
         self.layers = [
             layer for layer in layers if hasattr(layer, "set_limits") and getattr(layer, "schedule", None) is None
         ]

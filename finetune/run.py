@@ -12,12 +12,12 @@ import numpy as np
 import safetensors.numpy
 
 from ..errors import InputError
+from ..layers.schedules import Schedule
 from ..patchers import bundle as bundles
 from ..sources.data import Data
 from ..sources.files import require_absent
 from .accuracy import Accuracy, accuracy
 from .hooks import RenormLimits
-from .schedules import Preset
 
 STATE = "training.safetensors"
 LOG = "training.json"
@@ -29,10 +29,10 @@ class Settings:
 
     steps: int = 100
     batch_size: int = 64
-    lr: float = 0.1
+    lr: float = 0.05
     train: Literal["all", "norm"] = "all"
     distill: bool = False
-    limits: Preset = "pretrained"
+    limits: Schedule = "pretrained"
     seed: int = 0
     checkpoint_every: int = 100
 
@@ -66,20 +66,21 @@ def finetune(
     eval_data: Data | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    trust: bool = False,
     on_step: Callable[[int, float], None] | None = None,
 ) -> Result:
     """Fine-tune the bundle ``source`` on ``data`` and write the bundle ``output``.
 
     The output is written at every checkpoint and at the end. Its model is the best one seen on ``eval_data``, or
     the last where there is none; the last one is always kept for resuming. With ``resume`` a run found in
-    ``output`` goes on, and one is started where there is none.
+    ``output`` goes on, and one is started where there is none. ``trust`` is that of `normswap.load`.
 
     Raises `InputError` if there is no original to distill from or the run found used other settings,
     `OutputExistsError` if ``output`` exists, `VerificationError` if the loss is not finite; the last checkpoint
     then remains.
     """
     output = Path(output)
-    bundle = bundles.read(source)
+    bundle = bundles.read(source, trust=trust)
     run = _Run(bundle, output, settings, eval_data)
     if resume and output.exists():
         run.resume()

@@ -1,11 +1,13 @@
 """Schedules as plain functions of how far a run has come, so that a resumed run needs no more than its step."""
 
-from collections.abc import Callable, Mapping
 from math import cos, pi
-from typing import Literal
 
-Preset = Literal["pretrained", "paper"]
-Limits = tuple[float, float]
+import numpy as np
+
+from ..layers.schedules import Limits, Schedule, default_limits, limits_at
+
+SIGMOID_END = 10.0
+"""Where the logistic curve has arrived: both limits are within 0.01 % of their last value."""
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.05) -> float:
@@ -16,26 +18,12 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.05) -> f
     return peak * 0.5 * (1 + cos(pi * (step - begin) / max(1, steps - begin)))
 
 
-def renorm_limits(preset: Preset, progress: float) -> Limits:
+def renorm_limits(preset: Schedule, progress: float) -> Limits:
     """Return Batch Renormalization's (r_max, d_max) at ``progress`` (0 to 1) of a run.
 
-    ``"pretrained"``: 1 to 1.25 and 0 to 0.5, linearly (Lomonaco et al., "Rehearsal-Free Continual Learning over
-    Small Non-I.I.D. Batches", section 4). ``"paper"``: plain BatchNorm for the first 4 %, r_max to 3 at 31 % and
-    d_max to 5 at 19 % (Ioffe, "Batch Renormalization", section 4.1: steps 5,000, 40,000 and 25,000 of 130,000).
+    The curves are those the layers can follow by themselves (see `limits_at`), scaled to the run: ``"pretrained"``
+    from 1 to 1.25 and 0 to 0.5; ``"paper"`` plain BatchNorm for the first 4 %, then r_max to 3 at 31 % and d_max to 5
+    at 19 %; ``"sigmoid"`` to 3 and 5, with t from 0 to 10.
     """
-    return _PRESETS[preset](progress)
-
-
-def _pretrained(progress: float) -> Limits:
-    return 1 + 0.25 * progress, 0.5 * progress
-
-
-def _paper(progress: float) -> Limits:
-    return 1 + 2 * _ramp(progress, 0.04, 0.31), 5 * _ramp(progress, 0.04, 0.19)
-
-
-def _ramp(x: float, start: float, end: float) -> float:
-    return min(1.0, max(0.0, (x - start) / (end - start)))
-
-
-_PRESETS: Mapping[Preset, Callable[[float], Limits]] = {"pretrained": _pretrained, "paper": _paper}
+    r_max, d_max = limits_at(np, progress, preset, *default_limits(preset), 1, SIGMOID_END)
+    return float(r_max), float(d_max)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import VerificationError
+from ..layers.torch.group_norm import guard
 from ..patchers.torch import inference
 from ..sources.data import Data
 from .batches import batch_indices
@@ -52,7 +53,7 @@ def train(
     Raises `VerificationError` if the loss is not finite; the model is then as it was before that step.
     """
     accelerator = accelerate.Accelerator()
-    with _trainable(model, train) as parameters, _safe_group_norm(model):
+    with _trainable(model, train) as parameters, _guarded(model):
         optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9)
         if state is not None:
             _load_state(optimizer, state)
@@ -121,18 +122,9 @@ def _trainable(model: nn.Module, which: Literal["all", "norm"]) -> Iterator[list
 
 
 @contextmanager
-def _safe_group_norm(model: nn.Module) -> Iterator[None]:
-    """Keep torch 2.13's GroupNorm from crashing the process.
-
-    Its backward on the CPU segfaults if the input is channels_last and needs no gradient while γ and β do: a frozen
-    convolution before a trainable norm.
-    """
-
-    def contiguous(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = inputs[0]
-        return (x if x.requires_grad or x.is_cuda else x.contiguous(), *inputs[1:])
-
-    handles = [m.register_forward_pre_hook(contiguous) for m in model.modules() if isinstance(m, nn.GroupNorm)]
+def _guarded(model: nn.Module) -> Iterator[None]:
+    """Guard the model's own GroupNorms as `patch` does those it puts in."""
+    handles = [guard(module) for module in model.modules() if isinstance(module, nn.GroupNorm)]
     try:
         yield
     finally:

@@ -68,7 +68,7 @@ def update_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
         raise UnsupportedError(
             "expected a model with SN or BRN layers that keep moving statistics, received one without"
         )
-    kept = [(m, m.running_mean.clone(), m.running_var.clone(), m.num_batches_tracked.clone()) for m in layers]
+    kept = [(m, {name: buffer.clone() for name, buffer in m._buffers.items() if buffer is not None}) for m in layers]
     pools = {m: _Pool() for m in layers}
     handles = [m.register_forward_pre_hook(lambda m, inputs: pools[m].add(inputs[0])) for m in layers]
     try:
@@ -80,10 +80,9 @@ def update_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
     finally:
         for handle in handles:
             handle.remove()
-        for m, mean, var, count in kept:
-            m.running_mean.copy_(mean)
-            m.running_var.copy_(var)
-            m.num_batches_tracked.copy_(count)
+        for m, buffers in kept:
+            for name, value in buffers.items():
+                getattr(m, name).copy_(value)
     if any(pool.count == 0 for pool in pools.values()):
         raise InputError("expected batches that reach every layer, received none for some")
     for m, pool in pools.items():

@@ -1,17 +1,23 @@
-"""What calibration needs of a PyTorch model: its replaced layers, their outputs, their scale and shift."""
+"""What calibration needs of a PyTorch model: its layers, what goes through them, and their parameters."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..convert.targets import BatchRenorm
-from ..patchers.torch import MARK, call, inference
+from ..patchers.torch import MARK, call, inference, normalized
 
 Array = NDArray[np.float64]
+See = Callable[[str, NDArray[Any], NDArray[Any]], bool]
+
+WIDEST = 8192
+"""The most inputs per output of a layer that is refitted: its square is held in float64."""
 
 
 class _PassEnded(Exception):  # noqa: N818
@@ -23,20 +29,40 @@ def site_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in model.named_modules() if getattr(m, MARK, BatchRenorm.kind) != BatchRenorm.kind}
 
 
-def observe(model: nn.Module, names: Sequence[str], batch: Any, see: Callable[[str, NDArray[Any]], bool]) -> None:
-    """Run ``model`` on one batch and tell ``see(name, output)`` of each call of the named layers, channels last.
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the convolutions and linear layers that can be refitted by name.
 
-    If ``see`` returns True, the forward pass ends there.
+    Subclasses, grouped and transposed convolutions, frozen and shared weights, and inputs wider than `WIDEST` are
+    left out.
+    """
+    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    found = {}
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear or (type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and module.groups == 1):
+            weight = module._parameters.get("weight")
+            free = weight is not None and weight.requires_grad and owners[id(weight)] == 1
+            if free and weight[0].numel() < WIDEST:
+                found[name] = module
+    return found
+
+
+def observe(model: nn.Module, names: Sequence[str], batch: Any, see: See) -> None:
+    """Run ``model`` on one batch and tell ``see(name, input, output)`` of each call of the named layers.
+
+    Channels come last, a linear layer's features as they are. If ``see`` returns True, the forward pass ends there.
     """
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            if see(name, output.detach().movedim(1, -1).cpu().numpy()):
+            output = normalized(module, inputs[0], output)
+            axis = -1 if isinstance(module, nn.Linear) else 1
+            if see(name, _array(inputs[0], axis), _array(output, axis)):
                 raise _PassEnded
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(note(name)) for name in names]
+    # First of all hooks: before the one that activates where the BatchNorm did.
+    handles = [model.get_submodule(name).register_forward_hook(note(name), prepend=True) for name in names]
     try:
         with inference(model):
             call(model, batch)
@@ -58,3 +84,42 @@ def set_affine(layer: nn.Module, gamma: Array, beta: Array) -> None:
     with torch.no_grad():
         layer.weight.copy_(torch.from_numpy(gamma))  # type: ignore[operator]
         layer.bias.copy_(torch.from_numpy(beta))  # type: ignore[operator]
+
+
+def get_weights(layer: nn.Module) -> Array:
+    """Return a linear map's weights (K + 1, O) in float64, its bias or zeros as the last row."""
+    weight = layer.weight.detach().flatten(1).T  # type: ignore[operator]
+    bias = torch.zeros_like(weight[0]) if layer.bias is None else layer.bias.detach()  # type: ignore[operator]
+    return torch.cat([weight, bias[None]]).double().cpu().numpy()
+
+
+def set_weights(layer: nn.Module, weights: Array) -> None:
+    """Give the layer these weights, shaped as `get_weights` returns them; one without a bias ignores the last row."""
+    inputs = layer.weight[0].numel()  # type: ignore[index]
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(weights[:inputs].T).reshape(layer.weight.shape))  # type: ignore[operator, arg-type]
+        if layer.bias is not None:
+            layer.bias.copy_(torch.from_numpy(weights[inputs]))  # type: ignore[operator]
+
+
+def patches(layer: nn.Module, sample: NDArray[Any]) -> NDArray[Any]:
+    """Return what each output of the layer is a linear map of, (M, K): one sample's windows, and a 1."""
+    x = torch.from_numpy(sample)
+    if not isinstance(layer, nn.Linear):
+        mode = layer.padding_mode
+        x = x.movedim(-1, 0)[None]
+        x = F.pad(x, layer._reversed_padding_repeated_twice, "constant" if mode == "zeros" else mode)  # type: ignore[arg-type]
+        for axis, (size, stride, dilation) in enumerate(
+            zip(layer.kernel_size, layer.stride, layer.dilation, strict=True),  # type: ignore[arg-type]
+            2,
+        ):
+            x = x.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
+        x = x[0].movedim(0, len(layer.kernel_size))  # type: ignore[arg-type]
+        x = x.flatten(len(layer.kernel_size))  # type: ignore[arg-type]
+    rows = x.reshape(-1, x.shape[-1]).numpy()
+    return np.hstack([rows, np.ones((len(rows), 1), rows.dtype)])
+
+
+def _array(value: Tensor, axis: int) -> NDArray[Any]:
+    wide = torch.promote_types(value.dtype, torch.float32)
+    return value.detach().movedim(axis, -1).to("cpu", wide).numpy()

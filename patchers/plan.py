@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ..convert.groups import resolve_groups
 from ..convert.recipe import Choice, Recipe
-from ..convert.targets import GroupNorm, SwitchNorm, Target, target_to_dict
+from ..convert.targets import BatchRenorm, GroupNorm, SwitchNorm, Target, target_to_dict
 from ..errors import InputError, UnsupportedError
 
 Action = Literal["replace", "skip", "refuse", "done"]
@@ -20,8 +20,10 @@ class Site:
     """One BatchNorm in a model, with every name it is reachable by.
 
     ``spatial`` is the shape behind the channels as a dry run saw it: () for (N, C) input, None without a dry run.
-    ``obstacle`` says why this site cannot be replaced, "" where it can; ``kind`` is the target kind of a site
-    that has been replaced already. ``has_statistics`` is False where no running statistics exist.
+    ``obstacle`` says why this site cannot be replaced, "" where it can; ``left`` why it is left alone unless it is
+    included by name. ``kind`` is the target kind of a site that has been replaced already. ``has_statistics`` is
+    False where no running statistics exist, ``any_rank`` True where the layer does not tell how many dimensions it
+    is for. ``read_by`` names code of the model that reads its running statistics.
     """
 
     name: str
@@ -30,8 +32,11 @@ class Site:
     aliases: tuple[str, ...] = ()
     spatial: tuple[int, ...] | None = None
     obstacle: str = ""
+    left: str = ""
     kind: str | None = None
     has_statistics: bool = True
+    any_rank: bool = False
+    read_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,8 +92,9 @@ class Plan:
                 "leave such a layer as it is with --exclude NAME (exclude=[NAME])"
             )
         if not self.having("replace") and not self.having("done"):
-            skipped = len(self.having("skip"))
-            found = f"{skipped} BatchNorms, all skipped" if skipped else "none"
+            skipped = self.having("skip")
+            reasons = "; ".join(sorted({decision.note for decision in skipped}))
+            found = f"{len(skipped)} BatchNorms, all skipped ({reasons})" if skipped else "none"
             raise UnsupportedError(f"expected a model with BatchNorm layers to replace, received {found}")
 
 
@@ -142,7 +148,8 @@ def decide(
 ) -> Plan:
     """Return the plan that gives every selected site ``target``, or what a recipe says of it.
 
-    ``include`` and ``exclude`` are name patterns (see `matches`); ``where`` is asked the site's name last.
+    ``include`` and ``exclude`` are name patterns (see `matches`); ``where`` is asked the site's name last. A site to
+    be left alone needs a pattern or a recipe that names it.
 
     Raises `InputError` if a pattern matches no site or a recipe does not fit the sites, `UnsupportedError` if a
     selected site is already something else.
@@ -171,6 +178,8 @@ def decide(
             decisions.append(Decision(site, "skip", note="not selected by `where`"))
         elif site.name not in chosen:
             decisions.append(Decision(site, "skip", note=unchosen))
+        elif site.left and not include and not isinstance(target, Recipe):
+            decisions.append(Decision(site, "skip", note=site.left))
         else:
             decisions.append(_decide_one(site, chosen[site.name]))
     return Plan(framework, tuple(decisions))
@@ -191,7 +200,12 @@ def _decide_one(site: Site, target: Target) -> Decision:
         return Decision(site, "refuse", target, note)
     if site.obstacle:
         return Decision(site, "refuse", target, site.obstacle)
+    if site.any_rank and not isinstance(target, GroupNorm):
+        note = f"a {site.source} takes any number of dimensions: give an example input to see how many there are"
+        return Decision(site, "refuse", target, note)
     notes = [] if site.has_statistics else ["no running statistics: gamma and beta are copied, expect a large drift"]
+    if site.read_by and not isinstance(target, BatchRenorm):
+        notes.append(f"{site.read_by} reads running statistics: fuse or reparameterize before the patch, not after")
     if isinstance(target, GroupNorm):
         elements = None if site.spatial is None else prod(site.spatial)
         try:

@@ -17,6 +17,7 @@ PICKLE_SUFFIXES = (".pt", ".pth", ".th", ".bin")
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
 _SHOWN = 10
+_PATCHED = "  they look like a patched model's: patch the model before loading them, or give the bundle"
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -71,6 +72,7 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], origin: str) 
             _listing("missing", missing),
             _listing("unexpected", unexpected),
             _listing("other shape", shapes),
+            _PATCHED if _of_a_patched_model(missing, unexpected) else "",
         ]
         raise InputError(f"expected weights that fit the model, received {origin}:\n" + "\n".join(filter(None, parts)))
     model.load_state_dict(state, strict=False)
@@ -93,6 +95,13 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return state
+
+
+def _of_a_patched_model(missing: list[str], unexpected: list[str]) -> bool:
+    """Return whether the misfit is that of a patched model's weights: SN's gates, BRN's limits, GN's lack of either."""
+    if any(name.endswith(("mean_weight", "r_max")) for name in unexpected):
+        return True
+    return bool(missing) and not unexpected and all(n.endswith(("running_mean", "running_var")) for n in missing)
 
 
 def _listing(label: str, names: list[str]) -> str:

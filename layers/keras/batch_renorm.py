@@ -5,8 +5,8 @@ from typing import Any, ClassVar, Literal, get_args
 import keras
 from keras import ops
 
+from ..schedules import Schedule, check_schedule, checked_limits, default_limits, limits_at
 from .norm import MovingNorm
-from .schedules import Schedule, limits_at
 from .statistics import Moments, moments
 
 Compat = Literal["titu1994"]
@@ -27,9 +27,10 @@ class BatchRenormalization(MovingNorm):
 
     ``r_max`` and ``d_max`` are variables, so limits given to `set_limits` act inside compiled training functions
     and are saved with the weights. With a ``schedule`` the layer sets them itself, by its count of training calls,
-    the variable ``step``, from 1 and 0 up to ``r_max`` and ``d_max``: ``"paper"`` within the first third of
-    ``schedule_steps`` calls, ``"pretrained"`` linearly over all of them, ``"sigmoid"`` logistically with ``t_delta``
-    per call (see `limits_at`). The limits default to 3 and 5, with ``"pretrained"`` to 1.25 and 0.5.
+    the variable ``step``, from 1 and 0 up to ``r_max`` and ``d_max``: ``"paper"`` at the steps of the paper, or
+    within the first third of ``schedule_steps`` calls, ``"pretrained"`` linearly over all of them, ``"sigmoid"``
+    logistically with ``t_delta`` per call (see `limits_at`). The limits default to 3 and 5, with ``"pretrained"`` to
+    1.25 and 0.5.
 
     ``compat="titu1994"`` computes what titu1994/BatchRenormalization does in training: the sigmoid schedule, and a
     moving average of the variance with ε in it, to which inference adds ε once more; what it calls ``r_max_value``
@@ -73,8 +74,8 @@ class BatchRenormalization(MovingNorm):
             raise ValueError(f"expected `compat` to be None or 'titu1994', received compat={compat!r}")
         if schedule is None and compat is not None:
             schedule = "sigmoid"
-        _check_schedule(schedule, schedule_steps, t_delta)
-        r_default, d_default = (1.25, 0.5) if schedule == "pretrained" else (3.0, 5.0)
+        check_schedule(schedule, schedule_steps, t_delta)
+        r_default, d_default = default_limits(schedule)
         self.schedule = schedule
         self.schedule_steps = schedule_steps
         self.t_delta = float(t_delta)
@@ -82,7 +83,7 @@ class BatchRenormalization(MovingNorm):
         self.r_max: Any = None
         self.d_max: Any = None
         self.step: Any = None
-        self._limits = _limits(r_default if r_max is None else r_max, d_default if d_max is None else d_max)
+        self._limits = checked_limits(r_default if r_max is None else r_max, d_default if d_max is None else d_max)
 
     def build(self, input_shape: Any) -> None:
         """Create the variables for input of this shape."""
@@ -101,7 +102,7 @@ class BatchRenormalization(MovingNorm):
 
         Raises `ValueError` unless ``r_max >= 1`` and ``d_max >= 0``, and for a layer with a schedule.
         """
-        limits = _limits(r_max, d_max)
+        limits = checked_limits(r_max, d_max)
         if self.schedule is not None:
             raise ValueError(
                 f"expected schedule=None for limits set from outside, received schedule={self.schedule!r} in layer "
@@ -155,7 +156,7 @@ class BatchRenormalization(MovingNorm):
     def _limits_now(self) -> tuple[Any, Any]:
         """Return the limits of this training call; a schedule also counts it."""
         if self.schedule is not None:
-            r_max, d_max = limits_at(self.step, self.schedule, *self._limits, self.schedule_steps, self.t_delta)
+            r_max, d_max = limits_at(ops, self.step, self.schedule, *self._limits, self.schedule_steps, self.t_delta)
             self.r_max.assign(ops.cast(r_max, self.r_max.dtype))
             self.d_max.assign(ops.cast(d_max, self.d_max.dtype))
             self.step.assign(self.step + 1)
@@ -164,25 +165,3 @@ class BatchRenormalization(MovingNorm):
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments as plain data, with the limits last set."""
         return {**super().get_config(), "r_max": self._limits[0], "d_max": self._limits[1]}
-
-
-def _limits(r_max: float, d_max: float) -> tuple[float, float]:
-    if not r_max >= 1:
-        raise ValueError(f"expected `r_max` of at least 1, received r_max={r_max}")
-    if not d_max >= 0:
-        raise ValueError(f"expected `d_max` of at least 0, received d_max={d_max}")
-    return float(r_max), float(d_max)
-
-
-def _check_schedule(schedule: Any, steps: Any, t_delta: Any) -> None:
-    if schedule not in (None, *get_args(Schedule)):
-        raise ValueError(
-            f"expected `schedule` to be None or out of {', '.join(get_args(Schedule))}, received schedule={schedule!r}"
-        )
-    if schedule in ("paper", "pretrained") and not (isinstance(steps, int) and steps > 0):
-        raise ValueError(
-            "expected `schedule_steps`, the number of training calls in the run, with "
-            f"schedule={schedule!r}, received schedule_steps={steps}"
-        )
-    if not t_delta > 0:
-        raise ValueError(f"expected `t_delta` above 0, received t_delta={t_delta}")

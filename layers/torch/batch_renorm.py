@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..schedules import Schedule, check_schedule, checked_limits, default_limits, limits_at
 from .norm import RunningNorm, move
-from .statistics import normalize, per_channel, square, wide
+from .passes import Array
+from .statistics import Backward, Small, normalize, square
 
 
 class _BatchRenorm(RunningNorm):
@@ -22,7 +24,11 @@ class _BatchRenorm(RunningNorm):
     :math:`y = \gamma (x - \mu)/\sigma + \beta`, as BatchNorm. The running μ and σ move by weight ``momentum``
     (None: cumulative average); as in the paper the average is of σ, and ``running_var`` holds σ² - ε.
 
-    ``r_max`` and ``d_max`` are buffers, so a schedule set by `set_limits` is saved with the weights.
+    ``r_max`` and ``d_max`` are buffers, so limits given to `set_limits` are saved with the weights. With a
+    ``schedule`` the layer sets them itself, by its count of training calls, the buffer ``step``, from 1 and 0 up to the
+    arguments ``r_max`` and ``d_max``: ``"paper"`` at the steps of the paper, or within the first third of
+    ``schedule_steps`` calls, ``"pretrained"`` linearly over all of them, ``"sigmoid"`` logistically with ``t_delta``
+    per call (see `limits_at`). The limits default to 3 and 5, with ``"pretrained"`` to 1.25 and 0.5.
 
     Raises `ValueError` for a wrong rank or channel count, and in training for a single value per channel, which
     has no variance; `TypeError` for a dtype that is not floating-point.
@@ -33,6 +39,7 @@ class _BatchRenorm(RunningNorm):
 
     r_max: Tensor
     d_max: Tensor
+    step: Tensor
 
     def __init__(
         self,
@@ -40,9 +47,12 @@ class _BatchRenorm(RunningNorm):
         eps: float = 1e-5,
         momentum: float | None = 0.01,
         affine: bool = True,
-        r_max: float = 3.0,
-        d_max: float = 5.0,
+        r_max: float | None = None,
+        d_max: float | None = None,
         zero_init: bool = False,
+        schedule: Schedule | None = None,
+        schedule_steps: int | None = None,
+        t_delta: float = 1e-3,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -56,16 +66,30 @@ class _BatchRenorm(RunningNorm):
             device=device,
             dtype=dtype,
         )
-        self.register_buffer("r_max", torch.tensor(1.0, device=device))
-        self.register_buffer("d_max", torch.tensor(0.0, device=device))
-        self.set_limits(r_max, d_max)
+        check_schedule(schedule, schedule_steps, t_delta)
+        r_default, d_default = default_limits(schedule)
+        limits = checked_limits(r_default if r_max is None else r_max, d_default if d_max is None else d_max)
+        self.schedule: Schedule | None = schedule
+        self.schedule_steps = schedule_steps
+        self.t_delta = t_delta
+        self._limits = limits
+        r_now, d_now = limits if schedule is None else (1.0, 0.0)
+        self.register_buffer("r_max", torch.tensor(r_now, device=device))
+        self.register_buffer("d_max", torch.tensor(d_now, device=device))
+        if schedule is not None:
+            self.register_buffer("step", torch.tensor(0, dtype=torch.long, device=device))
 
     def set_limits(self, r_max: float, d_max: float) -> None:
-        """Set the limits of the correction; raises `ValueError` unless ``r_max >= 1`` and ``d_max >= 0``."""
-        if not r_max >= 1:
-            raise ValueError(f"expected `r_max` of at least 1, received r_max={r_max}")
-        if not d_max >= 0:
-            raise ValueError(f"expected `d_max` of at least 0, received d_max={d_max}")
+        """Set the limits of the correction.
+
+        Raises `ValueError` unless ``r_max >= 1`` and ``d_max >= 0``, and for a layer with a schedule.
+        """
+        r_max, d_max = checked_limits(r_max, d_max)
+        if self.schedule is not None:
+            raise ValueError(
+                f"{self._label}: expected schedule=None for limits set from outside, "
+                f"received schedule={self.schedule!r}; drop the one or the other"
+            )
         self.r_max.fill_(r_max)
         self.d_max.fill_(d_max)
 
@@ -79,35 +103,61 @@ class _BatchRenorm(RunningNorm):
         count = x.numel() // self.num_features
         if count < 2:
             raise ValueError(
-                "expected more than one value per channel in training, "
+                f"{self._label}: expected more than one value per channel in training, "
                 f"received shape={tuple(x.shape)}; use a larger batch, or eval()"
             )
+        if self.schedule is not None:
+            self._follow(self.schedule)
         return normalize(x, partial(self._mix, x.shape[2:].numel()), self.weight, self.bias)
 
+    def _follow(self, schedule: Schedule) -> None:
+        """Set the limits of this training call, and count it."""
+        r_max, d_max = limits_at(torch, self.step, schedule, *self._limits, self.schedule_steps, self.t_delta)
+        self.r_max.copy_(r_max)
+        self.d_max.copy_(d_max)
+        self.step.add_(1)
+
     def _mix(
-        self, count: int, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | float]:
-        """Return mean, scale and shift from the instance statistics (N, C, 1, ...), and update the running ones."""
-        batch_mean, batch_var = self._batch_moments(mean, var, count)
-        sigma = (batch_var + self.eps).sqrt()
+        self, count: int, small: Small, mean: Array, var: Array, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[tuple[Array, Array, Array], Backward]:
+        """Return how far the batch's mean lies below each own, scale and shift, and update the running statistics."""
+        batch_mean, batch_var, through_batch = self._batch_moments(mean, var, count)
+        sigma = small.library.sqrt(batch_var + self.eps)
         with torch.no_grad():
-            running_mean, running_var = per_channel(self.running_mean, mean), per_channel(self.running_var, mean)
-            running_sigma = (running_var.to(sigma.dtype) + self.eps).sqrt()
-            r = torch.minimum((sigma / running_sigma).maximum(1 / self.r_max), self.r_max)
-            d = torch.minimum(((batch_mean - running_mean) / running_sigma).maximum(-self.d_max), self.d_max)
-            momentum = self._count_batch()
-            move(self.running_mean, batch_mean, momentum)
-            averaged = running_sigma + momentum * (sigma - running_sigma)
-            self.running_var.copy_((square(averaged) - self.eps).clamp_(min=0).flatten())
-        gamma = 1.0 if weight is None else per_channel(wide(weight), mean)
-        beta = 0.0 if bias is None else per_channel(wide(bias), mean)
-        return batch_mean, gamma * r / sigma, gamma * d + beta
+            running_mean = small.per_channel(self.running_mean, mean)
+            running_sigma = small.library.sqrt(small.per_channel(self.running_var, mean) + self.eps)
+            r_max, d_max = small.array(self.r_max), small.array(self.d_max)
+            r = (sigma / running_sigma).clip(1 / r_max, r_max)
+            d = ((batch_mean - running_mean) / running_sigma).clip(-d_max, d_max)
+            self._move(batch_mean, sigma)
+        gamma = 1.0 if weight is None else small.per_channel(weight, mean)
+        beta = 0.0 if bias is None else small.per_channel(bias, mean)
+        scale = gamma * r / sigma
+
+        def backward(d_away: Array, d_scale: Array, d_shift: Array) -> tuple[Array, ...]:
+            d_scale, d_shift = d_scale.sum(0, keepdims=True), d_shift.sum(0, keepdims=True)
+            d_batch_var = d_scale * scale * (-0.5 / square(sigma))
+            d_mean, d_var = through_batch(-d_away.sum(0, keepdims=True), d_batch_var)
+            return d_away + d_mean, d_var, d_scale * r / sigma + d_shift * d, d_shift
+
+        return (mean - batch_mean, scale, gamma * d + beta), backward
+
+    def _move(self, mean: Array, sigma: Array) -> None:
+        momentum = self._count_batch()
+        move(self.running_mean, mean, momentum)
+        sigma = torch.as_tensor(sigma).flatten()
+        averaged = (self.running_var.to(sigma.dtype) + self.eps).sqrt_()
+        move(averaged, sigma, momentum)
+        self.running_var.copy_(square(averaged).sub_(self.eps).clamp_(min=0))
 
     def extra_repr(self) -> str:
         """Return the arguments shown by ``print(module)``."""
-        if self.r_max.is_meta:
-            return super().extra_repr()
-        return f"{super().extra_repr()}, r_max={float(self.r_max):g}, d_max={float(self.d_max):g}"
+        shown = super().extra_repr()
+        if not self.r_max.is_meta:
+            shown += f", r_max={float(self.r_max):g}, d_max={float(self.d_max):g}"
+        if self.schedule is not None:
+            shown += f", schedule={self.schedule!r}, schedule_steps={self.schedule_steps}, t_delta={self.t_delta}"
+        return shown
 
 
 class BatchRenorm1d(_BatchRenorm):

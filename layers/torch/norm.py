@@ -1,11 +1,14 @@
 """What Switchable Normalization and Batch Renormalization share: parameters, checks and running statistics."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.fx import Proxy
 
+from .passes import Array
 from .statistics import square
 
 
@@ -15,6 +18,9 @@ class RunningNorm(nn.Module):
     It is not a ``torch.nn.modules.batchnorm._BatchNorm``: torch, timm and Lightning convert subclasses of that
     class into SyncBatchNorm or frozen BatchNorm without a word. The buffers carry BatchNorm's names
     ``running_mean``, ``running_var`` (biased) and ``num_batches_tracked``, which distributed tools look for.
+
+    The attribute ``site`` is the layer's name in a patched model. Error messages begin with it, or without one with the
+    class.
 
     With the attribute ``sync`` the batch statistics in training are those of all processes of ``process_group`` (None:
     the default group) together, each weighted by how many values it has, and gradients flow through them.
@@ -47,6 +53,7 @@ class RunningNorm(nn.Module):
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
+        self.site = ""
         self.sync = False
         self.process_group: Any = None
         factory = {"device": device, "dtype": dtype}
@@ -61,6 +68,13 @@ class RunningNorm(nn.Module):
             self.register_buffer("running_var", torch.ones(num_features, **factory))
             self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run `forward`; in a symbolic trace (``torch.fx``) be one node, as torch's own layers are."""
+        if args and isinstance(args[0], Proxy):
+            tracer: Any = args[0].tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+        return super().__call__(*args, **kwargs)
+
     def extra_repr(self) -> str:
         """Return the arguments shown by ``print(module)``."""
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.weight is not None}"
@@ -68,31 +82,46 @@ class RunningNorm(nn.Module):
     def _check(self, x: Tensor) -> None:
         if x.dim() not in self.ranks:
             ranks = " or ".join(map(str, self.ranks))
-            raise ValueError(f"expected input of rank {ranks}, received shape={tuple(x.shape)}")
+            raise ValueError(f"{self._label}: expected input of rank {ranks}, received shape={tuple(x.shape)}")
         if x.shape[1] != self.num_features:
-            raise ValueError(f"expected {self.num_features} channels, received shape={tuple(x.shape)}")
+            raise ValueError(f"{self._label}: expected {self.num_features} channels, received shape={tuple(x.shape)}")
         if not x.is_floating_point():
-            raise TypeError(f"expected a floating-point input, received dtype={x.dtype}")
+            raise TypeError(f"{self._label}: expected a floating-point input, received dtype={x.dtype}; cast it first")
         if x.numel() == 0:
-            raise ValueError(f"expected at least one value, received shape={tuple(x.shape)}")
+            raise ValueError(f"{self._label}: expected at least one value, received shape={tuple(x.shape)}")
 
-    def _batch_moments(self, mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Return mean and biased variance (1, C, 1, ...) of the batch, of all processes' batches if ``sync`` is set.
+    @property
+    def _label(self) -> str:
+        return self.site or type(self).__name__
 
-        ``mean`` and ``var`` are those of each sample and channel, over ``count`` values.
+    def _batch_moments(
+        self, mean: Array, var: Array, count: int, correction: int = 0
+    ) -> tuple[Array, Array, Callable[[Array, Array], tuple[Array, Array]]]:
+        """Return mean and variance (1, C, 1, ...) of the batch, of all processes' batches if ``sync`` is set.
+
+        ``mean`` and ``var`` are those of each sample and channel, over ``count`` values. The squares are divided by
+        their number less ``correction``. The function returned last gives the gradients of ``mean`` and ``var`` for
+        those of the batch's.
         """
-        if not (self.sync and dist.is_available() and dist.is_initialized()):
-            batch_mean = mean.mean(0, keepdim=True)
-            return batch_mean, (var + square(mean - batch_mean)).mean(0, keepdim=True)
-        values = mean.new_tensor([float(mean.shape[0] * count)])
-        total = self._over_processes(torch.cat([values, mean.sum(0).flatten() * count]))
-        batch_mean = (total[1:] / total[0]).view_as(mean[:1])
-        power = (var + square(mean - batch_mean)).sum(0, keepdim=True) * count
-        return batch_mean, self._over_processes(power) / total[0]
+        over_processes, total = _as_it_is, mean.shape[0] * count
+        if self.sync and dist.is_available() and dist.is_initialized():
+            over_processes = self._over_processes
+            total = over_processes(mean[:1, :1] * 0 + total)
+        batch_mean = over_processes(mean.sum(0, keepdims=True)) * (count / total)
+        difference = mean - batch_mean
+        weight = count / (total - correction)
+        batch_var = over_processes((var + square(difference)).sum(0, keepdims=True)) * weight
 
-    def _over_processes(self, x: Tensor) -> Tensor:
-        total: Tensor = _SumOverProcesses.apply(x, self.process_group)  # type: ignore[no-untyped-call]
-        return total
+        def backward(d_mean: Array, d_var: Array) -> tuple[Array, Array]:
+            d_var = over_processes(d_var) * weight
+            return over_processes(d_mean) * (count / total) + 2 * d_var * difference, d_var
+
+        return batch_mean, batch_var, backward
+
+    def _over_processes(self, x: Array) -> Array:
+        tensor = x if isinstance(x, Tensor) else torch.from_numpy(x)
+        total = _SumOverProcesses.apply(tensor, self.process_group)  # type: ignore[no-untyped-call]
+        return total if isinstance(x, Tensor) else total.numpy()
 
     def _count_batch(self) -> float | Tensor:
         """Count one batch and return the weight of its statistics: ``momentum``, or 1/n for a cumulative average."""
@@ -117,6 +146,10 @@ class _SumOverProcesses(torch.autograd.Function):
         return total, None
 
 
-def move(running: Tensor, value: Tensor, weight: float | Tensor) -> None:
+def _as_it_is(x: Array) -> Array:
+    return x
+
+
+def move(running: Tensor, value: Array, weight: float | Tensor) -> None:
     """Move a running statistic (C,) towards a batch's value in place."""
-    running.add_(weight * (value.flatten() - running))
+    running.add_(weight * (torch.as_tensor(value, device=running.device).flatten() - running))

@@ -1,16 +1,19 @@
 """Switchable Normalization for PyTorch."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .norm import RunningNorm, move
-from .statistics import normalize, per_channel, square, wide
+from .passes import Array, switch
+from .statistics import Backward, Small, inferring, normalize, square, wide
 
 BatchStatistics = Literal["moving", "frozen", "none"]
+Compat = Literal["switchablenorms"]
 
 CLOSED = -120.0
 """A logit that beside 0 gives a gate of exactly 0 in float32."""
@@ -33,23 +36,36 @@ class _SwitchNorm(RunningNorm):
     ``"none"`` has two gates, instance and layer, and no running statistics.
 
     ``zero_init`` starts γ at 0, for the last norm of a residual branch. The attribute ``temperature`` (1.0) divides the
-    logits before the softmax; 0 takes the largest gate alone. `harden` does so for good.
+    logits before the softmax; 0 takes the largest gate alone. It is not in the state dict; `harden` takes the largest
+    gate for good.
+
+    ``compat="switchablenorms"`` computes what switchablenorms/Switchable-Normalization does: the variance of a map is
+    unbiased, and the layer's and batch's are mixed from it; for (N, C) input those over C and N are unbiased, and the
+    instance gate starts closed, which leaves theirs of layer and batch; running statistics start at mean 0 and
+    variance 0; ``momentum`` is the weight of the old value. Its ``last_gamma`` is ``zero_init`` here and its
+    ``using_bn=False`` is ``batch_statistics="none"``. ``momentum="auto"`` is 0.1, with compat theirs: 0.9 in 2d,
+    0.997 in 1d and 3d. `normswap.convert.checkpoints` reads and writes its checkpoints.
 
     Statistics are computed in float32 for narrower inputs; output has the input's dtype and shape.
 
-    Raises `ValueError` for a wrong rank or channel count, `TypeError` for a dtype that is not floating-point.
+    Raises `ValueError` for a wrong rank or channel count, for a state dict with another number of gates, and, with
+    compat, for a single value where its variance divides by their number - 1; `TypeError` for a dtype that is not
+    floating-point.
 
     Source: Luo et al., "Differentiable Learning-to-Normalize via Switchable Normalization", section 3.
     """
+
+    published_momentum: ClassVar[float]
 
     def __init__(
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: float | None = 0.1,
+        momentum: float | Literal["auto"] | None = "auto",
         affine: bool = True,
         batch_statistics: BatchStatistics = "moving",
         zero_init: bool = False,
+        compat: Compat | None = None,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -58,6 +74,10 @@ class _SwitchNorm(RunningNorm):
                 f"expected `batch_statistics` out of {', '.join(get_args(BatchStatistics))}, "
                 f"received batch_statistics={batch_statistics!r}"
             )
+        if compat not in (None, *get_args(Compat)):
+            raise ValueError(f"expected `compat` to be None or 'switchablenorms', received compat={compat!r}")
+        if momentum == "auto":
+            momentum = 0.1 if compat is None else self.published_momentum
         track = batch_statistics != "none"
         super().__init__(
             num_features,
@@ -70,10 +90,20 @@ class _SwitchNorm(RunningNorm):
             dtype=dtype,
         )
         self.batch_statistics = batch_statistics
+        self.compat = compat
         self.temperature = 1.0
         gates = 3 if track else 2
         self.mean_weight = nn.Parameter(torch.ones(gates, device=device, dtype=dtype))
         self.var_weight = nn.Parameter(torch.ones(gates, device=device, dtype=dtype))
+        if compat is not None:
+            self._start_as_published()
+
+    def _start_as_published(self) -> None:
+        with torch.no_grad():
+            if self.batch_statistics != "none":
+                self.running_var.zero_()
+            if 2 in self.ranks:
+                self.mean_weight[0] = self.var_weight[0] = CLOSED
 
     def gates(self) -> tuple[Tensor, Tensor]:
         """Return the gates of the mean and of the variance, in the order instance, layer, batch."""
@@ -95,59 +125,163 @@ class _SwitchNorm(RunningNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x`` of shape (N, C, ...)."""
         self._check(x)
-        mix = partial(self._mix, x.shape[2:].numel())
-        return normalize(x, mix, self.weight, self.bias, self.mean_weight, self.var_weight)
+        parameters = self.weight, self.bias, self.mean_weight, self.var_weight
+        constant = x.dim() > 2 and self.compat is None and not (self.training and self.batch_statistics == "moving")
+        if constant and inferring(x, *parameters):
+            return self._infer(x)
+        return normalize(x, partial(self._mix, x.shape[2:].numel()), *parameters)
+
+    def _infer(self, x: Tensor) -> Tensor:
+        """Normalize maps with constant batch statistics and no gradient to come, in one pass through memory."""
+        gates = torch.stack([self._gates(logits.double()) for logits in (self.mean_weight, self.var_weight)])
+        fixed_mean = torch.zeros(self.num_features, dtype=torch.float64)
+        fixed_var = torch.full_like(fixed_mean, self.eps)
+        if self.batch_statistics != "none":
+            fixed_mean, fixed_var = (
+                gates[0, 2] * self.running_mean.double(),
+                fixed_var.add_(gates[1, 2] * self.running_var),
+            )
+        gamma = torch.ones_like(fixed_mean) if self.weight is None else self.weight.double()
+        beta = torch.zeros_like(fixed_mean) if self.bias is None else self.bias.double()
+        constants = (part.detach().numpy() for part in (gates, fixed_mean, fixed_var, gamma, beta))
+        return switch(wide(x), *constants).to(x.dtype)
+
+    def _check(self, x: Tensor) -> None:
+        super()._check(x)
+        if self.compat is None:
+            return
+        if x.dim() > 2:
+            counts = {"values per sample and channel": x.shape[2:].numel()}
+        else:
+            mixed = self.training and self.batch_statistics == "moving"
+            counts = {"channels": x.shape[1], **({"samples in training": x.shape[0]} if mixed else {})}
+        for what, number in counts.items():
+            if number < 2:
+                raise ValueError(
+                    f"{self._label}: expected two or more {what} with compat={self.compat!r}, which divides by their "
+                    f"number - 1, received shape={tuple(x.shape)}; use compat=None"
+                )
 
     def _mix(
-        self, count: int, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, *gate_logits: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | float]:
-        """Return mean, scale and shift from the instance statistics (N, C, 1, ...)."""
-        layer_mean = mean.mean(1, keepdim=True)
+        self,
+        count: int,
+        small: Small,
+        mean: Array,
+        var: Array,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *gate_logits: Tensor,
+    ) -> tuple[tuple[Array, Array, Array], Backward]:
+        """Return how far the mixed mean lies below each own ``mean`` (N, C, 1, ...), scale and shift."""
+        maps, unbias, correction = mean.ndim > 2, 1.0, 0
+        if self.compat is not None:  # unbiased: in a map over its values, for (N, C) input over C and over N
+            unbias, correction = (count / (count - 1), 0) if maps else (1.0, 1)
+            var = var * unbias
+        above_layer = mean - mean.mean(1, keepdims=True)
+        unbias_layer = mean.shape[1] / (mean.shape[1] - correction)
         # A sum of two non-negative terms, never E[x²] - E[x]².
-        layer_var = (var + square(mean - layer_mean)).mean(1, keepdim=True)
-        own = (mean, var) if mean.dim() > 2 else (layer_mean, layer_var)
-        mean_gates, var_gates = map(self._gates, gate_logits)
-        mixed_mean = mean_gates[0] * own[0] + mean_gates[1] * layer_mean
-        mixed_var = var_gates[0] * own[1] + var_gates[1] * layer_var
-        # What is constant at inference is added up apart from what is not, so that an exporter can fold it.
+        layer_var = (var + square(above_layer)).mean(1, keepdims=True)
+        if correction:
+            layer_var = layer_var * unbias_layer
+        mean_gates, var_gates = (small.array(self._gates(logits.to(small.dtype))) for logits in gate_logits)
+        # A vector's own statistics are its layer's. Means are mixed as differences, which a large mean costs no digits.
+        layer_gates = [gates[1] if maps else gates[0] + gates[1] for gates in (mean_gates, var_gates)]
+        own_var = var if maps else layer_var
+        away, mixed_var = layer_gates[0] * above_layer, layer_gates[1] * layer_var
+        if maps:
+            mixed_var = mixed_var + var_gates[0] * var
+        through_batch = None
         if self.batch_statistics == "none":
             mixed_var = mixed_var + self.eps
         else:
-            batch_mean, batch_var = self._batch_statistics(count, mean, var)
-            mixed_mean = mixed_mean + mean_gates[2] * batch_mean
-            mixed_var = mixed_var + (var_gates[2] * batch_var + self.eps)
-        gamma = 1.0 if weight is None else per_channel(wide(weight), mean)
-        beta = 0.0 if bias is None else per_channel(wide(bias), mean)
-        return mixed_mean, gamma / mixed_var.sqrt(), beta
+            batch_mean, batch_var, through_batch = self._batch_statistics(small, count, mean, var, correction)
+            above_batch = mean - batch_mean
+            away = away + mean_gates[2] * above_batch
+            mixed_var = mixed_var + (var_gates[2] * batch_var + self.eps)  # constant at inference
+        sigma = small.library.sqrt(mixed_var)
+        gamma = 1.0 if weight is None else small.per_channel(weight, mean)
+        beta = 0.0 if bias is None else small.per_channel(bias, mean)
+        scale = gamma / sigma
 
-    def _batch_statistics(self, count: int, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        def backward(d_away: Array, d_scale: Array, d_shift: Array) -> tuple[Array, ...]:
+            d_mixed_var = d_scale * scale * (-0.5 / mixed_var)
+            d_above_layer = layer_gates[0] * d_away
+            d_layer_var = (layer_gates[1] * unbias_layer) * d_mixed_var.mean(1, keepdims=True)
+            d_mean = d_above_layer - d_above_layer.mean(1, keepdims=True) + 2 * d_layer_var * above_layer
+            d_var = d_layer_var + var_gates[0] * d_mixed_var if maps else d_layer_var
+            to_layer = (d_away * above_layer).sum()
+            d_mean_gates = [0 * to_layer if maps else to_layer, to_layer]
+            d_var_gates = [(d_mixed_var * own_var).sum(), (d_mixed_var * layer_var).sum()]
+            if self.batch_statistics != "none":
+                d_above_batch = mean_gates[2] * d_away
+                d_mean = d_mean + d_above_batch
+                d_mean_gates.append((d_away * above_batch).sum())
+                d_var_gates.append((d_mixed_var * batch_var).sum())
+            if through_batch is not None:
+                d_batch_var = var_gates[2] * d_mixed_var.sum(0, keepdims=True)
+                d_own = through_batch(-d_above_batch.sum(0, keepdims=True), d_batch_var)
+                d_mean, d_var = d_mean + d_own[0], d_var + d_own[1]
+            d_logits = [
+                self._d_logits(small, mean_gates, d_mean_gates),
+                self._d_logits(small, var_gates, d_var_gates),
+            ]
+            return d_mean, d_var * unbias, (d_scale / sigma).sum(0), d_shift.sum(0), *d_logits
+
+        return (away, scale, beta), backward
+
+    def _d_logits(self, small: Small, gates: Array, d_gates: list[Array]) -> Array:
+        d_gates = small.library.stack(d_gates)
+        return gates * (d_gates - (gates * d_gates).sum()) / (self.temperature or 1)  # a one-hot gate gives 0
+
+    def _batch_statistics(
+        self, small: Small, count: int, mean: Array, var: Array, correction: int
+    ) -> tuple[Array, Array, Callable[[Array, Array], tuple[Array, Array]] | None]:
         if not self.training or self.batch_statistics == "frozen":
-            return per_channel(wide(self.running_mean), mean), per_channel(wide(self.running_var), mean)
-        batch_mean, batch_var = self._batch_moments(mean, var, count)
+            return small.per_channel(self.running_mean, mean), small.per_channel(self.running_var, mean), None
+        batch_mean, batch_var, backward = self._batch_moments(mean, var, count, correction)
         with torch.no_grad():
             momentum = self._count_batch()
             move(self.running_mean, batch_mean, momentum)
             move(self.running_var, batch_var, momentum)
-        return batch_mean, batch_var
+        return batch_mean, batch_var, backward
+
+    def _count_batch(self) -> float | Tensor:
+        weight = super()._count_batch()
+        return weight if self.compat is None or self.momentum is None else 1 - weight
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("mean_weight", "var_weight"):
+            key, expected = f"{prefix}{name}", tuple(getattr(self, name).shape)
+            if key in state_dict and tuple(state_dict[key].shape) != expected:
+                raise ValueError(
+                    f"expected saved {key} of shape={expected} for batch_statistics={self.batch_statistics!r}, "
+                    f"received shape={tuple(state_dict[key].shape)}; give the layer the batch_statistics it was saved "
+                    "with"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """Return the arguments shown by ``print(module)``."""
-        return f"{super().extra_repr()}, batch_statistics={self.batch_statistics!r}"
+        shown = f"{super().extra_repr()}, batch_statistics={self.batch_statistics!r}"
+        return shown if self.compat is None else f"{shown}, compat={self.compat!r}"
 
 
 class SwitchNorm1d(_SwitchNorm):
     """For (N, C) and (N, C, L) input; see `_SwitchNorm`."""
 
     ranks = (2, 3)
+    published_momentum = 0.997
 
 
 class SwitchNorm2d(_SwitchNorm):
     """For (N, C, H, W) input; see `_SwitchNorm`."""
 
     ranks = (4,)
+    published_momentum = 0.9
 
 
 class SwitchNorm3d(_SwitchNorm):
     """For (N, C, D, H, W) input; see `_SwitchNorm`."""
 
     ranks = (5,)
+    published_momentum = 0.997

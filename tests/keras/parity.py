@@ -1,6 +1,6 @@
-"""Run under one Keras backend: write what layers and patched models compute to an .npz file.
+"""Run under one Keras backend: check the layers, and write what they and patched models compute to an .npz file.
 
-``python parity.py OUTPUT`` with KERAS_BACKEND set; `test_backends` compares the files.
+``python -m tests.keras.parity OUTPUT`` with KERAS_BACKEND set; `test_backends` compares the files.
 """
 
 import sys
@@ -14,6 +14,9 @@ from normswap.convert.targets import BatchRenorm, GroupNorm, SwitchNorm
 from normswap.layers.keras import BatchRenormalization, SwitchNormalization
 from normswap.patchers.keras import patch
 
+from ..conformance import CASES, check
+from .adapter import computed
+
 LAYERS = {
     "sn_moving": lambda: SwitchNormalization(epsilon=1e-5, momentum=0.9),
     "sn_frozen": lambda: SwitchNormalization(epsilon=1e-5, batch_statistics="frozen"),
@@ -25,9 +28,9 @@ LAYERS = {
     "brn_sigmoid": lambda: BatchRenormalization(epsilon=1e-5, momentum=0.9, compat="titu1994", t_delta=1.0),
 }
 TARGETS = {"a": SwitchNorm(), "b": BatchRenorm(), "c": GroupNorm(2)}
-SHAPES = {"nc": (5, 6), "nhwc": (3, 5, 4, 6)}
+CONFORMING = ("(N, C)", "2d", "mean far above deviation")
+SHAPE = (3, 4, 6)
 MASK = np.array([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]], bool)
-FAR = 1e4
 REPLICAS = (5, 3)
 
 
@@ -58,28 +61,19 @@ def built(kind, shape):
     return layer
 
 
-def run_layers(results):
-    """Record each layer's outputs at inference and in training, and the statistics it is left with."""
-    for kind in LAYERS:
-        for label, shape in SHAPES.items():
-            layer = built(kind, shape)
-            results[f"{kind}/{label}/inference"] = numpy(layer(inputs(shape), training=False))
-            results[f"{kind}/{label}/training"] = numpy(layer(inputs(shape), training=True))
-            if layer.moving_mean is not None:
-                results[f"{kind}/{label}/moving_mean"] = numpy(layer.moving_mean)
-                results[f"{kind}/{label}/moving_variance"] = numpy(layer.moving_variance)
+def run_conformance():
+    """Check the layers; on TensorFlow `test_conformance` does, with every input."""
+    for case in CASES:
+        if case.input in CONFORMING:
+            check(case, computed(case))
 
 
-def run_hard_cases(results):
-    """Record training with masked timesteps, steps along a schedule, and means far above the deviation."""
+def run_masked(results):
+    """Record training with masked timesteps, step by step along a schedule, and what the layer is left with."""
     for kind in LAYERS:
-        layer, x = built(kind, (3, 4, 6)), inputs((3, 4, 6))
+        layer = built(kind, SHAPE)
         for step in range(3):
-            results[f"{kind}/masked/{step}"] = numpy(layer(x, training=True, mask=MASK))
-        layer = built(kind, SHAPES["nhwc"])
-        if layer.moving_mean is not None:
-            layer.moving_mean.assign(layer.moving_mean + FAR)
-        results[f"{kind}/far"] = numpy(layer(inputs(SHAPES["nhwc"]) + np.float32(FAR), training=True))
+            results[f"{kind}/masked/{step}"] = numpy(layer(inputs(SHAPE), training=True, mask=MASK))
         for variable in layer.weights:
             results[f"{kind}/left/{variable.name}"] = numpy(variable)
 
@@ -170,7 +164,8 @@ if __name__ == "__main__":
     recorded = {"backend": np.array(keras.backend.backend())}
     if keras.backend.backend() == "tensorflow":
         run_replicas(recorded)  # first, since it divides the device
-    run_layers(recorded)
-    run_hard_cases(recorded)
+    else:
+        run_conformance()
+    run_masked(recorded)
     run_model(recorded)
     np.savez(sys.argv[1], **recorded)

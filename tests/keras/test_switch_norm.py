@@ -1,4 +1,4 @@
-"""SwitchNormalization against its formula written out in float64 NumPy."""
+"""What SwitchNormalization promises beside conformance: its modes, options and refusals."""
 
 import re
 
@@ -14,8 +14,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"),
 ]
 
-SHAPES = [((4, 6), -1), ((4, 5, 6), -1), ((4, 6, 5), 1), ((3, 5, 4, 6), -1), ((3, 6, 5, 4), 1), ((2, 3, 4, 2, 6), 4)]
-
 
 def softmax(logits):
     """Return the gates for ``logits``."""
@@ -30,51 +28,6 @@ def filled(layer, shape, seed=0):
     for variable in layer.weights:
         variable.assign(rng.uniform(0.5, 1.5, variable.shape))
     return layer
-
-
-def by_formula(x, layer, training):
-    """Return the output and the batch statistics, straight from the definition."""
-    x = np.moveaxis(x.astype(np.float64), layer.axis, 1)
-    spatial, channels = tuple(range(2, x.ndim)), (1, -1, *[1] * (x.ndim - 2))
-    layer_axes = tuple(range(1, x.ndim))
-    means = [x.mean(layer_axes, keepdims=True)]
-    variances = [x.var(layer_axes, keepdims=True)]
-    own = (x.mean(spatial, keepdims=True), x.var(spatial, keepdims=True)) if spatial else (means[0], variances[0])
-    means.insert(0, own[0])
-    variances.insert(0, own[1])
-    batch = x.mean((0, *spatial)), x.var((0, *spatial))
-    if layer.batch_statistics != "none":
-        live = training and layer.batch_statistics == "moving"
-        moving = layer.moving_mean.numpy(), layer.moving_variance.numpy()
-        for statistics, values in zip((means, variances), batch if live else moving, strict=True):
-            statistics.append(values.reshape(channels))
-    temperature = float(layer.temperature.numpy())
-    mean = sum(w * m for w, m in zip(softmax(layer.mean_weight.numpy() / temperature), means, strict=True))
-    var = sum(w * v for w, v in zip(softmax(layer.var_weight.numpy() / temperature), variances, strict=True))
-    y = (x - mean) / np.sqrt(var + layer.epsilon)
-    y = y * layer.gamma.numpy().reshape(channels) + layer.beta.numpy().reshape(channels)
-    return np.moveaxis(y, 1, layer.axis), *batch
-
-
-@pytest.mark.parametrize("batch_statistics", ["moving", "frozen", "none"])
-@pytest.mark.parametrize(("shape", "axis"), SHAPES)
-@pytest.mark.parametrize("training", [False, True])
-def test_computes_the_formula(shape, axis, batch_statistics, training):
-    """Any rank and axis, in training and at inference: the output is the paper's formula."""
-    layer = filled(SwitchNormalization(axis=axis, batch_statistics=batch_statistics), shape)
-    x = np.random.default_rng(1).normal(2.0, 3.0, shape).astype("float32")
-    expected, _, _ = by_formula(x, layer, training)
-    np.testing.assert_allclose(layer(x, training=training), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_training_moves_the_moving_statistics():
-    """``momentum`` is the weight of the old value, as everywhere in Keras; variances are biased."""
-    layer = filled(SwitchNormalization(momentum=0.75), (4, 5, 6))
-    mean, var = layer.moving_mean.numpy(), layer.moving_variance.numpy()
-    x = np.random.default_rng(1).normal(size=(4, 5, 6)).astype("float32")
-    layer(x, training=True)
-    np.testing.assert_allclose(layer.moving_mean, 0.75 * mean + 0.25 * x.mean((0, 1)), rtol=1e-5)
-    np.testing.assert_allclose(layer.moving_variance, 0.75 * var + 0.25 * x.var((0, 1)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{"batch_statistics": "frozen"}, {"trainable": False}])
@@ -164,10 +117,10 @@ def test_half_precision_input_has_float32_statistics(policy):
     np.testing.assert_allclose(y, SwitchNormalization()(x, training=True), atol=0.05)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 4), (2, 1, 1, 4), (1, 4), (1, 7, 7, 1)])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 4), (1, 4)])
 @pytest.mark.parametrize("training", [False, True])
 def test_degenerate_shapes_are_finite(shape, training):
-    """1x1 maps, batches of one and single channels give finite outputs and moving statistics."""
+    """A single value per channel gives finite outputs and moving statistics."""
     layer = SwitchNormalization()
     y = layer(np.random.default_rng(1).normal(size=shape).astype("float32"), training=training)
     assert np.isfinite(y).all()
@@ -182,69 +135,18 @@ def test_a_1x1_map_is_its_own_instance_mean():
     np.testing.assert_array_equal(layer(x), np.zeros_like(x))
 
 
-HARD_NUMBERS = {
-    "1x1 maps": lambda rng: rng.normal(size=(4, 1, 1, 6)),
-    "batch of one": lambda rng: rng.normal(size=(1, 7, 7, 6)),
-    "constant": lambda _: np.full((2, 5, 5, 3), 0.1),
-    "large constant": lambda _: np.full((2, 5, 5, 3), 12345.678),
-    "mean far above deviation": lambda rng: rng.normal(1e4, 1.0, (4, 8, 8, 3)),
-    "mean far above deviation, no maps": lambda rng: rng.normal(1e4, 1.0, (64, 6)),
-    "one channel": lambda rng: rng.normal(2.0, 3.0, (2, 5, 5, 1)),
-    "prime number of channels": lambda rng: rng.normal(2.0, 3.0, (2, 5, 5, 13)),
-    "float16 around 600": lambda rng: rng.normal(600.0, 50.0, (2, 16, 16, 8)).astype("float16"),
-}
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("case", HARD_NUMBERS)
-def test_numbers_hold(case, training):
-    """Where floating point loses digits easily, the output is within 1e-5 of the formula in float64."""
-    x = HARD_NUMBERS[case](np.random.default_rng(1)).astype("float32")
-    layer = filled(SwitchNormalization(), x.shape)
-    layer.moving_mean.assign(layer.moving_mean + np.float32(x.mean()))
-    expected, _, _ = by_formula(x, layer, training)
-    np.testing.assert_allclose(layer(x, training=training), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_gradients_are_those_of_the_formula():
-    """The pivot that keeps the digits leaves no trace in the gradient: it equals central differences in float64."""
-    tf = pytest.importorskip("tensorflow")
-    if keras.backend.backend() != "tensorflow":
-        pytest.skip("takes gradients with TensorFlow")
-    rng = np.random.default_rng(1)
-    for shape in ((3, 4, 2, 2), (4, 3)):
-        layer = filled(SwitchNormalization(dtype="float64"), shape)
-        x, dy = rng.normal(2.0, 3.0, shape), rng.normal(size=shape)
-        leaves = [tf.constant(x), *(v.value for v in (layer.mean_weight, layer.var_weight))]
-        with tf.GradientTape() as tape:
-            tape.watch(leaves[0])
-            y = layer(leaves[0], training=True)
-        gradients = [g.numpy() for g in tape.gradient(y, leaves, dy)]
-
-        def loss(x=x, layer=layer, dy=dy):
-            return (by_formula(x, layer, training=True)[0] * dy).sum()
-
-        for index in [(0,) * x.ndim, (1,) * x.ndim]:
-            step = np.zeros(shape)
-            step[index] = 1e-6
-            numeric = (loss(x + step) - loss(x - step)) / 2e-6
-            np.testing.assert_allclose(gradients[0][index], numeric, rtol=1e-5, atol=1e-7)
-        for gradient, logits in zip(gradients[1:], (layer.mean_weight, layer.var_weight), strict=True):
-            value, step = logits.numpy(), np.array([1e-6, 0, 0])
-            ends = [logits.assign(value + sign * step) is None or loss() for sign in (1, -1)]
-            logits.assign(value)
-            np.testing.assert_allclose(gradient[0], (ends[0] - ends[1]) / 2e-6, rtol=1e-5, atol=1e-7)
-
-
 @pytest.mark.parametrize("temperature", [0.25, 1.0, 4.0])
 def test_temperature_divides_the_logits(temperature):
     """Gates are softmax(logits / temperature), in `gates` and in what the layer computes."""
-    layer = filled(SwitchNormalization(temperature=temperature), (4, 5, 6))
+    layer, plain = (filled(SwitchNormalization(), (4, 5, 6)) for _ in range(2))
     layer.set_temperature(temperature)
+    plain.set_temperature(1.0)
+    for name in ("mean_weight", "var_weight"):
+        getattr(plain, name).assign(getattr(layer, name).numpy() / temperature)
     for gates, logits in zip(layer.gates(), (layer.mean_weight, layer.var_weight), strict=True):
         np.testing.assert_allclose(gates, softmax(logits.numpy() / temperature), rtol=1e-6)
     x = np.random.default_rng(1).normal(2.0, 3.0, (4, 5, 6)).astype("float32")
-    np.testing.assert_allclose(layer(x), by_formula(x, layer, False)[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(layer(x), plain(x), rtol=1e-5, atol=1e-5)
 
 
 def test_hard_gates_take_the_largest_logit():

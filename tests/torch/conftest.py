@@ -1,8 +1,12 @@
 """Small PyTorch models with the running statistics and scales of a trained one."""
 
+import hashlib
+import re
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 TARGETS = ["sn", "brn", "gn", "ln", "in"]
 
@@ -11,7 +15,7 @@ def trained_(model, seed=0):
     """Give every BatchNorm of ``model`` plausible statistics and scales, in place."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, _BatchNorm):
             for tensor, low, high in (
                 (module.weight, 0.5, 2.0),
                 (module.bias, -1.0, 1.0),
@@ -30,6 +34,35 @@ def filled(cls, channels, **options):
     for tensor in (*layer.parameters(), *(b for n, b in layer.named_buffers() if n.startswith("running"))):
         tensor.data.uniform_(0.3, 1.5, generator=generator)
     return layer
+
+
+def fingerprint(model):
+    """A hash of everything in the state dict, names and types included."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def batch_norms(model):
+    """The names of the BatchNorms in ``model``."""
+    return [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+
+
+def refusal(*lines):
+    """The whole message about sites that cannot be replaced, one line each."""
+    return "\n".join(
+        (
+            f"expected BatchNorms that can be replaced, received {len(lines)} that cannot:",
+            *(f"  {line}" for line in lines),
+            "leave such a layer as it is with --exclude NAME (exclude=[NAME])",
+        )
+    )
+
+
+def exactly(message):
+    """A pattern that matches ``message`` and nothing else."""
+    return f"^{re.escape(message)}$"
 
 
 class Residual(nn.Module):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import normswap
 from normswap.layers import torch as layers
 
 from .conftest import filled
@@ -82,6 +83,23 @@ class TestSwitchNorm:
         assert torch.isfinite(x.grad).all()
         assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
 
+    @pytest.mark.parametrize("strict", [True, False])
+    @pytest.mark.parametrize(("own", "saved"), [("moving", "none"), ("none", "frozen")])
+    def test_another_number_of_gates(self, own, saved, strict):
+        """A state dict with two gates for three, or three for two, is refused as such, however lax the loading."""
+        model = nn.Sequential(nn.Conv2d(3, 5, 1), layers.SwitchNorm2d(5, batch_statistics=own))
+        before = {name: value.clone() for name, value in model[1].state_dict().items()}
+        state = nn.Sequential(nn.Conv2d(3, 5, 1), layers.SwitchNorm2d(5, batch_statistics=saved)).state_dict()
+        shapes = {"moving": (3,), "frozen": (3,), "none": (2,)}
+        message = (
+            f"expected saved 1.mean_weight of shape={shapes[own]} for batch_statistics={own!r}, received "
+            f"shape={shapes[saved]}; give the layer the batch_statistics it was saved with"
+        )
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            model.load_state_dict(state, strict=strict)
+
+        assert all(torch.equal(value, before[name]) for name, value in model[1].state_dict().items())
+
     def test_wrong_arguments(self):
         """Constructor arguments are checked by name."""
         with pytest.raises(ValueError, match=r"^expected `num_features` of at least 1, received num_features=0$"):
@@ -91,6 +109,24 @@ class TestSwitchNorm:
         message = "expected `batch_statistics` out of moving, frozen, none, received batch_statistics='off'"
         with pytest.raises(ValueError, match=f"^{message}$"):
             layers.SwitchNorm2d(3, batch_statistics="off")
+
+
+def test_errors_name_the_site_of_a_patched_model(model, images):
+    """In a patched model an error begins with the layer's name there; undone and saved, nothing of it is left."""
+    keys = list(model.state_dict())
+    report = normswap.patch(model, "brn")
+    model.train()
+    message = "bn: expected more than one value per channel in training, received shape=(1, 8, 1, 1); "
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}use a larger batch, or eval\\(\\)$"):
+        model.bn(torch.zeros(1, 8, 1, 1))
+
+    assert [copy.deepcopy(model).stem[1].site, model.bn.site] == ["stem.1", "bn"]
+    assert set(model.state_dict()) == {
+        *keys,
+        *(f"{n}.{limit}" for n in ("stem.1", "bn") for limit in ("r_max", "d_max")),
+    }
+    report.undo()
+    assert not hasattr(model.bn, "site")
 
 
 class TestBatchRenorm:
@@ -113,18 +149,8 @@ class TestBatchRenorm:
 
         torch.testing.assert_close(x.grad, y.grad)
 
-    def test_the_running_average_is_of_sigma(self):
-        """As in the paper σ is averaged, eps inside, and running_var holds σ² - ε."""
-        layer = layers.BatchRenorm2d(1, momentum=0.25, eps=0.5)
-        x = torch.tensor([0.0, 2.0]).view(2, 1, 1, 1)
-        layer(x)
-
-        sigma = 0.75 * (1 + 0.5) ** 0.5 + 0.25 * (1 + 0.5) ** 0.5
-        torch.testing.assert_close(layer.running_var, torch.tensor([sigma**2 - 0.5]))
-        torch.testing.assert_close(layer.running_mean, torch.tensor([0.25]))
-
     def test_limits_are_saved(self):
-        """A schedule's state comes back with the weights."""
+        """Limits come back with the weights."""
         layer = layers.BatchRenorm2d(3)
         layer.set_limits(1.5, 0.25)
         other = layers.BatchRenorm2d(3)
@@ -133,9 +159,9 @@ class TestBatchRenorm:
         assert (float(other.r_max), float(other.d_max)) == (1.5, 0.25)
 
     def test_a_single_value_has_no_variance(self):
-        """Training on one value per channel is refused with the way out."""
+        """Training on one value per channel, batch 1 on a 1x1 map, is refused with the way out."""
         message = (
-            "expected more than one value per channel in training, received shape=(1, 3, 1, 1); "
+            "BatchRenorm2d: expected more than one value per channel in training, received shape=(1, 3, 1, 1); "
             "use a larger batch, or eval()"
         )
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

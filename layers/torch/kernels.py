@@ -1,0 +1,339 @@
+"""The passes over the data on a CPU, compiled by Numba: each goes through its arrays once.
+
+There is one set for contiguous data, as rows (N·C, P), and one for channels-last data (N, P, C); the arrays per sample
+and channel are (N·C,) and (N, C). Sums run in the data's dtype over a strip, which stays in the first-level cache, and
+in float64 over strips; moments of strips are merged as in Chan et al., "Updating Formulae and a Pairwise Algorithm for
+Computing Sample Variances" (1979). They are taken about a guess of the mean, and once more about the mean where the
+guess was far from it. Values of several rows are added up first where channels are last, to load and store the sums
+less often.
+"""
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, NamedTuple, TypeVar, cast
+
+import numba
+import numpy as np
+from numba import prange
+from numpy.typing import NDArray
+
+Values = NDArray[Any]
+Array = NDArray[np.float64]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+ROW_STRIP = 4096
+LAST_STRIP = 64
+SAMPLE = 64
+
+
+class Kernel(NamedTuple):
+    """One function compiled twice, each time at the first call."""
+
+    serial: Callable[..., None]
+    parallel: Callable[..., None]
+
+
+def kernel(function: Any) -> Kernel:
+    """Compile a function whose outer loop, over `prange`, may be shared by threads."""
+    shared = FunctionType(function.__code__, function.__globals__)
+    shared.__qualname__ = f"{function.__qualname__}_shared"  # the name in Numba's cache, where options do not count
+    return Kernel(_compiled(function), _compiled(shared, parallel=True))
+
+
+def set_num_threads(threads: int) -> None:
+    """Let kernels compiled in parallel run on so many threads, or on all there are."""
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+
+
+def _compiled(function: Function, **options: Any) -> Function:
+    # Sums may be reordered (else none of them is vectorized); nothing is assumed of infinities and NaNs.
+    options |= {"nogil": True, "fastmath": {"reassoc", "contract"}, "error_model": "numpy"}
+    try:
+        return cast(Function, numba.njit(cache=True, **options)(function))
+    except RuntimeError:  # nowhere to write the cache to
+        return cast(Function, numba.njit(**options)(function))
+
+
+@_compiled
+def _sum(row: Values) -> Any:
+    total = row.dtype.type(0)
+    for i in range(row.shape[0]):
+        total += row[i]
+    return total
+
+
+@_compiled
+def _sums_of_difference(row: Values, pivot: Any) -> tuple[Any, Any]:
+    total, squares = row.dtype.type(0), row.dtype.type(0)
+    for i in range(row.shape[0]):
+        difference = row[i] - pivot
+        total += difference
+        squares += difference * difference
+    return total, squares
+
+
+@_compiled
+def _sums_of_product(dy: Values, x: Values, pivot: Any) -> tuple[Any, Any]:
+    product, total = x.dtype.type(0), x.dtype.type(0)
+    for i in range(x.shape[0]):
+        product += dy[i] * (x[i] - pivot)
+        total += dy[i]
+    return product, total
+
+
+@_compiled
+def _far(total: Any, squares: Any, count: int) -> bool:
+    """Whether a pivot is so far from the mean that the variance about it would lose digits: 1.7 deviations."""
+    return bool(total * total > 0.75 * squares * count)
+
+
+@_compiled
+def _merge(mean: Any, power: Any, pivot: Any, rest: Any, squares: Any, share: Any, weight: Any) -> tuple[Any, Any]:
+    """Return mean and sum of squares with a strip's, whose mean is ``pivot + rest`` and whose squares are about it."""
+    difference = pivot + rest - mean
+    return mean + difference * share, power + squares + difference * difference * weight
+
+
+@_compiled
+def _row_moments(row: Values) -> tuple[Any, Any]:
+    mean, power = 0.0, 0.0
+    for begin in range(0, row.size, ROW_STRIP):
+        strip = row[begin : begin + ROW_STRIP]
+        count = strip.size
+        sample = strip[:SAMPLE]
+        pivot = row.dtype.type(np.float64(_sum(sample)) / sample.size)
+        total, squares = _sums_of_difference(strip, pivot)
+        if _far(total, squares, count):
+            pivot += row.dtype.type(np.float64(total) / count)
+            total, squares = _sums_of_difference(strip, pivot)
+        rest, share = np.float64(total) / count, count / (begin + count)
+        exact = squares - rest * total
+        mean, power = _merge(mean, power, np.float64(pivot), rest, exact, share, begin * share)
+    return mean, max(power / row.size, 0.0)
+
+
+@_compiled
+def _row_affine(x: Values, y: Values, pivot: Any, scale: Any, shift: Any) -> None:
+    for i in range(x.size):
+        y[i] = (x[i] - pivot) * scale + shift
+
+
+@kernel
+def rows_moments(x: Values, mean: Array, var: Array) -> None:
+    """Write each row's mean and biased variance."""
+    for r in prange(x.shape[0]):
+        mean[r], var[r] = _row_moments(x[r])
+
+
+@kernel
+def rows_affine(x: Values, y: Values, pivot: Values, scale: Values, shift: Values) -> None:
+    """Write y = (x - pivot)·scale + shift."""
+    for r in prange(x.shape[0]):
+        _row_affine(x[r], y[r], pivot[r], scale[r], shift[r])
+
+
+@kernel
+def rows_products(dy: Values, x: Values, pivot: Values, products: Array, sums: Array) -> None:
+    """Write each row's sums of dy·(x - pivot) and of dy."""
+    for r in prange(x.shape[0]):
+        product, total = 0.0, 0.0
+        for begin in range(0, x.shape[1], ROW_STRIP):
+            end = begin + ROW_STRIP
+            some, others = _sums_of_product(dy[r, begin:end], x[r, begin:end], pivot[r])
+            product += some
+            total += others
+        products[r], sums[r] = product, total
+
+
+@kernel
+def rows_combine(dy: Values, x: Values, dx: Values, pivot: Values, scale: Values, slope: Values, level: Values) -> None:
+    """Write dx = scale·dy + slope·(x - pivot) + level."""
+    for r in prange(x.shape[0]):
+        p, a, s, b = pivot[r], scale[r], slope[r], level[r]
+        for i in range(x.shape[1]):
+            dx[r, i] = a * dy[r, i] + (s * (x[r, i] - p) + b)
+
+
+@_compiled
+def _add(strip: Values, total: Values) -> None:
+    size, channels = strip.shape
+    for i in range(0, size - size % 4, 4):
+        for c in range(channels):
+            total[c] += (strip[i, c] + strip[i + 1, c]) + (strip[i + 2, c] + strip[i + 3, c])
+    for i in range(size - size % 4, size):
+        for c in range(channels):
+            total[c] += strip[i, c]
+
+
+@_compiled
+def _add_differences(strip: Values, pivot: Values, total: Values, squares: Values) -> None:
+    size, channels = strip.shape
+    for i in range(0, size - size % 2, 2):
+        for c in range(channels):
+            one, two = strip[i, c] - pivot[c], strip[i + 1, c] - pivot[c]
+            total[c] += one + two
+            squares[c] += one * one + two * two
+    for i in range(size - size % 2, size):
+        for c in range(channels):
+            one = strip[i, c] - pivot[c]
+            total[c] += one
+            squares[c] += one * one
+
+
+@_compiled
+def _add_products(dy: Values, x: Values, pivot: Values, product: Values, total: Values) -> None:
+    size, channels = x.shape
+    for i in range(0, size - size % 2, 2):
+        for c in range(channels):
+            product[c] += dy[i, c] * (x[i, c] - pivot[c]) + dy[i + 1, c] * (x[i + 1, c] - pivot[c])
+            total[c] += dy[i, c] + dy[i + 1, c]
+    for i in range(size - size % 2, size):
+        for c in range(channels):
+            product[c] += dy[i, c] * (x[i, c] - pivot[c])
+            total[c] += dy[i, c]
+
+
+@_compiled
+def _any_far(total: Values, squares: Values, count: int) -> bool:
+    far = False
+    for c in range(total.size):
+        far |= _far(total[c], squares[c], count)
+    return far
+
+
+@_compiled
+def _last_moments(x: Values, mean: Array, power: Array) -> None:
+    size, channels = x.shape
+    pivot, total, squares = np.empty(channels, x.dtype), np.zeros(channels, x.dtype), np.empty(channels, x.dtype)
+    mean[:] = 0
+    power[:] = 0
+    for begin in range(0, size, LAST_STRIP):
+        strip = x[begin : begin + LAST_STRIP]
+        count = strip.shape[0]
+        if begin == 0:
+            _add(strip, total)
+            pivot[:] = total / count
+        else:
+            pivot[:] = mean
+        total[:] = 0
+        squares[:] = 0
+        _add_differences(strip, pivot, total, squares)
+        if _any_far(total, squares, count):
+            pivot += total / count
+            total[:] = 0
+            squares[:] = 0
+            _add_differences(strip, pivot, total, squares)
+        share, inverse = count / (begin + count), 1 / count
+        weight = begin * share
+        for c in range(channels):
+            rest = total[c] * inverse
+            exact = squares[c] - rest * total[c]
+            mean[c], power[c] = _merge(mean[c], power[c], pivot[c], rest, exact, share, weight)
+    for c in range(channels):
+        power[c] = max(power[c] / size, 0.0)
+
+
+@_compiled
+def _last_affine(x: Values, y: Values, pivot: Values, scale: Values, shift: Values) -> None:
+    size, channels = x.shape
+    for i in range(size):
+        for c in range(channels):
+            y[i, c] = (x[i, c] - pivot[c]) * scale[c] + shift[c]
+
+
+@kernel
+def last_moments(x: Values, mean: Array, var: Array) -> None:
+    """Write each sample's mean and biased variance per channel."""
+    for n in prange(x.shape[0]):
+        _last_moments(x[n], mean[n], var[n])
+
+
+@kernel
+def last_affine(x: Values, y: Values, pivot: Values, scale: Values, shift: Values) -> None:
+    """Write y = (x - pivot)·scale + shift."""
+    for n in prange(x.shape[0]):
+        _last_affine(x[n], y[n], pivot[n], scale[n], shift[n])
+
+
+@kernel
+def last_products(dy: Values, x: Values, pivot: Values, products: Array, sums: Array) -> None:
+    """Write each sample's sums of dy·(x - pivot) and of dy per channel."""
+    for n in prange(x.shape[0]):
+        product, total = np.empty(x.shape[2], x.dtype), np.empty(x.shape[2], x.dtype)
+        products[n] = 0
+        sums[n] = 0
+        for begin in range(0, x.shape[1], LAST_STRIP):
+            end = begin + LAST_STRIP
+            product[:] = 0
+            total[:] = 0
+            _add_products(dy[n, begin:end], x[n, begin:end], pivot[n], product, total)
+            products[n] += product
+            sums[n] += total
+
+
+@kernel
+def last_combine(dy: Values, x: Values, dx: Values, pivot: Values, scale: Values, slope: Values, level: Values) -> None:
+    """Write dx = scale·dy + slope·(x - pivot) + level."""
+    for n in prange(x.shape[0]):
+        p, a, s, b = pivot[n], scale[n], slope[n], level[n]
+        for i in range(x.shape[1]):
+            for c in range(x.shape[2]):
+                dx[n, i, c] = a[c] * dy[n, i, c] + (s[c] * (x[n, i, c] - p[c]) + b[c])
+
+
+@_compiled
+def _switch(
+    mean: Array,
+    var: Array,
+    fixed_mean: Array,
+    fixed_var: Array,
+    gates: Array,
+    gamma: Array,
+    beta: Array,
+    pivot: Values,
+    scale: Values,
+    shift: Values,
+) -> None:
+    """Write what one sample's moments (C,) are mixed to: x is to become (x - pivot)·scale + shift."""
+    channels = mean.size
+    layer_mean = mean.sum() / channels
+    layer_var = 0.0
+    for c in range(channels):
+        layer_var += var[c] + (mean[c] - layer_mean) ** 2
+    layer_var /= channels
+    for c in range(channels):
+        mixed_mean = gates[0, 0] * mean[c] + gates[0, 1] * layer_mean + fixed_mean[c]
+        mixed_var = gates[1, 0] * var[c] + gates[1, 1] * layer_var + fixed_var[c]
+        factor = gamma[c] / np.sqrt(mixed_var)
+        pivot[c], scale[c] = mean[c], factor
+        shift[c] = (np.float64(pivot[c]) - mixed_mean) * factor + beta[c]
+
+
+@kernel
+def rows_switch(
+    x: Values, y: Values, fixed_mean: Array, fixed_var: Array, gates: Array, gamma: Array, beta: Array
+) -> None:
+    """Write samples (N, C, P) normalized by `_switch`; a sample stays in the cache from its moments to its result."""
+    for n in prange(x.shape[0]):
+        channels = x.shape[1]
+        mean, var = np.empty(channels), np.empty(channels)
+        pivot, scale, shift = np.empty(channels, x.dtype), np.empty(channels, x.dtype), np.empty(channels, x.dtype)
+        for c in range(channels):
+            mean[c], var[c] = _row_moments(x[n, c])
+        _switch(mean, var, fixed_mean, fixed_var, gates, gamma, beta, pivot, scale, shift)
+        for c in range(channels):
+            _row_affine(x[n, c], y[n, c], pivot[c], scale[c], shift[c])
+
+
+@kernel
+def last_switch(
+    x: Values, y: Values, fixed_mean: Array, fixed_var: Array, gates: Array, gamma: Array, beta: Array
+) -> None:
+    """Write samples (N, P, C) normalized by `_switch`, as `rows_switch`."""
+    for n in prange(x.shape[0]):
+        channels = x.shape[2]
+        mean, var = np.empty(channels), np.empty(channels)
+        pivot, scale, shift = np.empty(channels, x.dtype), np.empty(channels, x.dtype), np.empty(channels, x.dtype)
+        _last_moments(x[n], mean, var)
+        _switch(mean, var, fixed_mean, fixed_var, gates, gamma, beta, pivot, scale, shift)
+        _last_affine(x[n], y[n], pivot, scale, shift)

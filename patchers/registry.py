@@ -1,0 +1,51 @@
+"""BatchNorm subclasses that do more than a BatchNorm, and what they do more."""
+
+from collections.abc import Callable
+from typing import Any
+
+After = Callable[[Any, Any], Any]
+
+
+def nothing_more(module: Any, y: Any) -> Any:
+    """Return ``y``: what a subclass adds that normalizes and nothing else."""
+    return y
+
+
+def drop_and_act(module: Any, y: Any) -> Any:
+    """Return ``y`` after the module's children ``drop`` and ``act``, where it has them: what timm's add."""
+    for name in ("drop", "act"):
+        y = getattr(module, name, lambda same: same)(y)
+    return y
+
+
+_AFTER: dict[str, After] = {
+    "timm.layers.norm_act.BatchNormAct2d": drop_and_act,
+    "timm.layers.norm_act.SyncBatchNormAct": drop_and_act,
+    "timm.layers.norm_act.FrozenBatchNormAct2d": drop_and_act,
+}
+
+
+def register_batch_norm(cls: type | str, after: After = nothing_more) -> None:
+    """Let `patch` replace a BatchNorm subclass that overrides ``forward``, keeping what it adds.
+
+    Its forward must be the BatchNorm of its input followed by ``after(module, y)``; without ``after``, the BatchNorm
+    alone. ``cls`` is the class that overrides, or its qualified name (``"package.module.Class"``), so that the
+    package need not be imported. Subclasses that override no further are covered. ``after`` sees the same module
+    object with its children and attributes; give a function of a module, since a patched model is pickled with it.
+
+    Raises `TypeError` for anything else.
+    """
+    if not isinstance(cls, type | str):
+        raise TypeError(f"expected a class or its qualified name, received cls={cls!r}")
+    if not callable(after):
+        raise TypeError(f"expected a function of module and tensor, received after={after!r}")
+    _AFTER[cls if isinstance(cls, str) else _name(cls)] = after
+
+
+def after(cls: type) -> After | None:
+    """Return what ``cls`` does after the normalization, None if it is not registered."""
+    return _AFTER.get(_name(cls))
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
