@@ -47,13 +47,6 @@ class TestLayer:
         names = [name for name, _ in layer.named_parameters()]
         assert torch.autograd.gradcheck(function, (x, *parameters))
 
-    def test_permuting_the_batch_permutes_the_output(self, cls, shape):
-        """No sample is special."""
-        layer = filled(cls, shape[1]).train()
-        x, order = torch.randn(shape), torch.randperm(shape[0])
-
-        torch.testing.assert_close(copy.deepcopy(layer)(x[order]), layer(x)[order], atol=1e-5, rtol=1e-4)
-
     def test_copies_and_saves(self, cls, shape):
         """deepcopy, pickle and state_dict carry everything."""
         layer = filled(cls, shape[1]).train()
