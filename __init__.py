@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from normswap.convert.recipe import Recipe
+    from normswap.convert.recipe import Recipe, Rule, Rules
     from normswap.convert.targets import BatchRenorm, GroupNorm, SwitchNorm
     from normswap.export.onnx import to_onnx
     from normswap.export.verify import verify
@@ -22,6 +22,8 @@ _HOME = {
     "BatchRenorm": "normswap.convert.targets",
     "GroupNorm": "normswap.convert.targets",
     "Recipe": "normswap.convert.recipe",
+    "Rule": "normswap.convert.recipe",
+    "Rules": "normswap.convert.recipe",
     "SwitchNorm": "normswap.convert.targets",
     "calibrate": "normswap.finetune.calibration",
     "load": "normswap.patchers.bundle",
@@ -37,6 +39,8 @@ __all__ = [
     "BatchRenorm",
     "GroupNorm",
     "Recipe",
+    "Rule",
+    "Rules",
     "SwitchNorm",
     "__version__",
     "calibrate",

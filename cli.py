@@ -7,32 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .console import JSON, groups, numbers, option_set, progress, remember_json, show, show_json, table
-from .errors import UnsupportedError, VerificationError, explain
+from .console import Group, groups, numbers, option_set, plan_table, progress, remember_json, show, sites_table, table
+from .errors import UnsupportedError, VerificationError
 
 if TYPE_CHECKING:
     from .patchers.opening import Opened
 
 
-class _Group(click.Group):
-    """Turns errors into one message and the right exit code."""
-
-    def invoke(self, context: click.Context) -> Any:
-        try:
-            return super().invoke(context)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
-        except Exception as error:
-            if context.find_root().params.get("debug"):
-                raise
-            code, message = explain(error)
-            if context.meta.get(JSON):
-                show_json({"error": message, "exit_code": code})
-            click.echo(f"error: {message}", err=True)
-            raise click.exceptions.Exit(code) from None
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="normswap")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
@@ -40,7 +22,7 @@ def main(debug: bool) -> None:
 
     \b
     MODEL is timm:NAME, torchvision:NAME, keras:NAME, file.py:callable, package.module:callable,
-    a .keras/.h5/.hdf5 file, or a bundle made by `normswap patch`.
+    a .keras/.h5/.hdf5 file, a .pt2 file of torch.export (with --trust), or a bundle made by `normswap patch`.
     DATA is a folder with one subfolder of images per class, or an .npz with arrays x and y.
 
     \b
@@ -57,6 +39,7 @@ _input = option_set(
     click.option("--size", callback=numbers(int), help="Image height and width, if only they differ: 224 or 224,224."),
     click.option("--mean", callback=numbers(float), help="Subtracted from images in 0..1; one number or one each."),
     click.option("--std", callback=numbers(float), help="Images are divided by it; one number or one each."),
+    click.option("--trust", is_flag=True, help="Read a .pt2 file, which can run code while it is read."),
 )
 _weights = click.option("--weights", type=Path, help="State dict to load: .safetensors, .pt, .pth, .th or .bin.")
 
@@ -67,27 +50,29 @@ _weights = click.option("--weights", type=Path, help="State dict to load: .safet
 @_input
 @_json
 def inspect(model: str, weights: Path | None, as_json: bool, **shape: Any) -> None:
-    """List the BatchNorms of MODEL.
+    """List the BatchNorms of MODEL and what replacing each is expected to change.
 
     Example: normswap inspect timm:resnet50 --input-shape 3,224,224
     """
-    from .patchers.model import sites
+    from .patchers.model import plan
     from .patchers.opening import Opened
 
     opened = Opened(model, weights, shape)
-    found = sites(opened.model, example=opened.example)
+    plans = {name: plan(opened.model, name, example=opened.example).decisions for name in ("sn", "gn", "in")}
     rows = [
         {
             "name": site.name,
+            "aliases": list(site.aliases),
             "type": site.source,
             "channels": site.channels,
             "shape": None if site.spatial is None else list(site.spatial),
             "patched_to": site.kind,
-            "obstacle": site.obstacle,
+            "drift": {name: decisions[place].drift for name, decisions in plans.items()},
+            "obstacle": site.obstacle or site.left,
         }
-        for site in found
+        for place, site in enumerate(decision.site for decision in plans["gn"])
     ]
-    show(as_json, {"model": model, "sites": rows}, table(f"{len(rows)} BatchNorms in {model}", rows))
+    show(as_json, {"model": model, "sites": rows}, sites_table(f"{len(rows)} BatchNorms in {model}", rows))
 
 
 @main.command()
@@ -103,9 +88,11 @@ def inspect(model: str, weights: Path | None, as_json: bool, **shape: Any) -> No
 )
 @click.option("--include", multiple=True, metavar="PATTERN", help="Replace only these: a glob, or re:REGEX.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave these alone: a glob, or re:REGEX.")
-@click.option("--recipe", type=Path, help="Replay the choices in a recipe file, or in the output of --dry-run --json.")
-@click.option("--calibrate", "data", metavar="DATA", help="Re-solve scales and shifts on images; labels are not used.")
+@click.option("--recipe", type=Path, help="Rules by name, depth or stage, or the output of --dry-run --json.")
+@click.option("--data", metavar="DATA", help="Measure the drift on 16 images; labels are not used.")
+@click.option("--calibrate", metavar="DATA", help="Re-solve layers on images; labels are not used.")
 @click.option("--calibration-size", default=256, show_default=True, help="Number of images --calibrate uses.")
+@click.option("--refit/--no-refit", default=True, help="Let --calibrate change convolutions too; default yes.")
 @click.option("--dry-run", is_flag=True, help="Show the plan; write nothing.")
 @_weights
 @_input
@@ -120,7 +107,7 @@ def patch(model: str, target: str | None, output: Path | None, **options: Any) -
       normswap patch net.py:build --weights net.pth --to sn --input-shape 3,32,32 -o net-sn
       normswap patch face.hdf5 --to brn -o face-brn --dry-run
     """
-    from .convert.recipe import Recipe
+    from .convert.recipe import recipe_from_json
     from .patchers import bundle
     from .patchers import model as patchers
     from .patchers.opening import Opened
@@ -134,32 +121,38 @@ def patch(model: str, target: str | None, output: Path | None, **options: Any) -
     wanted: Any = _target(target, options) if target else None
     if options["recipe"] is not None:
         require_file(options["recipe"])
-        wanted = Recipe.from_json(options["recipe"].read_text())
+        wanted = recipe_from_json(options["recipe"].read_bytes())
     if output is not None:
         require_absent(output, overwrite=options["overwrite"])
     opened = Opened(model, options["weights"], options)
     selection = {"include": options["include"], "exclude": options["exclude"], "example": opened.example}
     report = None if options["dry_run"] else patchers.patch(opened.model, wanted, **selection)
     plan = patchers.plan(opened.model, wanted, **selection) if report is None else report.plan
-    rows = [decision.to_dict() for decision in plan.decisions]
-    result = {
+    result: dict[str, Any] = {
         "replaced": [d.site.name for d in plan.having("replace")],
         "skipped": [d.site.name for d in plan.having("skip")],
         "output": None if report is None else str(output),
-        "plan": rows,
+        "plan": [decision.to_dict() for decision in plan.decisions],
         "recipe": plan.recipe().to_dict(),
     }
-    shown = [{**row, "target": _brief(row["target"]), "aliases": ", ".join(row["aliases"])} for row in rows]
     if report is None:
-        show(options["as_json"], result, table(f"plan for {model}", shown))
-        plan.require_work()
+        if problem := plan.problem():
+            result |= {"error": problem, "exit_code": UnsupportedError.exit_code}
+        show(options["as_json"], result, plan_table(f"plan for {model}", plan.decisions))
+        if problem:
+            click.echo(f"error: {problem}", err=True)
+            raise click.exceptions.Exit(UnsupportedError.exit_code)
         return
     assert output is not None
     if opened.bundle is not None and not report.replaced:
         raise UnsupportedError(f"expected a model to patch, received a bundle patched already: {model}")
-    original = opened.bundle.original() if opened.bundle else load_model(model, options["weights"])
-    if options["data"]:
-        result["calibration"] = _calibrate(opened, original, options["data"], options["calibration_size"])
+    original = (
+        opened.bundle.original() if opened.bundle else load_model(model, options["weights"], trust=options["trust"])
+    )
+    if options["calibrate"]:
+        result["calibration"] = _calibrate(opened, original, options)
+    if data := options["data"] or options["calibrate"]:
+        result["drift"] = _drift(opened, original, result["replaced"], data)
     bundle.save(
         report,
         output,
@@ -168,7 +161,8 @@ def patch(model: str, target: str | None, output: Path | None, **options: Any) -
         preprocessing=opened.preprocessing,
         overwrite=options["overwrite"],
     )
-    show(options["as_json"], result, table(f"{report}; bundle written to {output}", shown))
+    title = f"{report}; bundle written to {output}"
+    show(options["as_json"], result, plan_table(title, plan.decisions, result.get("drift", ())))
 
 
 @main.command()
@@ -181,8 +175,8 @@ def patch(model: str, target: str | None, output: Path | None, **options: Any) -
 @click.option("--lr", default=0.05, show_default=True, help="Peak learning rate of SGD with momentum 0.9.")
 @click.option("--train", type=click.Choice(["norm", "all"]), default="all", show_default=True, help="What learns.")
 @click.option("--distill", is_flag=True, help="Learn from the original model; labels are not used.")
-@click.option("--limits", type=click.Choice(["pretrained", "paper"]), default="pretrained", show_default=True,
-              help="Schedule of Batch Renormalization's limits.")  # fmt: skip
+@click.option("--limits", type=click.Choice(["pretrained", "paper", "sigmoid"]), default="pretrained",
+              show_default=True, help="Schedule of Batch Renormalization's limits.")  # fmt: skip
 @click.option("--eval-data", help="Images to evaluate on; the best model on them is kept.")
 @click.option("--checkpoint-every", default=100, show_default=True, help="Steps between checkpoints.")
 @click.option("--seed", default=0, show_default=True)
@@ -222,6 +216,7 @@ def finetune(bundle: str, output: Path, steps: int | None, epochs: float | None,
             eval_data=eval_data,
             resume=options["resume"],
             overwrite=options["overwrite"],
+            trust=options["trust"],
             on_step=lambda step, loss: advance(step, f"loss {loss:.4f}"),
         )
     top1 = "" if result.evaluation is None else f", top-1 {result.evaluation.top1:.2f} %"
@@ -372,18 +367,21 @@ def _target(name: str, options: Mapping[str, Any]) -> Any:
     return SwitchNorm(**switch) if switch else as_target(name)
 
 
-def _calibrate(opened: "Opened", original: Any, spec: str, count: int) -> list[dict[str, Any]]:
+def _calibrate(opened: "Opened", original: Any, options: Mapping[str, Any]) -> list[dict[str, Any]]:
     from .finetune.calibration import calibrate
     from .sources.data import open_data
 
-    data = open_data(spec, opened.require_preprocessing())
-    chosen = data.sample(count)
+    data = open_data(options["calibrate"], opened.require_preprocessing())
+    chosen = data.sample(options["calibration_size"])
     batches = [data.batch(chosen[start : start + 64])[0] for start in range(0, len(chosen), 64)]
-    return [vars(residual) for residual in calibrate(opened.model, original, batches)]
+    residuals = calibrate(opened.model, original, batches, refit=options["refit"])
+    return [vars(residual) for residual in residuals]
 
 
-def _brief(target: Mapping[str, Any] | None) -> str:
-    if target is None:
-        return ""
-    shown = {key: value for key, value in target.items() if key not in ("kind", "channels_per_group", "indivisible")}
-    return f"{target['kind']} {' '.join(f'{key}={value}' for key, value in shown.items())}"
+def _drift(opened: "Opened", original: Any, names: list[str], spec: str) -> list[dict[str, Any]]:
+    from .patchers.drift import drift_between
+    from .sources.data import open_data
+
+    data = open_data(spec, opened.require_preprocessing())
+    chosen = data.sample(len(data))[-16:]  # the last that --calibrate would take
+    return [vars(found) for found in drift_between(opened.model, original, names, data.batch(chosen)[0])]

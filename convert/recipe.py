@@ -1,12 +1,16 @@
-"""A plan's choices as a small JSON file, replayable on a fresh copy of the same model."""
+"""What each BatchNorm of a model becomes, as a small JSON file.
+
+A `Recipe` is a plan's choices site by site, which replays on a fresh copy of the same model. `Rules` are what people
+write by hand: targets by name, depth or stage, which a plan resolves to a recipe.
+"""
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import InputError
-from .targets import Target, target_from_dict, target_to_dict
+from .targets import Target, as_target, target_from_dict, target_to_dict
 
 SCHEMA_VERSION = 1
 
@@ -56,11 +60,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Recipe":
         """Return the recipe that `to_dict` wrote; raises `InputError` if anything is missing or unknown."""
-        version = data.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise InputError(
-                f"expected a recipe of schema_version={SCHEMA_VERSION}, received schema_version={version!r}"
-            )
+        _require_version("a recipe", data)
         try:
             choices = tuple(
                 Choice(
@@ -83,15 +83,113 @@ class Recipe:
         return cls(framework, choices)
 
     @classmethod
-    def from_json(cls, text: str) -> "Recipe":
+    def from_json(cls, text: str | bytes) -> "Recipe":
         """Return the recipe in ``text``, which may be a larger object that holds one, such as a bundle's manifest.
 
         Raises `InputError` if there is none.
         """
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise InputError(f"expected a recipe in JSON, received text that is not JSON: {error}") from None
-        if not isinstance(data, dict):
-            raise InputError(f"expected a recipe as a JSON object, received a {type(data).__name__}")
+        data = _json_object(text)
         return cls.from_dict(data["recipe"] if isinstance(data.get("recipe"), dict) else data)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the sites become that fit all of what it says; a ``target`` of None leaves them as they are.
+
+    ``match`` is a glob on a site's name, or a regular expression after ``re:``. ``depth`` is a share of the model's
+    sites in order, from 0 (the first) to 1 (the last): ``(0, 1/3)`` is the first third. ``stage`` counts the sizes of
+    the maps from the largest, 0.
+
+    Raises `InputError` if ``depth`` or ``stage`` is none.
+    """
+
+    target: Target | None
+    match: str = "*"
+    depth: tuple[float, float] | None = None
+    stage: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.match, str):
+            raise InputError(f"expected `match` as a glob, or a regular expression after re:, received {self!s}")
+        if self.depth is not None and not _is_range(self.depth):
+            raise InputError(f"expected `depth` as two numbers from 0 to 1, the smaller first, received {self!s}")
+        if self.stage is not None and not (type(self.stage) is int and self.stage >= 0):
+            raise InputError(f"expected `stage` as a number from 0, the largest maps, received {self!s}")
+
+    def __str__(self) -> str:
+        said = {"match": self.match, "depth": self.depth, "stage": self.stage}
+        return ", ".join(f"{key}={value!r}" for key, value in said.items() if value is not None)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Targets for the sites of any model: the first rule that a site fits says what it becomes.
+
+    A site that fits none is left as it is. In a file::
+
+        {"schema_version": 1,
+         "rules": [{"match": "layer4.*", "target": "leave"},
+                   {"depth": [0, 0.5], "target": {"kind": "sn", "batch_statistics": "frozen"}},
+                   {"match": "*", "target": "gn"}]}
+    """
+
+    rules: tuple[Rule, ...]
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Rules":
+        """Return the rules in plain data; raises `InputError` for anything missing, unknown or malformed."""
+        _require_keys("expected an object", data, ["schema_version", "rules"], ["schema_version", "rules"])
+        _require_version("rules", data)
+        if not isinstance(data["rules"], list) or not data["rules"]:
+            raise InputError(f"expected `rules` as a list of objects, received rules={data['rules']!r}")
+        return cls(tuple(_rule(number, rule) for number, rule in enumerate(data["rules"], 1)))
+
+
+def recipe_from_json(text: str | bytes) -> Recipe | Rules:
+    """Return the rules or the recipe in JSON ``text``; raises `InputError` if it is neither."""
+    data = _json_object(text)
+    return Rules.from_dict(data) if "rules" in data else Recipe.from_json(text)
+
+
+def _rule(number: int, data: Any) -> Rule:
+    if not isinstance(data, dict):
+        raise InputError(f"rule {number}: expected an object, received {data!r}")
+    known = [field.name for field in fields(Rule)]
+    _require_keys(f"rule {number}: expected an object", data, known, ["target"])
+    found = dict(data)
+    target = found.pop("target")
+    if isinstance(found.get("depth"), list):
+        found["depth"] = tuple(found["depth"])
+    try:
+        if isinstance(target, dict):
+            return Rule(target_from_dict(target), **found)
+        return Rule(None if target == "leave" else as_target(target), **found)
+    except InputError as error:
+        raise InputError(f"rule {number}: {error}") from None
+
+
+def _is_range(depth: Any) -> bool:
+    numbers = isinstance(depth, tuple) and len(depth) == 2 and all(type(end) in (int, float) for end in depth)
+    return numbers and 0 <= depth[0] < depth[1] <= 1
+
+
+def _require_keys(what: str, data: Mapping[str, Any], known: list[str], needed: list[str]) -> None:
+    if not data.keys() <= set(known) or not data.keys() >= set(needed):
+        received = ", ".join(data) or "none"
+        raise InputError(f"{what} with the keys {', '.join(known)} (needed: {', '.join(needed)}), received {received}")
+
+
+def _require_version(what: str, data: Mapping[str, Any]) -> None:
+    version = data.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise InputError(f"expected {what} of schema_version={SCHEMA_VERSION}, received schema_version={version!r}")
+
+
+def _json_object(text: str | bytes) -> dict[str, Any]:
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"expected a recipe in JSON, received text that is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"expected a recipe as a JSON object, received a {type(data).__name__}")
+    return data

@@ -129,8 +129,9 @@ def verify(
 ) -> Verdict:
     """Hold an ONNX file against the model it was made from; the verdict is true if the file passes.
 
-    Random inputs are standard normal at each of ``batch_sizes``; ``data`` are further inputs (N, ...) for a model
-    of one input. On a miss the verdict names the first layer, in call order, whose output differs.
+    Random inputs are standard normal at each of ``batch_sizes``, or at the one the file is fixed to; ``data`` are
+    further inputs (N, ...) for a model of one input. On a miss the verdict names the first layer, in call order,
+    whose output differs.
 
     Raises `InputError` if the file is not an ONNX model.
     """
@@ -140,7 +141,8 @@ def verify(
     sessions = {name: session(path, level) for name, level in _LEVELS.items()}
     inputs = sessions["off"].get_inputs()
     rng = np.random.default_rng(seed)
-    batches = [[_random(rng, entry, size) for entry in inputs] for size in batch_sizes]
+    fixed = [entry.shape[0] for entry in inputs if entry.shape and isinstance(entry.shape[0], int)]
+    batches = [[_random(rng, entry, size) for entry in inputs] for size in fixed[:1] or batch_sizes]
     batches += [[np.ascontiguousarray(array)] for array in data]
 
     checks: list[Check] = []

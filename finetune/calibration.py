@@ -1,7 +1,7 @@
-"""Calibration: re-solve each replacement's scale and shift on unlabelled inputs, layer by layer."""
+"""Calibration: re-solve each replacement, and the weights behind it, on unlabelled inputs, layer by layer."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from ..errors import InputError, UnsupportedError
 from ..sources.framework import framework_of
-
-Array = NDArray[np.float64]
+from .least_squares import Array, LinearFit, Moments
 
 
 @dataclass(frozen=True)
@@ -25,89 +24,119 @@ class Residual:
     after: float
 
 
-class Moments:
-    """Mean and variance per channel of a stream of arrays (..., C), in float64 (Chan et al., 1979)."""
+def calibrate(model: Any, reference: Any, batches: Iterable[Any], *, refit: bool = True) -> list[Residual]:
+    r"""Bring ``model`` nearer to ``reference``, the model before the patch, on unlabelled ``batches``.
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean: Array = np.zeros(0)
-        self._sum_of_squares: Array = np.zeros(0)
-
-    def add(self, values: NDArray[Any]) -> None:
-        """Take in one array with the channels last."""
-        rows = values.reshape(-1, values.shape[-1]).astype(np.float64)
-        mean = rows.mean(axis=0)
-        squares = np.square(rows - mean).sum(axis=0)
-        if self.count == 0:
-            self.count, self.mean, self._sum_of_squares = len(rows), mean, squares
-            return
-        total = self.count + len(rows)
-        difference = mean - self.mean
-        self._sum_of_squares = self._sum_of_squares + squares + difference**2 * (self.count * len(rows) / total)
-        self.mean = self.mean + difference * (len(rows) / total)
-        self.count = total
-
-    @property
-    def deviation(self) -> Array:
-        """The standard deviation per channel."""
-        return np.sqrt(self._sum_of_squares / self.count)
-
-
-def calibrate(model: Any, reference: Any, batches: Iterable[Any]) -> list[Residual]:
-    r"""Give each replaced layer the scale and shift that reproduce the original's moments on ``batches``.
-
-    In call order, with everything before it calibrated already, a layer that normalizes to :math:`\hat x` gets
+    Layer by layer in call order, with everything before it calibrated already, a replaced layer that normalizes to
+    :math:`\hat x` gets, per channel,
 
     .. math:: \gamma' = \mathrm{sign}(\gamma)\,\mathrm{std}(y)/\mathrm{std}(\hat x), \qquad
               \beta' = \mathrm{mean}(y) - \gamma'\,\mathrm{mean}(\hat x)
 
-    per channel, where y is what the same layer of ``reference``, the model before the patch, returns. A channel
-    with γ = 0 keeps it. ``batches`` are inputs as the model takes them, without labels; a few hundred samples do.
-    A layer that is called several times is solved for all its calls together. Returns the residual of each layer.
+    where y is what the same layer of ``reference`` returns; a channel with γ = 0 keeps it. A convolution or dense
+    layer behind the first replaced one gets the weights :math:`W'` that take what reaches it now to what it returns
+    in ``reference``, by least squares with a ridge towards its own: :math:`\min \sum \lVert y - W' x \rVert^2 +
+    \lambda \lVert W' - W \rVert^2`. ``refit=False`` leaves those as they are, as frozen, shared, grouped and very
+    wide ones always are. A layer that is called several times is solved for all its calls together.
+
+    ``batches`` are inputs as the model takes them; a few hundred samples do. Each layer takes a pass over them: an
+    iterator is held in memory, anything else is iterated over again and may be of any length. Sums are float64, and
+    the outputs of one layer for one batch are all that is held. Returns the residual of each layer.
 
     Raises `UnsupportedError` if the model has no replaced layers, `InputError` if the inputs are constant or none.
     """
     adapter: ModuleType = import_module(f".{framework_of(model)}_sites", __package__)
-    held = list(batches)
-    if not held:
+    batches = list(batches) if isinstance(batches, Iterator) else batches
+    first = next(iter(batches), None)
+    if first is None:
         raise InputError("expected inputs to calibrate on, received none")
-    layers: Mapping[str, Any] = adapter.site_layers(model)
-    if not layers:
+    sites: Mapping[str, Any] = adapter.site_layers(model)
+    if not sites:
         raise UnsupportedError("expected a patched model to calibrate, received one without replaced layers")
-    calls = _calls(adapter, model, list(layers), held[0])
-    wanted = _moments(adapter, reference, list(calls), held)
-    return [
-        _solve(adapter, model, layers[name], name, wanted[name], held, once=count == 1) for name, count in calls.items()
-    ]
+    linear: Mapping[str, Any] = adapter.linear_layers(model) if refit else {}
+    calls = _calls(adapter, model, [*sites, *linear], first)
+    changed = False  # before the first replaced layer the models are the same
+    residuals = []
+    for name, count in calls.items():
+        paired = _Paired(adapter, model, reference, batches, name, once=count == 1)
+        if name in sites:
+            residuals.append(_match(paired, sites[name]))
+            changed = True
+        elif changed:
+            residuals.append(_refit(paired, linear[name]))
+    return residuals
 
 
-def _solve(
-    adapter: ModuleType, model: Any, layer: Any, name: str, wanted: Moments, batches: list[Any], *, once: bool
-) -> Residual:
+@dataclass(frozen=True)
+class _Paired:
+    """One layer's calls in both models, batch by batch."""
+
+    adapter: ModuleType
+    model: Any
+    reference: Any
+    batches: Iterable[Any]
+    name: str
+    once: bool
+
+    def __iter__(self) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
+        """Yield the model's inputs and outputs and the original's outputs of each call, channels last."""
+        for batch in self.batches:
+            wanted = self._calls(self.reference, batch)
+            for (inputs, outputs), (_, original) in zip(self._calls(self.model, batch), wanted, strict=True):
+                yield inputs, outputs, original
+
+    def _calls(self, model: Any, batch: Any) -> list[tuple[NDArray[Any], NDArray[Any]]]:
+        calls: list[tuple[NDArray[Any], NDArray[Any]]] = []
+
+        def see(name: str, inputs: NDArray[Any], outputs: NDArray[Any]) -> bool:
+            calls.append((inputs, outputs))
+            return self.once  # spares the rest of the network
+
+        self.adapter.observe(model, [self.name], batch, see)
+        return calls
+
+
+def _match(paired: _Paired, layer: Any) -> Residual:
+    """Give a replaced layer the original's moments."""
+    adapter = paired.adapter
     gamma, beta = adapter.get_affine(layer)
+    plain, wanted = Moments(), Moments()
     adapter.set_affine(layer, np.ones_like(gamma), np.zeros_like(beta))
     try:
-        plain = _moments(adapter, model, [name], batches, stop=once)[name]
+        for _, outputs, original in paired:
+            plain.add(outputs)
+            wanted.add(original)
     finally:
         adapter.set_affine(layer, gamma, beta)
     constant = plain.deviation == 0
     if constant.all():
-        raise InputError(f"expected inputs that differ, received batches on which {name} is constant")
+        raise InputError(f"expected inputs that differ, received batches on which {paired.name} is constant")
     alive = (gamma != 0) & ~constant
     safe = np.where(alive, plain.deviation, 1.0)
     new_gamma = np.where(alive, np.sign(gamma) * wanted.deviation / safe, gamma)
     new_beta = wanted.mean - new_gamma * plain.mean
     adapter.set_affine(layer, new_gamma, new_beta)
-    before = _residual(wanted, gamma * plain.mean + beta, np.abs(gamma) * plain.deviation)
-    after = _residual(wanted, new_gamma * plain.mean + new_beta, np.abs(new_gamma) * plain.deviation)
-    return Residual(name, before, after)
+    before = _distance(wanted, gamma * plain.mean + beta, np.abs(gamma) * plain.deviation)
+    after = _distance(wanted, new_gamma * plain.mean + new_beta, np.abs(new_gamma) * plain.deviation)
+    return Residual(paired.name, before, after)
+
+
+def _refit(paired: _Paired, layer: Any) -> Residual:
+    """Give a layer the weights that return what the original's does, from what reaches it now."""
+    fit = LinearFit(paired.adapter.get_weights(layer))
+    for inputs, _, original in paired:
+        for x, y in zip(inputs, original, strict=True):  # a sample at a time, since patches overlap
+            fit.add(paired.adapter.patches(layer, x), y.reshape(-1, y.shape[-1]))
+    weights, before, after = fit.solve()
+    paired.adapter.set_weights(layer, weights)
+    return Residual(paired.name, before, after)
 
 
 def _calls(adapter: ModuleType, model: Any, names: list[str], batch: Any) -> Counter[str]:
     """Return how often each layer is called on one batch, in the order of the first calls."""
     calls: Counter[str] = Counter()
 
-    def see(name: str, output: NDArray[Any]) -> bool:
+    def see(name: str, inputs: NDArray[Any], outputs: NDArray[Any]) -> bool:
         calls[name] += 1
         return False
 
@@ -115,25 +144,7 @@ def _calls(adapter: ModuleType, model: Any, names: list[str], batch: Any) -> Cou
     return calls
 
 
-def _moments(
-    adapter: ModuleType, model: Any, names: list[str], batches: list[Any], *, stop: bool = False
-) -> dict[str, Moments]:
-    """Return the moments of the named layers' outputs in call order; no output is held longer than it takes.
-
-    ``stop`` ends each pass at the first call of the one layer named, which saves the rest of the network.
-    """
-    moments: dict[str, Moments] = {}
-    for batch in batches:
-
-        def see(name: str, output: NDArray[Any]) -> bool:
-            moments.setdefault(name, Moments()).add(output)
-            return stop
-
-        adapter.observe(model, names, batch, see)
-    return moments
-
-
-def _residual(wanted: Moments, mean: Array, deviation: Array) -> float:
+def _distance(wanted: Moments, mean: Array, deviation: Array) -> float:
     """Root mean square over channels of the moments' distance, over the original's root mean square deviation."""
     distance = np.square(mean - wanted.mean) + np.square(deviation - wanted.deviation)
     scale = np.square(wanted.deviation).mean()

@@ -1,4 +1,4 @@
-"""What calibration needs of a Keras model: its replaced layers, their outputs, their scale and shift."""
+"""What calibration needs of a Keras model: its layers, what goes through them, and their parameters."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +16,10 @@ from ..patchers.keras import MARK
 from ..patchers.keras_walk import call, named_layers, watching
 
 Array = NDArray[np.float64]
+See = Callable[[str, NDArray[Any], NDArray[Any]], bool]
+
+WIDEST = 8192
+"""The most inputs per output of a layer that is refitted: its square is held in float64."""
 
 _REPLACEMENTS = (SwitchNormalization, keras.layers.GroupNormalization)
 
@@ -36,11 +40,27 @@ def site_layers(model: keras.Layer) -> dict[str, keras.Layer]:
     return dict(found.values())
 
 
-def observe(model: keras.Layer, names: Sequence[str], batch: Any, see: Callable[[str, NDArray[Any]], bool]) -> None:
-    """Run ``model`` on one batch and tell ``see(name, output)`` of each call of the named layers, channels last.
+def linear_layers(model: keras.Layer) -> dict[str, keras.Layer]:
+    """Return the Conv2D and Dense layers that can be refitted by name.
 
-    ``batch`` is an array, or a list or mapping of arrays. Outputs are float32, or float64 where the layer computes in
-    it. If ``see`` returns True, the forward pass ends there.
+    Subclasses, layers with an activation of their own, grouped convolutions, frozen layers, and inputs wider than
+    `WIDEST` are left out.
+    """
+    found: dict[int, tuple[str, keras.Layer]] = {}
+    for name, layer in named_layers(model):
+        if type(layer) not in (keras.layers.Conv2D, keras.layers.Dense) or not layer.trainable or not layer.built:
+            continue
+        plain = layer.activation is keras.activations.linear and layer.kernel is layer._kernel
+        if plain and getattr(layer, "groups", 1) == 1 and np.prod(layer.kernel.shape[:-1]) < WIDEST:
+            found.setdefault(id(layer), (name, layer))
+    return dict(found.values())
+
+
+def observe(model: keras.Layer, names: Sequence[str], batch: Any, see: See) -> None:
+    """Run ``model`` on one batch and tell ``see(name, input, output)`` of each call of the named layers.
+
+    ``batch`` is an array, or a list or mapping of arrays. Channels come last, in float32, or in float64 where the
+    layer computes in it. If ``see`` returns True, the forward pass ends there.
 
     Raises `InputError` for a name that no layer of the model has.
     """
@@ -51,9 +71,10 @@ def observe(model: keras.Layer, names: Sequence[str], batch: Any, see: Callable[
             "a reference is the model as it was before the patch, with its layers under the same names"
         )
 
-    def note(name: str, inputs: Any, output: Any) -> None:
-        values = np.asarray(ops.convert_to_numpy(wide(output)))
-        if see(name, np.moveaxis(values, layers[name].axis, -1)):
+    def note(name: str, inputs: Any, outputs: Any) -> None:
+        axis = _channel_axis(layers[name])
+        x, y = (np.moveaxis(np.asarray(ops.convert_to_numpy(wide(t))), axis, -1) for t in (inputs, outputs))
+        if see(name, x, y):
             raise _PassEnded
 
     try:
@@ -72,6 +93,43 @@ def set_affine(layer: keras.Layer, gamma: Array, beta: Array) -> None:
     """Give the layer this scale and shift."""
     layer.gamma.assign(gamma)
     layer.beta.assign(beta)
+
+
+def get_weights(layer: keras.Layer) -> Array:
+    """Return a linear map's weights (K + 1, O) in float64, its bias or zeros as the last row."""
+    kernel = np.asarray(layer.kernel.numpy(), np.float64)
+    rows = kernel.reshape(-1, kernel.shape[-1])
+    bias = np.zeros(rows.shape[1]) if layer.bias is None else np.asarray(layer.bias.numpy(), np.float64)
+    return np.vstack([rows, bias])
+
+
+def set_weights(layer: keras.Layer, weights: Array) -> None:
+    """Give the layer these weights, shaped as `get_weights` returns them; one without a bias ignores the last row."""
+    inputs = int(np.prod(layer.kernel.shape[:-1]))
+    layer.kernel.assign(weights[:inputs].reshape(layer.kernel.shape))
+    if layer.bias is not None:
+        layer.bias.assign(weights[inputs])
+
+
+def patches(layer: keras.Layer, sample: NDArray[Any]) -> NDArray[Any]:
+    """Return what each output of the layer is a linear map of, (M, K): one sample's windows, and a 1."""
+    if isinstance(layer, keras.layers.Conv2D):
+        windows = ops.image.extract_patches(
+            sample[None],
+            layer.kernel_size,
+            strides=layer.strides,
+            dilation_rate=layer.dilation_rate[0],
+            padding=layer.padding,
+            data_format="channels_last",
+        )
+        sample = np.asarray(ops.convert_to_numpy(windows))
+    rows = sample.reshape(-1, sample.shape[-1])
+    return np.hstack([rows, np.ones((len(rows), 1), rows.dtype)])
+
+
+def _channel_axis(layer: keras.Layer) -> int:
+    first = getattr(layer, "data_format", None) == "channels_first"
+    return int(getattr(layer, "axis", 1 if first else -1))
 
 
 def _is_site(layer: keras.Layer) -> bool:

@@ -13,8 +13,9 @@ from ..convert.recipe import Recipe
 from ..errors import InputError
 from ..sources.data import Preprocessing
 from ..sources.files import staged
-from ..sources.framework import framework_of
-from ..sources.models import absolute_spec, load_model, relative_spec
+from ..sources.framework import example_input, framework_of
+from ..sources.models import absolute_spec, load_keras_weights, load_model, relative_spec
+from .model import as_module
 
 MANIFEST = "normswap.json"
 SCHEMA_VERSION = 1
@@ -43,6 +44,7 @@ class Bundle:
     source: str | None
     preprocessing: Preprocessing | None
     has_original: bool
+    trusted: bool = False
 
     def original(self) -> Any:
         """Return the model as it was before the patch; raises `InputError` if the bundle was saved without it."""
@@ -52,8 +54,8 @@ class Bundle:
             )
         weights = self.directory / f"original{_SUFFIX[self.recipe.framework]}"
         if self.recipe.framework == "keras":
-            return load_model(str(weights))
-        return _load_torch(_build(self.directory, self.source), weights)
+            return _load_keras(weights, self.source, self.preprocessing)[0]
+        return _load_torch(_build(self.directory, self.source, trust=self.trusted), weights)
 
 
 def save(
@@ -95,46 +97,50 @@ def save(
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
-def load(directory: str | Path, *, model: Any = None) -> Any:
+def load(directory: str | Path, *, model: Any = None, trust: bool = False) -> Any:
     """Return the patched model in a bundle.
 
     A torch bundle's architecture is built by running the code its source names, or is taken from ``model``, a
-    fresh unpatched copy.
+    fresh unpatched copy; so is a Keras bundle's if Keras does not know its classes.
+    Where the source is a ``.pt2`` file, which can run code while it is read, ``trust`` says that it may.
 
-    Raises `InputError` if the folder is not a bundle, is damaged, or does not fit.
+    Raises `InputError` if the folder is not a bundle, is damaged, is not trusted, or does not fit.
     """
-    return read(directory, model=model).model
+    return read(directory, model=model, trust=trust).model
 
 
-def read(directory: str | Path, *, model: Any = None) -> Bundle:
+def read(directory: str | Path, *, model: Any = None, trust: bool = False) -> Bundle:
     """Return everything in a bundle; see `load`."""
     directory = Path(directory)
     manifest = _manifest(directory)
     framework = manifest["framework"]
     recipe = Recipe.from_dict(manifest["recipe"])
-    weights = directory / f"model{_SUFFIX[framework]}"
-    if framework == "keras":
-        model = load_model(str(weights))
-        import_module(".keras", __package__).mark(model, recipe)
-    else:
-        model = _build(directory, manifest["source"]) if model is None else model
-        import_module(".torch", __package__).patch(model, recipe)
-        model = _load_torch(model, weights)
+    source = None if manifest["source"] is None else absolute_spec(manifest["source"], directory)
     settings = manifest.get("preprocessing")
+    preprocessing = None if settings is None else Preprocessing.from_dict(settings)
+    weights = directory / f"model{_SUFFIX[framework]}"
+    adapter = import_module(f".{framework}", __package__)
+    if framework == "keras":
+        model, recipe = _load_keras(weights, source, preprocessing, model, recipe)
+    else:
+        model = _build(directory, source, trust=trust) if model is None else as_module(model)
+        adapter.patch(model, recipe)
+        model = _load_torch(model, weights)
     return Bundle(
         directory=directory,
         model=model,
         recipe=recipe,
-        source=None if manifest["source"] is None else absolute_spec(manifest["source"], directory),
-        preprocessing=None if settings is None else Preprocessing.from_dict(settings),
+        source=source,
+        preprocessing=preprocessing,
         has_original=(directory / f"original{_SUFFIX[framework]}").exists(),
+        trusted=trust,
     )
 
 
 def load_weights(bundle: Bundle, path: Path) -> None:
     """Give the bundle's model the weights in ``path``, a file that a bundle of the same recipe holds."""
     if bundle.recipe.framework == "keras":
-        bundle.model.set_weights(load_model(str(path)).get_weights())
+        load_keras_weights(bundle.model, path)
     else:
         _load_torch(bundle.model, path)
 
@@ -165,13 +171,13 @@ def _manifest(directory: Path) -> dict[str, Any]:
     return manifest  # type: ignore[no-any-return]
 
 
-def _build(directory: Path, source: str | None) -> Any:
+def _build(directory: Path, source: str | None, *, trust: bool) -> Any:
     if source is None:
         raise InputError(
             f"expected a bundle that says where its architecture comes from, received {directory} without; "
             "pass a fresh model to load(directory, model=...)"
         )
-    return load_model(absolute_spec(source, directory), pretrained=False)
+    return load_model(source, pretrained=False, trust=trust)
 
 
 def _write(model: Any, path: Path) -> None:
@@ -179,6 +185,34 @@ def _write(model: Any, path: Path) -> None:
         model.save(path)
     else:
         import_module("..sources.weights", __package__).write_state_dict(model, path)
+
+
+def _load_keras(
+    path: Path, source: str | None, preprocessing: Preprocessing | None, model: Any = None, recipe: Recipe | None = None
+) -> tuple[Any, Any]:
+    """Return the model in a Keras file, which tells its architecture unless its classes are known to code alone.
+
+    Then it is built as a torch model is: by the source's code or given as ``model``, and patched by ``recipe``, which
+    is returned with this model's names.
+    """
+    adapter = import_module(".keras", __package__)
+    if model is None:
+        try:
+            model = load_model(str(path))
+        except InputError:
+            if source is None:
+                raise
+            model = load_model(source, pretrained=False)
+        else:
+            if recipe is not None:
+                adapter.mark(model, recipe)
+            return model, recipe
+    if preprocessing is not None and not model.built:
+        model(example_input(model, preprocessing.shape), training=False)
+    if recipe is not None:
+        recipe = adapter.patch(model, recipe).recipe
+    load_keras_weights(model, path)
+    return model, recipe
 
 
 def _load_torch(model: Any, path: Path) -> Any:

@@ -5,46 +5,33 @@ layers and custom code that holds the layer work on without being rebuilt, in mo
 """
 
 import copy
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import keras
-import numpy as np
 
-from ..convert.carry_over import Array, BatchNormState, carry_over
-from ..convert.recipe import Recipe
-from ..convert.targets import BatchRenorm, GroupNorm, SwitchNorm, Target
+from ..convert.recipe import Recipe, Rules
+from ..convert.targets import BatchRenorm, SwitchNorm, Target
 from ..errors import InputError, UnsupportedError
 from ..layers import keras as layers
+from . import keras_drift
+from .keras_names import renamed
+from .keras_saving import keep_rebuildable
+from .keras_swap import MARK, BatchNorm, Shape, build_shape, read_state, swap_for
 from .keras_walk import call, distinct_layers, named_layers, watching
-from .plan import Decision, Plan, Report, Site, decide
+from .plan import Plan, Report, Site, decide
 from .swap import carry_out
 
-MARK = "_normswap"
-"""Attribute of a replaced layer that holds its target's kind."""
+__all__ = ["MARK", "find_sites", "mark", "patch", "plan", "read_state"]
 
-_BatchNorm = keras.layers.BatchNormalization
 _KINDS = {layers.SwitchNormalization: SwitchNorm.kind, layers.BatchRenormalization: BatchRenorm.kind}
-_AFFINE = {
-    *("axis", "epsilon", "activity_regularizer", "trainable", "name"),
-    *("gamma_initializer", "gamma_regularizer", "gamma_constraint"),
-    *("beta_initializer", "beta_regularizer", "beta_constraint"),
-}
-_MOVING = _AFFINE | {"momentum", "synchronized", "moving_mean_initializer", "moving_variance_initializer"}
-_KEPT = {
-    *("name", "activity_regularizer", "_dtype_policy", "_trainable", "_path", "_parent_path", "_remat_mode"),
-    *("_inbound_nodes", "_outbound_nodes", "_called", "_losses", "_loss_ids", "_losses_override"),
-}
-_REBOUND = {"build", "quantize"}  # closures over the object that Keras made them for
-_Shape = Sequence[int | None]
 
 
 def plan(
     model: keras.Layer,
-    target: Target | Recipe,
+    target: Target | Recipe | Rules,
     *,
     example: Any = None,
     include: Sequence[str] = (),
@@ -53,14 +40,24 @@ def plan(
 ) -> Plan:
     """Return what `patch` would do to ``model``, touching nothing; an example may build what is unbuilt."""
     found, sites = find_sites(model, example)
+    if isinstance(target, Recipe):
+        target = renamed(target, [site.name for site in sites])
     by_name = dict(zip((site.name for site in sites), found, strict=True))
     selected = None if where is None else lambda name: where(by_name[name], name)
-    return decide("keras", sites, target, include=include, exclude=exclude, where=selected)
+    return decide(
+        "keras",
+        sites,
+        target,
+        include=include,
+        exclude=exclude,
+        where=selected,
+        state_of=lambda name: read_state(by_name[name]),
+    )
 
 
 def patch(
     model: keras.Layer,
-    target: Target | Recipe,
+    target: Target | Recipe | Rules,
     *,
     example: Any = None,
     include: Sequence[str] = (),
@@ -80,12 +77,13 @@ def patch(
     decided.require_work()
     chosen = decided.having("replace")
     by_name = {site.name: layer for layer, site in zip(*find_sites(model), strict=True)}
-    swaps = [_Swap(by_name[decision.site.name], decision) for decision in chosen]
+    swaps = [swap_for(by_name[decision.site.name], decision) for decision in chosen]
     return carry_out(
         model,
         decided,
         swaps,
         lambda: (site.name for site in find_sites(model)[1] if site.kind is None),
+        keras_drift,
         around=lambda: _retraced(model),
     )
 
@@ -98,13 +96,13 @@ def find_sites(model: keras.Layer, example: Any = None) -> tuple[list[keras.Laye
     names: dict[int, list[str]] = {}
     found: dict[int, keras.Layer] = {}
     for name, layer in named_layers(model):
-        if isinstance(layer, _BatchNorm) or _kind(layer) is not None:
+        if isinstance(layer, BatchNorm) or _kind(layer) is not None:
             names.setdefault(id(layer), []).append(name)
             found[id(layer)] = layer
     seen = {} if example is None else _dry_run(model, found, example)
     sites = []
     for key, layer in found.items():
-        shape = _build_shape(layer)
+        shape = build_shape(layer)
         sites.append(
             Site(
                 name=names[key][0],
@@ -127,7 +125,7 @@ def mark(model: keras.Layer, recipe: Recipe) -> None:
     found = dict(named_layers(model))
     for choice in recipe.choices:
         layer = found.get(choice.name)
-        if layer is None or isinstance(layer, _BatchNorm):
+        if layer is None or isinstance(layer, BatchNorm):
             kind = "no such layer" if layer is None else type(layer).__name__
             raise InputError(
                 f"expected {choice.name} to be {choice.target.kind} in the bundle's model, received {kind}"
@@ -135,133 +133,14 @@ def mark(model: keras.Layer, recipe: Recipe) -> None:
         layer.__dict__[MARK] = choice.target.kind
 
 
-def read_state(layer: keras.Layer) -> BatchNormState:
-    """Return a BatchNorm's parameters and moving statistics in float64."""
-
-    def read(variable: Any) -> Array:
-        return np.asarray(variable.numpy(), np.float64)
-
-    mean = read(layer.moving_mean)
-    return BatchNormState(
-        gamma=np.ones_like(mean) if layer.gamma is None else read(layer.gamma),
-        beta=np.zeros_like(mean) if layer.beta is None else read(layer.beta),
-        mean=mean,
-        var=read(layer.moving_variance),
-        eps=float(layer.epsilon),
-    )
-
-
-class _Swap:
-    """One site's replacement, applied to the layer object itself and reversible."""
-
-    def __init__(self, layer: keras.Layer, decision: Decision) -> None:
-        assert decision.target is not None
-        self.layer, self.name, self.kind = layer, decision.site.name, decision.target.kind
-        self.old_class, self.old_contents = type(layer), dict(layer.__dict__)
-        self.old_arguments = [(node, node.arguments) for node in layer._inbound_nodes]
-        self.new = _build(layer, decision.target)
-        exact = isinstance(decision.target, BatchRenorm)
-        self.values = [] if exact else _values(self.new, layer, decision)
-        kept = [] if exact else [v for v in (layer.gamma, layer.beta) if v is not None]
-        self.old_values = [(variable, variable.numpy()) for variable in kept]
-        # A native renorm keeps further averages, which ours would leave behind.
-        self.computes_batch_norm = exact and not layer.renorm
-
-    def apply(self) -> None:
-        for variable, value in self.values:
-            variable.assign(value)
-        old, new = self.old_contents, {k: v for k, v in self.new.__dict__.items() if k not in _REBOUND}
-        kept = {key: value for key, value in old.items() if key in _KEPT}
-        extras = {key: value for key, value in old.items() if key not in _own_attributes()}
-        self._set(type(self.new), {**extras, **new, **kept, MARK: self.kind})
-        if self.kind == GroupNorm.kind:
-            self._take_batch_norm_arguments()
-        self.written = self.layer.get_weights()
-
-    def _take_batch_norm_arguments(self) -> None:
-        """Let graphs and code go on passing a mask, which a GroupNormalization does not take."""
-        for node, arguments in self.old_arguments:
-            kept = {k: v for k, v in arguments.kwargs.items() if k not in ("mask", "training")}
-            node.arguments = type(arguments)(*arguments.args[:1], **kept)
-        run = self.layer.call
-
-        def call(inputs: Any, **ignored: Any) -> Any:
-            return run(inputs)
-
-        self.layer.__dict__.update(call=call, _call_signature=inspect.signature(call))
-
-    def trained(self) -> bool:
-        same = all(map(np.array_equal, self.layer.get_weights(), self.written))
-        return not (same or self.computes_batch_norm)
-
-    def restore(self) -> None:
-        for variable, value in self.old_values:
-            variable.assign(value)
-        for node, arguments in self.old_arguments:
-            node.arguments = arguments
-        kept = {key: value for key, value in self.layer.__dict__.items() if key in _KEPT}
-        self._set(self.old_class, {**self.old_contents, **kept})
-
-    def _set(self, cls: type[keras.Layer], contents: dict[str, Any]) -> None:
-        self.layer.__dict__.clear()
-        self.layer.__dict__.update(contents)
-        self.layer.__class__ = cls
-
-
-def _build(layer: keras.Layer, target: Target) -> keras.Layer:
-    """Return the built replacement of ``layer``, which shares those of its variables that both have."""
-    names = _AFFINE if isinstance(target, GroupNorm) else _MOVING
-    settings = {name: getattr(layer, name) for name in names} | {"dtype": layer.dtype_policy}
-    if isinstance(target, GroupNorm):
-        new = keras.layers.GroupNormalization(target.groups, **settings)
-    elif isinstance(target, SwitchNorm):
-        new = layers.SwitchNormalization(batch_statistics=target.batch_statistics, **settings)
-    else:
-        settings |= {"center": layer.center, "scale": layer.scale}
-        new = layers.BatchRenormalization(r_max=target.r_max, d_max=target.d_max, **settings)
-    new._parent_path = layer._parent_path
-
-    create = new.add_weight
-
-    def add_weight(*args: Any, name: str, trainable: bool = True, **kwargs: Any) -> Any:
-        variable = getattr(layer, name, None)
-        if variable is None:
-            return create(*args, name=name, trainable=trainable, **kwargs)
-        flag, variable.trainable = variable.trainable, trainable  # the layer files it by this flag
-        new._track_variable(variable)
-        variable.trainable = flag
-        return variable
-
-    new.__dict__["add_weight"] = add_weight
-    new.build(_build_shape(layer))
-    del new.__dict__["add_weight"]
-    return new
-
-
-def _values(new: keras.Layer, old: keras.Layer, decision: Decision) -> list[tuple[Any, Array]]:
-    """Return each variable of the replacement that the carry-over determines, with its value."""
-    target, site = decision.target, decision.site
-    assert target is not None
-    state = read_state(old)
-    groups = target.groups if isinstance(target, GroupNorm) and isinstance(target.groups, int) else None
-    try:
-        carried = carry_over(state, target, groups=groups, spatial=site.spatial)
-    except InputError as error:
-        raise InputError(f"{site.name}: {error}") from None
-    values = [(new.gamma, carried.gamma), (new.beta, carried.beta)]
-    if carried.gate_logits is not None:
-        values += [(new.mean_weight, carried.gate_logits), (new.var_weight, carried.gate_logits)]
-    return values
-
-
 def _kind(layer: keras.Layer) -> str | None:
     return layer.__dict__.get(MARK) or _KINDS.get(type(layer))
 
 
-def _obstacle(layer: keras.Layer, shape: _Shape | None) -> str:
+def _obstacle(layer: keras.Layer, shape: Shape | None) -> str:
     if _kind(layer) is not None:
         return ""
-    if type(layer).call is not _BatchNorm.call or "call" in layer.__dict__:
+    if type(layer).call is not BatchNorm.call or "call" in layer.__dict__:
         return f"{type(layer).__name__} overrides call: a replacement would lose what it adds"
     if shape is None:
         return "not built yet: give an example input, or call the model on one first"
@@ -270,12 +149,7 @@ def _obstacle(layer: keras.Layer, shape: _Shape | None) -> str:
     return ""
 
 
-def _build_shape(layer: keras.Layer) -> _Shape | None:
-    shape: _Shape | None = (layer.get_build_config() or {}).get("input_shape") if layer.built else None
-    return shape
-
-
-def _spatial(shape: _Shape | None, axis: int) -> tuple[int, ...] | None:
+def _spatial(shape: Shape | None, axis: int) -> tuple[int, ...] | None:
     """Return the sizes of ``shape`` but batch and channels, None where one of them is unknown."""
     if shape is None:
         return None
@@ -283,8 +157,8 @@ def _spatial(shape: _Shape | None, axis: int) -> tuple[int, ...] | None:
     return None if None in sizes else tuple(size for size in sizes if size is not None)
 
 
-def _dry_run(model: keras.Layer, watched: Mapping[int, keras.Layer], example: Any) -> dict[int, _Shape]:
-    seen: dict[int, _Shape] = {}
+def _dry_run(model: keras.Layer, watched: Mapping[int, keras.Layer], example: Any) -> dict[int, Shape]:
+    seen: dict[int, Shape] = {}
     try:
         with watching(watched, lambda key, inputs, _: seen.setdefault(key, tuple(inputs.shape))):
             call(model, example)
@@ -292,13 +166,6 @@ def _dry_run(model: keras.Layer, watched: Mapping[int, keras.Layer], example: An
         message = f"expected an example the model accepts, received one on which it fails: {error}"
         raise InputError(message) from error
     return seen
-
-
-def _own_attributes() -> set[str]:
-    """Name what a BatchNormalization holds itself, so that what a user put on one can be told and kept."""
-    plain = _BatchNorm(renorm=True, name="plain")
-    plain.build((None, 1))
-    return set(plain.__dict__)
 
 
 def _copy(model: keras.Layer) -> keras.Layer:
@@ -328,6 +195,7 @@ def _retraced(model: keras.Layer) -> Iterator[None]:
     for layer in distinct_layers(model):
         if hasattr(layer, "_track_variables"):  # the torch backend lists variables once more
             layer._track_variables()
+    keep_rebuildable(model)
 
 
 def _renew(optimizer: Any, variables: list[Any]) -> None:

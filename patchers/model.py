@@ -1,11 +1,12 @@
 """The library's two verbs, `plan` and `patch`, for a model of either framework."""
 
+import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from ..convert.recipe import Recipe
+from ..convert.recipe import Recipe, Rules
 from ..convert.targets import Target, as_target
 from ..sources.framework import framework_of
 from .plan import Plan, Report, Site
@@ -13,7 +14,7 @@ from .plan import Plan, Report, Site
 
 def plan(
     model: Any,
-    target: str | Target | Recipe,
+    target: str | Target | Recipe | Rules,
     *,
     example: Any = None,
     include: Sequence[str] = (),
@@ -22,22 +23,24 @@ def plan(
 ) -> Plan:
     """Decide what `patch` would do to every BatchNorm of ``model``, touching nothing.
 
-    ``target`` is a shorthand (``"sn" | "brn" | "gn" | "ln" | "in"``), a configuration, or a `Recipe` made from the
-    same model. ``example`` is an input the model accepts: with it the plan knows every site's shape and can refuse
-    what a shape rules out. ``include`` and ``exclude`` are name globs, or regular expressions after ``re:``;
-    ``where(module, name)`` is asked last.
+    ``target`` is a shorthand (``"sn" | "brn" | "gn" | "ln" | "in"``), a configuration, a `Recipe` made from the same
+    model, or `Rules` for any. ``example`` is an input the model accepts: with it the plan knows every site's shape and
+    can refuse what a shape rules out. ``include`` and ``exclude`` are name globs, or regular expressions after
+    ``re:``; ``where(module, name)`` is asked last. Each decision says what the replacement is expected to change
+    (``drift``) and whether an exported file is rid of it (``folds``).
 
     Raises `InputError` for a target, pattern, recipe or example that does not fit the model.
     """
+    model = as_module(model)
     adapter = _adapter(model)
-    resolved = target if isinstance(target, Recipe) else as_target(target)
+    resolved = target if isinstance(target, Recipe | Rules) else as_target(target)
     decided: Plan = adapter.plan(model, resolved, example=example, include=include, exclude=exclude, where=where)
     return decided
 
 
 def patch(
     model: Any,
-    target: str | Target | Recipe,
+    target: str | Target | Recipe | Rules,
     *,
     example: Any = None,
     include: Sequence[str] = (),
@@ -48,13 +51,15 @@ def patch(
     """Replace the BatchNorms of ``model`` with the weights carried over, and return what was done.
 
     The arguments are those of `plan`. The model is changed in place unless ``inplace=False``; either way it is
-    ``report.model``. Patching again with the same target changes nothing. Either every planned site is replaced or,
-    on any error, none.
+    ``report.model``. An exported program (`torch.export.ExportedProgram`) is not changed: ``report.model`` is a module
+    made from it, which shares the weights that are no norm's unless ``inplace=False``. Patching again with the same
+    target changes nothing. Either every planned site is replaced or, on any error, none.
 
     Raises `UnsupportedError` if a selected site cannot be replaced or there is none, `InputError` as `plan`.
     """
+    model = as_module(model)
     adapter = _adapter(model)
-    resolved = target if isinstance(target, Recipe) else as_target(target)
+    resolved = target if isinstance(target, Recipe | Rules) else as_target(target)
     report: Report = adapter.patch(
         model, resolved, example=example, include=include, exclude=exclude, where=where, inplace=inplace
     )
@@ -63,9 +68,18 @@ def patch(
 
 def sites(model: Any, *, example: Any = None) -> list[Site]:
     """Return every BatchNorm of ``model``, and every one replaced before, with its shape if an example is given."""
+    model = as_module(model)
     adapter = _adapter(model)
     found: list[Site] = adapter.find_sites(model, example)[1]
     return found
+
+
+def as_module(model: Any) -> Any:
+    """Return the module that an exported program becomes, and any other model as it is."""
+    exporting = sys.modules.get("torch.export")
+    if exporting is None or not isinstance(model, exporting.ExportedProgram):
+        return model
+    return import_module("..sources.programs", __package__).as_module(model)
 
 
 def _adapter(model: Any) -> ModuleType:

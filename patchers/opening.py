@@ -16,15 +16,16 @@ class Opened:
     """A model and what is known of its input.
 
     ``options`` may hold ``input_shape``, ``size``, ``mean`` and ``std``, which come before what the model or bundle
-    says. ``bundle`` is None for a model that is not one; ``example`` is a batch of zeros, or None if no shape is
-    known.
+    says, and ``trust`` in files that can run code while they are read. ``bundle`` is None for a model that is not
+    one; ``example`` is a batch of zeros, or None if no shape is known.
     """
 
     def __init__(
         self, spec: str, weights: Path | None, options: Mapping[str, Any], *, need_bundle: bool = False
     ) -> None:
-        self.bundle = bundles.read(spec) if need_bundle or bundles.is_bundle(spec) else None
-        self.model = self.bundle.model if self.bundle else load_model(spec, weights)
+        trust = bool(options.get("trust"))
+        self.bundle = bundles.read(spec, trust=trust) if need_bundle or bundles.is_bundle(spec) else None
+        self.model = self.bundle.model if self.bundle else load_model(spec, weights, trust=trust)
         self.framework = framework_of(self.model)
         shape = options.get("input_shape")
         known = self.bundle.preprocessing if self.bundle else preprocessing_of(self.model, input_shape=shape)

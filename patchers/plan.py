@@ -2,15 +2,18 @@
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Literal
 
+from ..convert.carry_over import BatchNormState
+from ..convert.drift import expected_drift, folds
 from ..convert.groups import resolve_groups
-from ..convert.recipe import Choice, Recipe
+from ..convert.recipe import Choice, Recipe, Rule, Rules
 from ..convert.targets import BatchRenorm, GroupNorm, SwitchNorm, Target, target_to_dict
 from ..errors import InputError, UnsupportedError
+from .drift import Drift
 
 Action = Literal["replace", "skip", "refuse", "done"]
 
@@ -41,12 +44,22 @@ class Site:
 
 @dataclass(frozen=True)
 class Decision:
-    """What happens to one site: replaced by ``target``, skipped, refused, or done by an earlier patch."""
+    """What happens to one site: replaced by ``target``, skipped, refused, or done by an earlier patch.
+
+    ``drift`` is what a replacement is expected to change of the site's output (see `normswap.convert.drift`), None
+    where nothing tells; ``folds`` whether an exported file is rid of it where it follows a linear layer.
+    """
 
     site: Site
     action: Action
     target: Target | None = None
     note: str = ""
+    drift: float | None = None
+
+    @property
+    def folds(self) -> bool:
+        """Whether the target folds into a linear layer before it at export."""
+        return self.target is not None and folds(self.target)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the decision as plain data."""
@@ -55,8 +68,11 @@ class Decision:
             "aliases": list(self.site.aliases),
             "source": self.site.source,
             "channels": self.site.channels,
+            "shape": None if self.site.spatial is None else list(self.site.spatial),
             "action": self.action,
             "target": None if self.target is None else target_to_dict(self.target),
+            "drift": self.drift,
+            "folds": self.folds if self.action in ("replace", "done") else None,
             "note": self.note,
         }
 
@@ -83,11 +99,11 @@ class Plan:
             ),
         )
 
-    def require_work(self) -> None:
-        """Raise `UnsupportedError` if a site is refused or there is nothing to do and nothing has been done."""
+    def problem(self) -> str:
+        """Return why the plan cannot be carried out: a site is refused, or there is nothing to do; "" if it can be."""
         if refused := self.having("refuse"):
             lines = "\n".join(f"  {d.site.name} ({d.site.source}): {d.note}" for d in refused)
-            raise UnsupportedError(
+            return (
                 f"expected BatchNorms that can be replaced, received {len(refused)} that cannot:\n{lines}\n"
                 "leave such a layer as it is with --exclude NAME (exclude=[NAME])"
             )
@@ -95,7 +111,13 @@ class Plan:
             skipped = self.having("skip")
             reasons = "; ".join(sorted({decision.note for decision in skipped}))
             found = f"{len(skipped)} BatchNorms, all skipped ({reasons})" if skipped else "none"
-            raise UnsupportedError(f"expected a model with BatchNorm layers to replace, received {found}")
+            return f"expected a model with BatchNorm layers to replace, received {found}"
+        return ""
+
+    def require_work(self) -> None:
+        """Raise `UnsupportedError` if the plan cannot be carried out."""
+        if problem := self.problem():
+            raise UnsupportedError(problem)
 
 
 @dataclass
@@ -109,6 +131,7 @@ class Report:
     model: Any
     plan: Plan
     _undo: Callable[[], None]
+    _drift: Callable[[Any], list[Drift]]
     recipe: Recipe = field(init=False)
 
     def __post_init__(self) -> None:
@@ -133,6 +156,14 @@ class Report:
         """Restore the original layers; see the class."""
         self._undo()
 
+    def drift(self, example: Any) -> list[Drift]:
+        """Return how far each replaced layer's output and the model's is from the original's on an example.
+
+        The same inputs go through the model with its BatchNorms and as it is, both at inference; nothing of the model
+        changes. Raises `UnsupportedError` after training or `undo`, `InputError` for an example on which it fails.
+        """
+        return self._drift(example)
+
     def __str__(self) -> str:
         return f"{len(self.replaced)} replaced, {len(self.already)} already patched, {len(self.skipped)} skipped"
 
@@ -140,32 +171,34 @@ class Report:
 def decide(
     framework: str,
     sites: Sequence[Site],
-    target: Target | Recipe,
+    target: Target | Recipe | Rules,
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     where: Callable[[str], bool] | None = None,
+    state_of: Callable[[str], BatchNormState | None] = lambda name: None,
 ) -> Plan:
-    """Return the plan that gives every selected site ``target``, or what a recipe says of it.
+    """Return the plan that gives every selected site ``target``, or what a recipe or rules say of it.
 
     ``include`` and ``exclude`` are name patterns (see `matches`); ``where`` is asked the site's name last. A site to
-    be left alone needs a pattern or a recipe that names it.
+    be left alone needs a pattern or a recipe that names it. ``state_of`` tells a site's values, from which the expected
+    drift is computed, or None where it has none.
 
-    Raises `InputError` if a pattern matches no site or a recipe does not fit the sites, `UnsupportedError` if a
-    selected site is already something else.
+    Raises `InputError` if a pattern or rule matches no site or a recipe does not fit the sites.
     """
     for pattern in (*include, *exclude):
         if sites and not any(matches(pattern, name) for site in sites for name in (site.name, *site.aliases)):
             known = ", ".join(site.name for site in sites[:5])
             raise InputError(f"expected a pattern that matches a BatchNorm, received {pattern!r}; names begin {known}")
+    unchosen: Mapping[str, str] = {}
     if isinstance(target, Recipe):
         chosen = _recipe_targets(framework, sites, target)
         seen = {choice.name: choice.spatial for choice in target.choices}
         sites = [replace(site, spatial=seen.get(site.name, site.spatial)) for site in sites]
-        unchosen = "not in the recipe"
+    elif isinstance(target, Rules):
+        chosen, unchosen = _rules_targets(sites, target)
     else:
         chosen = {site.name: target for site in sites}
-        unchosen = ""
 
     decisions = []
     for site in sites:
@@ -177,22 +210,28 @@ def decide(
         elif where is not None and not where(site.name):
             decisions.append(Decision(site, "skip", note="not selected by `where`"))
         elif site.name not in chosen:
-            decisions.append(Decision(site, "skip", note=unchosen))
+            decisions.append(Decision(site, "skip", note=unchosen.get(site.name, "not in the recipe")))
         elif site.left and not include and not isinstance(target, Recipe):
             decisions.append(Decision(site, "skip", note=site.left))
         else:
-            decisions.append(_decide_one(site, chosen[site.name]))
+            decisions.append(_decide_one(site, chosen[site.name], state_of))
     return Plan(framework, tuple(decisions))
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Return whether a site's name matches a shell glob, or after ``re:`` a regular expression, as a whole."""
-    if pattern.startswith("re:"):
+    """Return whether a site's name matches a shell glob, or after ``re:`` a regular expression, as a whole.
+
+    Raises `InputError` for what is no regular expression.
+    """
+    if not pattern.startswith("re:"):
+        return fnmatch.fnmatchcase(name, pattern)
+    try:
         return re.fullmatch(pattern[3:], name) is not None
-    return fnmatch.fnmatchcase(name, pattern)
+    except re.error as error:
+        raise InputError(f"expected a regular expression after re:, received {pattern!r} ({error})") from None
 
 
-def _decide_one(site: Site, target: Target) -> Decision:
+def _decide_one(site: Site, target: Target, state_of: Callable[[str], BatchNormState | None]) -> Decision:
     if site.kind is not None:
         if site.kind == target.kind:
             return Decision(site, "done", target, "patched before")
@@ -203,6 +242,7 @@ def _decide_one(site: Site, target: Target) -> Decision:
     if site.any_rank and not isinstance(target, GroupNorm):
         note = f"a {site.source} takes any number of dimensions: give an example input to see how many there are"
         return Decision(site, "refuse", target, note)
+    groups = None
     notes = [] if site.has_statistics else ["no running statistics: gamma and beta are copied, expect a large drift"]
     if site.read_by and not isinstance(target, BatchRenorm):
         notes.append(f"{site.read_by} reads running statistics: fuse or reparameterize before the patch, not after")
@@ -218,7 +258,9 @@ def _decide_one(site: Site, target: Target) -> Decision:
         if target.batch_statistics == "frozen":
             return Decision(site, "refuse", target, "batch_statistics='frozen' needs running statistics to freeze")
         notes.append("its running statistics start at 0 and 1: fine-tune before use")
-    return Decision(site, "replace", target, "; ".join(filter(None, notes)))
+    state = state_of(site.name)
+    drift = None if state is None else expected_drift(state, target, groups=groups, spatial=site.spatial)
+    return Decision(site, "replace", target, "; ".join(filter(None, notes)), drift)
 
 
 def _recipe_targets(framework: str, sites: Iterable[Site], recipe: Recipe) -> dict[str, Target]:
@@ -241,3 +283,40 @@ def _recipe_problems(framework: str, by_name: dict[str, Site], recipe: Recipe) -
             yield f"{choice.name}: no such BatchNorm"
         elif site.channels != choice.channels:
             yield f"{choice.name}: {choice.channels} channels in the recipe, {site.channels} in the model"
+
+
+def _rules_targets(sites: Sequence[Site], rules: Rules) -> tuple[dict[str, Target], dict[str, str]]:
+    """Return what the first rule that a site fits makes of it, and why a site is left."""
+    stages = _stages(sites)
+    if sites and not stages and any(rule.stage is not None for rule in rules.rules):
+        raise InputError("expected an example for a rule by stage, which goes by the size of maps, received none")
+    fits = [[_fits(rule, place, site, len(sites), stages) for rule in rules.rules] for place, site in enumerate(sites)]
+    for index, rule in enumerate(rules.rules):
+        if sites and not any(row[index] for row in fits):
+            known = ", ".join(site.name for site in sites[:5])
+            raise InputError(
+                f"expected rules that each match a BatchNorm, received rule {index + 1} ({rule}) that matches none of "
+                f"{len(sites)}; names begin {known}"
+            )
+    chosen, left = {}, {}
+    for site, row in zip(sites, fits, strict=True):
+        if True not in row:
+            left[site.name] = "no rule matches"
+        elif (target := rules.rules[row.index(True)].target) is None:
+            left[site.name] = f"left by rule {row.index(True) + 1}"
+        else:
+            chosen[site.name] = target
+    return chosen, left
+
+
+def _fits(rule: Rule, place: int, site: Site, count: int, stages: Mapping[int, int]) -> bool:
+    depth = (place + 0.5) / count  # the middle of the site's share
+    within = rule.depth is None or rule.depth[0] <= depth <= rule.depth[1]
+    there = rule.stage is None or (site.spatial is not None and stages[prod(site.spatial)] == rule.stage)
+    return within and there and any(matches(rule.match, name) for name in (site.name, *site.aliases))
+
+
+def _stages(sites: Sequence[Site]) -> dict[int, int]:
+    """Return the stage of each size of maps, from the largest."""
+    sizes = {prod(site.spatial) for site in sites if site.spatial is not None}
+    return {size: stage for stage, size in enumerate(sorted(sizes, reverse=True))}

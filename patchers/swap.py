@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from ..errors import UnsupportedError
+from .drift import Drift, Probe, drift_from_original
 from .plan import Plan, Report
 
 
@@ -28,13 +29,15 @@ def carry_out(
     plan: Plan,
     swaps: Sequence[Swap],
     batch_norms: Callable[[], Iterable[str]],
+    probe: Probe,
     around: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Report:
     """Apply ``swaps`` to ``model`` and return the report; if anything fails, the model is as it was.
 
     ``batch_norms()`` names the BatchNorms that are left, among which no replaced one may be. Changes are made within
-    ``around()``.
+    ``around()``. ``probe`` measures the drift.
     """
+    replaced = {decision.site.name for decision in plan.having("replace")}
     done: list[Swap] = []
     try:
         with around():
@@ -44,19 +47,28 @@ def carry_out(
             if leftover := sorted(set(batch_norms()) & {swap.name for swap in swaps}):
                 raise RuntimeError(f"expected no BatchNorm left at {', '.join(leftover)}")
     except BaseException:
-        for swap in done:
+        for swap in reversed(done):
             swap.restore()
         raise
 
-    def undo() -> None:
+    def require_untrained(reason: str) -> None:
         if trained := [swap.name for swap in done if swap.trained()]:
             raise UnsupportedError(
                 f"expected untrained replacements, received {len(trained)} that have changed since the patch "
-                f"(first: {trained[0]}); no BatchNorm computes what they do: reload the original model"
+                f"(first: {trained[0]}); {reason}"
             )
+
+    def undo() -> None:
+        require_untrained("no BatchNorm computes what they do: reload the original model")
         with around():
-            for swap in done:
+            for swap in reversed(done):
                 swap.restore()
         done.clear()
 
-    return Report(model, plan, undo)
+    def drift(example: Any) -> list[Drift]:
+        require_untrained("what else has changed is not known: compare with the original model, loaded again")
+        if swaps and not done:
+            raise UnsupportedError("expected a patched model, received one whose patch was undone")
+        return drift_from_original(probe, model, [swap for swap in done if swap.name in replaced], example)
+
+    return Report(model, plan, undo, drift)

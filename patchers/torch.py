@@ -10,21 +10,22 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..convert.recipe import Recipe
+from ..convert.carry_over import BatchNormState
+from ..convert.recipe import Recipe, Rules
 from ..convert.targets import Target
 from ..sources.lifting import lifted
-from . import torch_sites
+from . import torch_drift, torch_sites
 from .plan import Plan, Report, Site, decide
 from .swap import carry_out
 from .torch_sites import MARK, call, inference, named_modules, normalized
-from .torch_swap import Swap
+from .torch_swap import Swap, read_state
 
 __all__ = ["MARK", "call", "find_sites", "inference", "normalized", "patch", "plan"]
 
 
 def plan(
     model: nn.Module,
-    target: Target | Recipe,
+    target: Target | Recipe | Rules,
     *,
     example: Any = None,
     include: Sequence[str] = (),
@@ -38,7 +39,7 @@ def plan(
 
 def patch(
     model: nn.Module,
-    target: Target | Recipe,
+    target: Target | Recipe | Rules,
     *,
     example: Any = None,
     include: Sequence[str] = (),
@@ -60,7 +61,7 @@ def patch(
         swaps = [Swap(modules[decision.site.name], decision, owners, like) for decision in decided.having("replace")]
     lifts = [graph.of({swap.name for swap in swaps}) for graph in graphs]
     with _collector_paused():
-        return carry_out(model, decided, [*lifts, *swaps], lambda: _batch_norms(model))
+        return carry_out(model, decided, [*lifts, *swaps], lambda: _batch_norms(model), torch_drift)
 
 
 def find_sites(model: nn.Module, example: Any = None) -> tuple[list[nn.Module], list[Site]]:
@@ -87,7 +88,7 @@ def _collector_paused() -> Iterator[None]:
 
 def _decided(
     model: nn.Module,
-    target: Target | Recipe,
+    target: Target | Recipe | Rules,
     example: Any,
     include: Sequence[str],
     exclude: Sequence[str],
@@ -97,4 +98,9 @@ def _decided(
     found, sites = torch_sites.find_sites(model, example)
     modules = dict(zip((site.name for site in sites), found, strict=True))
     selected = None if where is None else lambda name: where(modules[name], name)
-    return decide("torch", sites, target, include=include, exclude=exclude, where=selected), modules
+
+    def state_of(name: str) -> BatchNormState | None:
+        return read_state(modules[name])
+
+    decided = decide("torch", sites, target, include=include, exclude=exclude, where=selected, state_of=state_of)
+    return decided, modules

@@ -249,7 +249,7 @@ def _dry_run(
     seen = _DryRun(modules, sites)
     handles = [module.register_forward_pre_hook(seen.note, with_kwargs=True) for module in sites.values()]
     try:
-        with inference(model), seen, _eager():
+        with inference(model), seen, eager():
             call(model, example)
     except Exception as error:
         raise InputError(f"expected an example the model accepts, received one on which it fails: {error}") from error
@@ -259,7 +259,7 @@ def _dry_run(
     return seen
 
 
-def _eager() -> AbstractContextManager[None]:
+def eager() -> AbstractContextManager[None]:
     """Run what torch.compile has wrapped without compiling it."""
     if "torch._dynamo" not in sys.modules:
         return nullcontext()

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..convert.carry_over import Array, BatchNormState, carry_over
@@ -27,7 +28,8 @@ from .torch_sites import MARK, added_by, channels_of, rank_of
 _SWITCH_NORMS = {1: layers.SwitchNorm1d, 2: layers.SwitchNorm2d, 3: layers.SwitchNorm3d}
 _BATCH_RENORMS = {1: layers.BatchRenorm1d, 2: layers.BatchRenorm2d, 3: layers.BatchRenorm3d}
 _AFFINE = ("weight", "bias")
-_TENSORS = {*_AFFINE, "running_mean", "running_var", "num_batches_tracked"}
+_STATISTICS = ("running_mean", "running_var")
+_TENSORS = {*_AFFINE, *_STATISTICS, "num_batches_tracked"}
 _CONTENTS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _HOOKS_AND_MODE = frozenset(nn.Module().__dict__) - set(_CONTENTS)
 _SETTINGS = {"num_features", "eps", "momentum", "affine", "track_running_stats", "process_group"}
@@ -51,6 +53,7 @@ class Swap:
         self.loaded = _FromBatchNorm(target, site.spatial)
         self.handles: list[Any] = []
         affine = {name: tensor for name in _AFFINE if (tensor := getattr(module, name, None)) is not None}
+        self.affine = {name: tensor.detach() for name, tensor in affine.items()}
         learns = not affine or any(tensor.requires_grad for tensor in affine.values())
         like = next(_own_tensors(module), like)
         with _naming(self.name), torch.no_grad():
@@ -60,7 +63,8 @@ class Swap:
             for name, value in _carried(module, self.new, target, site).items():
                 own = module._parameters.get(name)
                 if own is not None and owners[id(own)] == 1:
-                    self.values.append((own, value, own.detach().clone()))
+                    self.affine[name] = own.detach().clone()
+                    self.values.append((own, value, self.affine[name]))
                     self.new._parameters[name] = own
                 else:
                     old, parameter = affine.get(name), self.new._parameters[name]
@@ -80,13 +84,23 @@ class Swap:
             self.handles.append(self.module.register_forward_hook(_Then(self.after), prepend=True))
         if isinstance(self.module, nn.GroupNorm):
             self.handles.append(guard(self.module))
-        self.written = {name: tensor.detach().clone() for name, tensor in self._tensors()}
+        if self.kind != BatchRenorm.kind:  # which computes what the BatchNorm with its parameters computes
+            self.written = {name: tensor.detach().clone() for name, tensor in self._tensors()}
 
     def trained(self) -> bool:
         """Return whether the replacement has changed since into something no BatchNorm computes."""
-        if self.kind == BatchRenorm.kind:  # it computes what the BatchNorm with its parameters computes
+        if self.kind == BatchRenorm.kind:
             return False
         return not all(torch.equal(t, self.written[name].to(t)) for name, t in self._tensors() if not t.is_meta)
+
+    def original(self, x: Tensor) -> Tensor:
+        """Return what the BatchNorm computed of ``x`` at inference, without what its class adds to that."""
+        old, now = self.old_contents["_buffers"], self.module._buffers
+        affine = self.module._parameters if self.kind == BatchRenorm.kind else self.affine  # its own go on learning
+        found = [None if old.get(name) is None else now.get(name, old[name]) for name in _STATISTICS]
+        found += [affine.get(name) for name in _AFFINE]
+        mean, var, weight, bias = (None if tensor is None else tensor.to(x.device) for tensor in found)
+        return F.batch_norm(x, mean, var, weight, bias, mean is None, 0.0, self.new.eps)  # type: ignore[arg-type]
 
     def restore(self) -> None:
         """Put the BatchNorm back, with the hooks and the mode of the present."""
@@ -218,25 +232,36 @@ def _carry(
     tensors: Mapping[str, Tensor | None], eps: float, channels: int, target: Target, spatial: tuple[int, ...] | None
 ) -> dict[str, Tensor]:
     """Return what the carry-over makes of a BatchNorm's tensors, in float64."""
-
-    def read(name: str) -> Array | None:
-        tensor = tensors.get(name)
-        return None if tensor is None else tensor.detach().double().cpu().numpy()
-
-    gamma, beta = read("weight"), read("bias")
-    state = BatchNormState(
-        gamma=np.ones(channels) if gamma is None else gamma,
-        beta=np.zeros(channels) if beta is None else beta,
-        mean=read("running_mean"),
-        var=read("running_var"),
-        eps=eps,
-    )
+    state = _state(tensors, eps, channels)
     groups = target.groups if isinstance(target, GroupNorm) and isinstance(target.groups, int) else None
     carried = carry_over(state, target, groups=groups, spatial=spatial)
     values = {"weight": carried.gamma, "bias": carried.beta}
     if carried.gate_logits is not None:
         values |= {"mean_weight": carried.gate_logits, "var_weight": carried.gate_logits}
     return {name: torch.from_numpy(value) for name, value in values.items()}
+
+
+def read_state(module: nn.Module) -> BatchNormState | None:
+    """Return a BatchNorm's parameters and running statistics in float64, None where it holds no values."""
+    if any(tensor.is_meta for tensor in _own_tensors(module)):
+        return None
+    tensors = {name: getattr(module, name, None) for name in (*_AFFINE, *_STATISTICS)}
+    return _state(tensors, float(module.eps), channels_of(module))  # type: ignore[arg-type]
+
+
+def _state(tensors: Mapping[str, Tensor | None], eps: float, channels: int) -> BatchNormState:
+    def read(name: str) -> Array | None:
+        tensor = tensors.get(name)
+        return None if tensor is None else tensor.detach().double().cpu().numpy()
+
+    gamma, beta = read("weight"), read("bias")
+    return BatchNormState(
+        gamma=np.ones(channels) if gamma is None else gamma,
+        beta=np.zeros(channels) if beta is None else beta,
+        mean=read("running_mean"),
+        var=read("running_var"),
+        eps=eps,
+    )
 
 
 def _own_tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -3,13 +3,15 @@
 import sys
 from typing import Any, Literal
 
-from ..errors import InputError
+from ..errors import InputError, UnsupportedError
 
 Framework = Literal["torch", "keras"]
 
 
 def framework_of(model: Any) -> Framework:
-    """Return the framework of ``model``; raises `InputError` for anything but a torch module or a Keras model.
+    """Return the framework of ``model``.
+
+    Raises `UnsupportedError` for a Keras 2 model, `InputError` for anything else but a torch module or a Keras model.
 
     Keras is asked first: on its torch backend a Keras model is a torch module too.
     """
@@ -20,14 +22,24 @@ def framework_of(model: Any) -> Framework:
         return "torch"
     origin = f"{type(model).__module__}.{type(model).__qualname__}"
     if origin.startswith("tf_keras.") or any(c.__module__.startswith("tf_keras.") for c in type(model).__mro__):
-        raise InputError(f"expected a Keras 3 model, received {origin} of Keras 2; load it again with `keras`")
+        raise UnsupportedError(f"expected a Keras 3 model, received {origin} of Keras 2; load it again with `keras`")
     raise InputError(f"expected a torch.nn.Module or a Keras 3 model, received {origin}")
 
 
+def traced_shape(model: Any) -> tuple[int | None, ...] | None:
+    """Return the shape of the one input a torch module was traced for, None where a size is free; None if unknown."""
+    nodes = getattr(getattr(model, "graph", None), "nodes", ())
+    inputs = [node.meta.get("val") for node in nodes if node.op == "placeholder"]
+    if len(inputs) != 1 or not hasattr(inputs[0], "shape"):
+        return None
+    return tuple(size if isinstance(size, int) else None for size in inputs[0].shape)
+
+
 def example_input(model: Any, shape: tuple[int, ...]) -> Any:
-    """Return a batch of two zero samples of ``shape`` as the model takes it."""
+    """Return zero samples of ``shape`` as the model takes them: two, or as many as it was traced for."""
     if framework_of(model) == "torch":
-        return sys.modules["torch"].zeros(2, *shape)
+        batch = (traced_shape(model) or (None,))[0]
+        return sys.modules["torch"].zeros(2 if batch is None else batch, *shape)
     import numpy as np
 
     return np.zeros((2, *shape), np.float32)

@@ -3,37 +3,47 @@
 import importlib
 import importlib.util
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, MissingDependencyError, NormswapError
 from .data import Preprocessing
 from .files import require_file
-from .framework import framework_of
+from .framework import framework_of, traced_shape
 
 KERAS_SUFFIXES = (".keras", ".h5", ".hdf5")
-FORMS = "timm:NAME, torchvision:NAME, keras:NAME, file.py:callable, package.module:callable, FILE.keras or FILE.h5"
+PROGRAM_SUFFIX = ".pt2"
+FORMS = (
+    "timm:NAME, torchvision:NAME, keras:NAME, file.py:callable, package.module:callable, FILE.keras, FILE.h5 or "
+    "FILE.pt2"
+)
 
 
-def load_model(spec: str, weights: str | Path | None = None, *, pretrained: bool = True) -> Any:
+def load_model(spec: str, weights: str | Path | None = None, *, pretrained: bool = True, trust: bool = False) -> Any:
     """Return the model ``spec`` names, with ``weights`` (a state dict, or Keras weights) loaded if given.
 
     ``pretrained=False`` builds a zoo's architecture without fetching its weights. A callable is Python code and
-    is run.
+    is run. A ``.pt2`` file can run code while it is read, and is read with ``trust`` only.
 
-    Raises `InputError` if there is no such model or the weights do not fit, `MissingDependencyError` if the zoo's
-    package is not installed.
+    Raises `InputError` if there is no such model, it is not trusted or the weights do not fit,
+    `MissingDependencyError` if the zoo's package is not installed.
     """
     kind, _, name = spec.partition(":")
     pretrained = pretrained and weights is None
     if kind in _ZOOS and name:
-        model = _ZOOS[kind](name, pretrained)
+        with _names_of_a_fresh_process():
+            model = _ZOOS[kind](name, pretrained)
     elif spec.endswith(KERAS_SUFFIXES):
         model = _keras_file(Path(spec))
+    elif spec.endswith(PROGRAM_SUFFIX):
+        model = importlib.import_module(".programs", __package__).read_program(Path(spec), trust=trust)
     elif kind and name:
-        model = _callable(kind, name)()
+        with _names_of_a_fresh_process():
+            model = _callable(kind, name)()
     else:
         raise InputError(f"expected a model as {FORMS}, received model={spec}")
     framework = framework_of(model)
@@ -51,17 +61,17 @@ def preprocessing_of(
 ) -> Preprocessing | None:
     """Return how images become the model's input, from the arguments or, where they are None, from the model.
 
-    A torch model tells through ``pretrained_cfg`` (timm's convention: ``input_size``, ``mean``, ``std``), a Keras
-    model through its input shape. None if the input shape is not known or is not that of images.
+    A torch model tells through ``pretrained_cfg`` (timm's convention: ``input_size``, ``mean``, ``std``) or its traced
+    graph, a Keras model through its input shape. None if the input shape is not known or is not that of images.
     """
     keras = framework_of(model) == "keras"
     if keras:
-        shape = input_shape or _keras_shape(model)
+        shape: Any = input_shape or _keras_shape(model)
         config: dict[str, Any] = {}
     else:
         config = dict(getattr(model, "pretrained_cfg", None) or {})
-        shape = input_shape or config.get("input_size")
-    if shape is None or len(shape) != 3:
+        shape = input_shape or config.get("input_size") or (traced_shape(model) or ())[1:]
+    if shape is None or len(shape) != 3 or None in shape:
         return None
     return Preprocessing(
         tuple(int(size) for size in shape),
@@ -75,7 +85,7 @@ def relative_spec(spec: str, directory: Path) -> str:
     """Return ``spec`` with a file's path made relative to ``directory``, so that both can move together."""
     file, colon, name = spec.rpartition(":")
     path = Path(file if file.endswith(".py") else spec)
-    if path.suffix not in (".py", *KERAS_SUFFIXES):
+    if path.suffix not in (".py", PROGRAM_SUFFIX, *KERAS_SUFFIXES):
         return spec
     relative = Path(os.path.relpath(path.resolve(), directory.resolve())).as_posix()
     return f"{relative}{colon}{name}" if path.suffix == ".py" else relative
@@ -86,7 +96,7 @@ def absolute_spec(spec: str, directory: Path) -> str:
     file, colon, name = spec.rpartition(":")
     if file.endswith(".py"):
         return f"{(directory / file).resolve()}{colon}{name}"
-    return str((directory / spec).resolve()) if spec.endswith(KERAS_SUFFIXES) else spec
+    return str((directory / spec).resolve()) if spec.endswith((PROGRAM_SUFFIX, *KERAS_SUFFIXES)) else spec
 
 
 def _callable(location: str, name: str) -> Callable[[], Any]:
@@ -176,6 +186,21 @@ def _import_keras() -> Any:
         os.close(stderr)
 
 
+@contextmanager
+def _names_of_a_fresh_process() -> Iterator[None]:
+    """Let Keras number the layer names it makes up from the start, so that a model has the same names each time."""
+    state = sys.modules.get("keras.src.backend.common.global_state")
+    if state is None:
+        yield
+        return
+    numbers = state.get_global_attribute("object_name_uids")
+    state.set_global_attribute("object_name_uids", None)
+    try:
+        yield
+    finally:
+        state.set_global_attribute("object_name_uids", numbers)
+
+
 def _keras_file(path: Path) -> Any:
     require_file(path)
     keras = _import_keras()
@@ -183,8 +208,9 @@ def _keras_file(path: Path) -> Any:
     try:
         return keras.models.load_model(path, compile=False)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"expected a Keras model in {path}, received a file Keras refuses: {reason}") from error
+        raise InputError(
+            f"expected a Keras model in {path}, received a file Keras refuses: {_reason(error)}"
+        ) from error
 
 
 def _keras_shape(model: Any) -> tuple[int, ...] | None:
@@ -200,9 +226,21 @@ def _load_weights(model: Any, framework: str, path: Path) -> None:
 
         load_state_dict(model, read_state_dict(path), str(path))
         return
+    load_keras_weights(model, path)
+
+
+def load_keras_weights(model: Any, path: Path) -> None:
+    """Give a Keras model the weights in ``path``; raises `InputError` if they do not fit."""
     require_file(path)
     try:
         model.load_weights(path)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"expected weights for this model in {path}, received: {reason}") from error
+        raise InputError(f"expected weights for this model in {path}, received: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return what Keras says is wrong, and in which layer, without the configurations it quotes around that."""
+    where, _, cause = str(error).strip().rpartition("Exception encountered: ")
+    name = re.search(r"""'name': '([^']*)'""", where[where.rfind("config=") :]) if where else None
+    lines = cause.strip().splitlines() or [type(error).__name__]
+    return f"layer {name[1]}: {lines[0]}" if name else lines[0]

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from normswap import BatchRenorm, GroupNorm, SwitchNorm
 from normswap.convert.carry_over import (
+    SPREAD,
     BatchNormState,
     carry_over,
     gate_logits,
@@ -40,13 +41,13 @@ def batch_norm(state, x):
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 4, 6, 12])
 def test_group_norm_equals_batch_norm_at_the_expected_statistics(groups):
-    """With a sample's group moments as the running statistics foretell, both layers give the same."""
+    """With a sample's group moments as foretold, both give the same, but for the share of the scale that is kept."""
     bn = state()
     x = np.random.default_rng(1).normal(size=12)
     carried = carry_over(bn, GroupNorm(groups=groups), groups=groups)
     mean, var = group_moments(bn.mean, bn.var, groups)
 
-    patched = carried.gamma * (x - mean) / np.sqrt(var + EPS) + carried.beta
+    patched = carried.gamma / SPREAD * (x - mean) / np.sqrt(var + EPS) + carried.beta
 
     np.testing.assert_allclose(patched, batch_norm(bn, x), atol=1e-12)
 

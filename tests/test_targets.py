@@ -83,7 +83,10 @@ class TestGroups:
     @given(channels=st.integers(2, 200), size=st.integers(2, 50))
     def test_auto_is_one_group(self, channels, size):
         """One group keeps most of a pretrained function, and always divides."""
-        assert resolve_groups(GroupNorm(), channels, size, "bn")[0] == 1
+        groups, note = resolve_groups(GroupNorm(), channels, size * 16, "bn")
+
+        assert groups == 1
+        assert note == "auto: one group averages most values, so its statistics stay nearest to the running ones"
 
     @given(channels=st.integers(2, 2000), groups=st.integers(1, 64))
     def test_gcd_always_divides(self, channels, groups):

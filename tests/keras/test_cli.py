@@ -54,10 +54,15 @@ def run(folder, monkeypatch):
 
 
 def test_inspect(run):
-    """A Keras file tells its own shapes."""
-    assert run("inspect", "net.keras")["sites"] == [
+    """A Keras file tells its own shapes, and its values what replacing each layer is expected to change."""
+    (site,) = run("inspect", "net.keras")["sites"]
+    drift = site.pop("drift")
+
+    assert 0 < drift["sn"] < drift["gn"] < drift["in"] < 1
+    assert [site] == [
         {
             "name": "bn",
+            "aliases": [],
             "type": "BatchNormalization",
             "channels": 8,
             "shape": [8, 8],
@@ -73,6 +78,7 @@ def test_the_whole_job(run, tmp_path, options):
     calibrate = [] if options == ["brn"] else ["--calibrate", "data.npz"]
     patched = run("patch", "net.keras", "--to", *options, *calibrate, "-o", tmp_path / "b")
     assert patched["replaced"] == ["bn"]
+    assert [each["name"] for each in patched.get("drift", ())] == (["bn", "output"] if calibrate else [])
     tuned = run("finetune", tmp_path / "b", "--data", "data.npz", "--distill", "--steps", 3, "--batch-size", 16,
                 "-o", tmp_path / "t")  # fmt: skip
     assert tuned["steps"] == 3

@@ -1,17 +1,19 @@
-"""What a patched Keras model lives through: copies, masks, training, undo, saving and loading."""
+"""What a patched Keras model lives through: copies, masks, saving and loading."""
 
-import re
 import subprocess
 import sys
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers
 
-from normswap.convert.targets import BatchRenorm, GroupNorm, SwitchNorm, as_target
+from normswap.convert.targets import BatchRenorm, GroupNorm, as_target
 from normswap.errors import UnsupportedError
 from normswap.patchers.keras import find_sites, patch
+
+from .models import output
 
 pytestmark = [
     pytest.mark.keras,
@@ -19,7 +21,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"),
 ]
 
-TARGETS = ["brn", "sn", "gn"]
 FILED = ["functional", "sequential", "nested", "shared", "time_distributed"]
 """Kinds of models that Keras can save without their code."""
 
@@ -33,17 +34,6 @@ models = {path.stem: keras.models.load_model(path) for path in folder.glob("*.ke
 equal = all((model(expected["x"]).numpy() == expected[name]).all() for name, model in models.items())
 print(len(models), "equal" if equal else "different")
 """
-
-
-def output(model, x):
-    """Return what the model computes at inference."""
-    return keras.ops.convert_to_numpy(model(x, training=False))
-
-
-@pytest.fixture
-def fit(images):
-    """Return the function that trains a model for two steps."""
-    return lambda model: model.fit(images, np.ones((4, 3)), epochs=2, verbose=0)
 
 
 @pytest.mark.parametrize("kind", FILED)
@@ -89,69 +79,6 @@ def test_a_mask_given_by_code():
     norm(x)
     patch(norm, GroupNorm())
     assert norm(x, mask=mask, training=True).shape == (2, 4, 6)
-
-
-@pytest.mark.parametrize("kind", ["functional", "nested", "subclassed"])
-def test_traced_functions_are_dropped(kind, make, images):
-    """A model that has predicted computes the new function at once, and the old one again after undo."""
-    model = make(kind)
-    before = model.predict(images, verbose=0)
-    report = patch(model, SwitchNorm("even"))
-    np.testing.assert_allclose(model.predict(images, verbose=0), output(model, images), rtol=1e-4, atol=1e-5)
-    report.undo()
-    np.testing.assert_array_equal(model.predict(images, verbose=0), before)
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_a_compiled_model_trains_on(target, make, fit, images):
-    """After a patch in mid-training fit goes on: every variable trains, and the optimizer keeps step and state."""
-    model = make("functional")
-    model.compile(keras.optimizers.Adam(1e-3), "mse")
-    fit(model)
-    report = patch(model, as_target(target))
-    kernel = model.layers[1].kernel
-    moment = next(v for v in model.optimizer.variables if v.path.endswith("conv2d_kernel_momentum")).numpy()
-    assert int(model.optimizer.iterations.numpy()) == 2
-    assert np.any(moment)
-    before = [v.numpy() for v in model.trainable_variables]
-    fit(model)
-    assert int(model.optimizer.iterations.numpy()) == 4
-    assert all(not np.array_equal(v.numpy(), old) for v, old in zip(model.trainable_variables, before, strict=True))
-    assert model.layers[1].kernel is kernel
-    if target == "brn":
-        after = output(model, images)
-        report.undo()
-        np.testing.assert_array_equal(output(model, images), after)
-        fit(model)
-        return
-    message = (
-        "expected untrained replacements, received 2 that have changed since the patch "
-        "(first: bn1); no BatchNorm computes what they do: reload the original model"
-    )
-    with pytest.raises(UnsupportedError, match=f"^{re.escape(message)}$"):
-        report.undo()
-
-
-def test_an_undone_model_trains_on(make, fit):
-    """Undo before training gives the optimizer, still the same object, its old variables and state back."""
-    model, optimizer = make("functional"), keras.optimizers.SGD(1e-3, momentum=0.9)
-    model.compile(optimizer, "mse")
-    fit(model)
-    state = [variable.numpy() for variable in optimizer.variables]
-    patch(model, SwitchNorm()).undo()
-    assert model.optimizer is optimizer
-    assert all(map(np.array_equal, [variable.numpy() for variable in optimizer.variables], state))
-    fit(model)
-
-
-def test_an_unbuilt_optimizer_is_left_alone(make, fit):
-    """A model compiled but not trained yet keeps its optimizer object."""
-    model = make("functional")
-    optimizer = keras.optimizers.SGD()
-    model.compile(optimizer, "mse")
-    patch(model, SwitchNorm())
-    assert model.optimizer is optimizer
-    fit(model)
 
 
 def test_saved_files_load_in_a_fresh_process(tmp_path, make, images):
@@ -200,3 +127,14 @@ def test_a_class_that_cannot_be_saved_is_not_copied(make):
     before, after = str(error.value).split("Local: ")[0], str(error.value).split("; ")[-1]
     assert before == "expected a model that Keras can save and load, which inplace=False needs, received "
     assert after == "patch the model itself, or a copy that your own code makes"
+
+
+@pytest.mark.parametrize("kind", ["functional", "custom", "backbone", "subclassed"])
+@pytest.mark.parametrize("target", ["brn", "sn", "gn"])
+def test_case_48_exported_to_a_saved_model(kind, target, make, images, tmp_path):
+    """TensorFlow runs what `model.export` wrote of a patched model as the model does."""
+    model = make(kind)
+    patch(model, as_target(target))
+    model.export(tmp_path / "saved", verbose=False)
+    loaded = tf.saved_model.load(tmp_path / "saved")
+    np.testing.assert_allclose(loaded.serve(images), output(model, images), rtol=1e-5, atol=1e-5)

@@ -10,7 +10,16 @@ from keras import layers
 from normswap.convert.targets import BatchRenorm, GroupNorm, SwitchNorm
 from normswap.errors import InputError
 from normswap.finetune.calibration import calibrate
-from normswap.finetune.keras_sites import get_affine, observe, set_affine, site_layers
+from normswap.finetune.keras_sites import (
+    get_affine,
+    get_weights,
+    linear_layers,
+    observe,
+    patches,
+    set_affine,
+    set_weights,
+    site_layers,
+)
 from normswap.patchers.keras import patch
 
 pytestmark = [
@@ -24,7 +33,7 @@ def capture(model, names, batch, stop_after=None):
     """What `observe` tells, collected by name; the pass ends once ``stop_after`` has run."""
     seen = {}
 
-    def see(name, output):
+    def see(name, inputs, output):
         seen.setdefault(name, []).append(output)
         return name == stop_after
 
@@ -129,8 +138,64 @@ def test_calibration_of_a_keras_model(make, images):
     original = make("functional")
     report = patch(original, SwitchNorm("even"), inplace=False)
     wanted, before = original(images).numpy(), report.model(images).numpy()
-    residuals = calibrate(report.model, original, [images])
+    residuals = calibrate(report.model, original, [images], refit=False)
     assert [residual.name for residual in residuals] == ["bn1", "bn2"]
     assert all(residual.after < 1e-4 for residual in residuals)
     after = report.model(images).numpy()
     assert np.abs(after - wanted).max() < np.abs(before - wanted).max()
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize("options", [{"strides": 2}, {"dilation_rate": 2}, {"use_bias": False}])
+def test_patches_times_weights_are_the_layers_output(padding, options, images):
+    """Each output of a convolution is its patch times the weights, whatever its padding, stride, dilation and bias."""
+    layer = layers.Conv2D(5, 3, padding=padding, bias_initializer="normal", **options)
+    expected = layer(images).numpy()
+    found = np.stack([patches(layer, x) @ get_weights(layer) for x in images])
+    np.testing.assert_allclose(found.reshape(expected.shape), expected, atol=1e-5)
+    set_weights(layer, 2 * get_weights(layer))
+    np.testing.assert_allclose(layer(images).numpy(), 2 * expected, atol=1e-5)
+
+
+def test_layers_that_are_refitted(train):
+    """An activation inside, groups, or a frozen layer stand in the way; a layer held twice comes once."""
+    dense = layers.Dense(4, name="dense")
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 4)),
+            layers.Conv2D(4, 3, name="conv"),
+            layers.Conv2D(4, 3, groups=2, name="grouped"),
+            layers.Conv2D(4, 3, name="frozen", trainable=False),
+            keras.Sequential([dense], name="one"),
+            keras.Sequential([dense], name="two"),
+            layers.Dense(2, activation="softmax", name="head"),
+        ]
+    )
+    assert list(linear_layers(model)) == ["conv", "one/dense"]
+
+
+def test_refitting_a_keras_model(train, images):
+    """The layers behind the first replaced one are refitted too, and the output comes nearer than by norms alone."""
+    make = lambda: train(  # noqa: E731
+        keras.Sequential(
+            [
+                keras.Input((8, 8, 3)),
+                layers.Conv2D(8, 3, name="conv1"),
+                layers.BatchNormalization(name="bn1"),
+                layers.ReLU(),
+                layers.Conv2D(8, 3, name="conv2"),
+                layers.BatchNormalization(name="bn2"),
+                layers.Flatten(),
+                layers.Dense(3, name="head"),
+            ]
+        )
+    )
+    original = make()
+    wanted, error = original(images).numpy(), {}
+    for refit in (False, True):
+        model = patch(original, GroupNorm(groups=4), inplace=False).model
+        residuals = calibrate(model, original, [images], refit=refit)
+        error[refit] = np.square(model(images).numpy() - wanted).mean()
+    assert [residual.name for residual in residuals] == ["bn1", "conv2", "bn2", "head"]
+    assert all(residual.after < residual.before for residual in residuals)
+    assert error[True] < error[False]

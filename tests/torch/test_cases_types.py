@@ -233,7 +233,7 @@ def test_case_12_sync_batch_norm_without_an_example():
     with pytest.raises(UnsupportedError, match=exactly(refusal(f"0 (SyncBatchNorm): {reason}"))):
         normswap.patch(nn.Sequential(nn.SyncBatchNorm(4)), "sn")
 
-    assert normswap.patch(nn.Sequential(nn.SyncBatchNorm(4)), "gn").replaced[0].note == ""
+    assert normswap.patch(nn.Sequential(nn.SyncBatchNorm(4)), "gn").replaced[0].action == "replace"
 
 
 def test_case_12_ranks():

@@ -64,13 +64,17 @@ MODEL = ("net.py:build", "--weights", "net.pth")
 
 class TestCommands:
     def test_inspect(self, run):
-        """The BatchNorms are listed with width and shape."""
+        """The BatchNorms are listed with width, shape and what replacing each is expected to change."""
         code, out, _ = run("inspect", *MODEL, "--json")
+        (site,) = json.loads(out)["sites"]
+        drift = site.pop("drift")
 
         assert code == 0
-        assert json.loads(out)["sites"] == [
+        assert 0 < drift["sn"] < drift["gn"] < drift["in"] < 1
+        assert [site] == [
             {
                 "name": "1",
+                "aliases": [],
                 "type": "BatchNorm2d",
                 "channels": 8,
                 "shape": [8, 8],
@@ -122,6 +126,35 @@ class TestCommands:
 
         assert code == 0, err
         assert json.loads(out)["recipe"] == json.loads(text)["recipe"]
+
+    def test_rules(self, run, tmp_path):
+        """A hand-written recipe is resolved: the bundle holds exact sites, which replay to the same weights."""
+        rule = {"match": "re:\\d+", "depth": [0, 1], "stage": 0, "target": {"kind": "gn", "groups": 2}}
+        rules = {"schema_version": 1, "rules": [rule]}
+        (tmp_path / "rules.json").write_text(json.dumps(rules))
+        code, out, err = run("patch", *MODEL, "--recipe", tmp_path / "rules.json", "-o", tmp_path / "a", "--json")
+        assert code == 0, err
+        recipe = json.loads(out)["recipe"]
+        again = ["patch", *MODEL, "--recipe", tmp_path / "a" / "normswap.json", "-o", tmp_path / "b"]
+
+        assert [(site["name"], site["target"]["groups"]) for site in recipe["sites"]] == [("1", 2)]
+        assert run(*again)[0] == 0
+        a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
+        assert a == b
+
+    @pytest.mark.parametrize("option", ["--data", "--calibrate"])
+    def test_drift(self, run, tmp_path, option):
+        """With images, the drift of each layer and the output is told, as figures and in the table."""
+        arguments = ["patch", *MODEL, "--to", "in", option, "data.npz", "-o", tmp_path / "b"]
+        code, out, err = run(*arguments, "--json")
+        assert code == 0, err
+        layer, output = json.loads(out)["drift"]
+        table = run(*arguments, "--overwrite")[2]
+
+        assert (layer["name"], output["name"]) == ("1", "output")
+        assert 0 < layer["rms"] < 2
+        assert f" {layer['rms']:.2f} " in table
+        assert f"output: off by {100 * output['rms']:.1f} % of its root mean square, " in table
 
     def test_finetune(self, run, tmp_path):
         """A run reports steps, loss and accuracy; --resume goes on with more steps."""

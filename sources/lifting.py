@@ -1,0 +1,183 @@
+"""The BatchNorm calls of a traced graph turned into the modules that such calls come from, and back."""
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .graphs import AFFINE, COUNT, STATISTICS, Norm, arguments_of, norms_of, place, returns_many
+
+_RANKS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+class BatchNorm(_BatchNorm):
+    """A BatchNorm of a graph that does not tell how many dimensions its input has."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """A constant scale and shift in four buffers, of (N, C, H, W) input."""
+
+    eps: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (x - running_mean) / sqrt(running_var + eps) · weight + bias, whatever the mode."""
+        tensors: dict[str, Any] = {name: getattr(self, name) for name in (*STATISTICS, *AFFINE)}
+        return F.batch_norm(x, **tensors, training=False, eps=self.eps)
+
+
+class Lift:
+    """The calls of some BatchNorms of a graph module turned into modules, in place and reversibly.
+
+    The object that holds a BatchNorm's tensors becomes the BatchNorm, so that every tensor keeps its name. Training
+    and inference can be chosen from then on, also where `torch.export` forbids it. ``name`` is the graph module's.
+    """
+
+    def __init__(self, name: str, module: GraphModule, norms: Sequence[tuple[Norm, nn.Module]]) -> None:
+        self.name, self.module, self.norms = name, module, norms
+        self.graph = module.graph
+        self.before: list[dict[str, Any]] = []
+        self.stubs: dict[str, Any] = {}
+
+    def of(self, names: Collection[str]) -> "Lift":
+        """Return what turns the BatchNorms with these names alone into modules, the same objects as this does."""
+        prefix = f"{self.name}." if self.name else ""
+        return Lift(self.name, self.module, [(norm, home) for norm, home in self.norms if prefix + norm.name in names])
+
+    def apply(self) -> None:
+        """Turn the calls into modules."""
+        if not self.norms:
+            return
+        lifted = _lifted(self.graph, [norm for norm, _ in self.norms])
+        for norm, home in self.norms:
+            self.before.append(dict(vars(home)))
+            _gather(self.module, norm, home)
+            _become(home, norm)
+        self.stubs = {name: vars(self.module).pop(name) for name in ("train", "eval") if name in vars(self.module)}
+        self.module.graph = lifted
+
+    def restore(self) -> None:
+        """Turn the modules into calls again, with the tensors of the present."""
+        for (norm, home), before in zip(self.norms, self.before, strict=False):
+            home.__class__ = nn.Module
+            home.training = before["training"]
+            for key in vars(home).keys() - before.keys():
+                del vars(home)[key]
+            for group in (home._parameters, home._buffers):
+                for name in [name for name, tensor in group.items() if tensor is None]:
+                    del group[name]
+            _scatter(self.module, norm, home)
+        if self.before:
+            vars(self.module).update(self.stubs)
+            self.module.graph = self.graph
+        self.before.clear()
+
+    def trained(self) -> bool:
+        """Return False: what the modules hold is the calls' own."""
+        return False
+
+
+def lifts(model: nn.Module) -> list[Lift]:
+    """Return what turns the BatchNorm calls in each graph of ``model`` into modules, as far as they can be."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, GraphModule):
+            norms = [(norm, _home(module, norm)) for norm in norms_of(module) if not norm.obstacle]
+            found.append(Lift(".".join(part for part in name.split(".") if part != "_orig_mod"), module, norms))
+    return found
+
+
+@contextmanager
+def lifted(model: nn.Module) -> Iterator[list[Lift]]:
+    """Run the body with the BatchNorm calls in the graphs of ``model`` as modules."""
+    found = lifts(model)
+    try:
+        for lift in found:
+            lift.apply()
+        yield found
+    finally:
+        for lift in reversed(found):
+            lift.restore()
+
+
+def _lifted(graph: Graph, norms: Sequence[Norm]) -> Graph:
+    """Return a copy of ``graph`` with modules for the calls."""
+    nodes: dict[Node, Node] = {}
+    new = Graph(tracer_cls=graph._tracer_cls)
+    new.output(new.graph_copy(graph, nodes))
+    new.set_codegen(graph._codegen)
+    for norm in norms:
+        for call in norm.calls:
+            old = nodes[call]
+            outputs = [user for user in old.users if user.args[1] == 0] if returns_many(call) else [old]
+            with new.inserting_before(old):
+                module_call = new.create_node("call_module", norm.name, (arguments_of(old)["input"],))  # type: ignore[index]
+            for output in outputs:
+                module_call.meta = dict(output.meta)
+                output.replace_all_uses_with(module_call)
+    doomed = {node for norm in norms for node in norm.doomed}
+    for node in reversed(graph.nodes):
+        if node in doomed:
+            new.erase_node(nodes[node])
+    return new
+
+
+def _home(module: GraphModule, norm: Norm) -> nn.Module:
+    """Return the module that holds the tensors of ``norm``, or a new one for them."""
+    above, own = place(module, norm.name)
+    return above._modules.get(own) or nn.Module()
+
+
+def _gather(module: GraphModule, norm: Norm, home: nn.Module) -> None:
+    """Move the tensors of ``norm`` into its home, as far as they lie elsewhere."""
+    above, own = place(module, norm.name)
+    above._modules[own] = home
+    for name, attribute in norm.attributes.items():
+        if attribute != f"{norm.name}.{name}":
+            _move(place(module, attribute), (home, name))
+
+
+def _scatter(module: GraphModule, norm: Norm, home: nn.Module) -> None:
+    """Move the tensors of ``norm`` back to where the graph reads them."""
+    for name, attribute in norm.attributes.items():
+        if attribute != f"{norm.name}.{name}":
+            _move((home, name), place(module, attribute))
+    if not any(attribute.startswith(f"{norm.name}.") for attribute in norm.attributes.values()):
+        above, own = place(module, norm.name)
+        del above._modules[own]
+
+
+def _move(source: tuple[nn.Module, str], target: tuple[nn.Module, str]) -> None:
+    holder, name = source
+    group = "_parameters" if name in holder._parameters else "_buffers"
+    getattr(target[0], group)[target[1]] = getattr(holder, group).pop(name)
+
+
+def _become(home: nn.Module, norm: Norm) -> None:
+    """Make the module that holds the tensors of ``norm`` the BatchNorm it is."""
+    tensors: dict[str, Any] = {**home._buffers, **home._parameters}
+    constant = not any(tensors.get(name) is None or name in home._parameters for name in (*AFFINE, *STATISTICS))
+    frozen = constant and not norm.settings["training"] and norm.settings["rank"] in (2, None)
+    for name in (*AFFINE, *STATISTICS, COUNT):
+        if name not in tensors:
+            (home._parameters if name in AFFINE else home._buffers)[name] = None
+    home.training = bool(norm.settings["training"])
+    home.__dict__["eps"] = norm.settings["eps"]
+    if frozen:
+        home.__class__ = FrozenBatchNorm2d
+        return
+    home.__dict__.update(
+        {
+            "num_features": norm.channels,
+            "momentum": norm.settings["momentum"],
+            "affine": tensors.get("weight") is not None,
+            "track_running_stats": tensors.get("running_mean") is not None,
+        }
+    )
+    home.__class__ = _RANKS.get(norm.settings["rank"], BatchNorm)

@@ -1,0 +1,119 @@
+"""The plan as the command line shows it: tables of at most 100 columns for people, everything as JSON."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from normswap.cli import main
+
+CODE = """
+from torch import nn
+
+def build():
+    shared = nn.BatchNorm2d(8)
+    model = nn.Sequential(shared, nn.BatchNorm2d(8, track_running_stats=False), shared, nn.BatchNorm2d(8),
+                          nn.BatchNorm2d(8, track_running_stats=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                          nn.BatchNorm1d(8))
+    model.pretrained_cfg = {"input_size": (8, 4, 4)}
+    return model
+"""
+
+INSPECTED = """\
+5 BatchNorms in net.py:build
+┏━━━━━━━┳━━━━━━━━━━━━━┳━━━┳━━━━━━━┳━━━━━━┳━━━━━━┳━━━━━━┓
+┃ name  ┃ type        ┃ C ┃ shape ┃ sn   ┃ gn   ┃ in   ┃
+┡━━━━━━━╇━━━━━━━━━━━━━╇━━━╇━━━━━━━╇━━━━━━╇━━━━━━╇━━━━━━┩
+│ 0 = 2 │ BatchNorm2d │ 8 │ 4x4   │ 0.03 │ 0.19 │ 0.42 │
+│ 1     │ BatchNorm2d │ 8 │ 4x4   │      │      │      │
+│ 3     │ BatchNorm2d │ 8 │ 4x4   │ 0.03 │ 0.19 │ 0.42 │
+│ 4     │ BatchNorm2d │ 8 │ 4x4   │      │      │      │
+│ 7     │ BatchNorm1d │ 8 │       │ 0.02 │ 0.19 │      │
+└───────┴─────────────┴───┴───────┴──────┴──────┴──────┘
+sn, gn, in: expected change of the layer's output, as a share of its root mean square if it becomes
+that; brn changes nothing
+"""
+
+PLANNED = """\
+plan for net.py:build
+┏━━━━━━━┳━━━━━━━━━━━━━┳━━━┳━━━━━━━┳━━━━━━━━━━━━━┳━━━━━━━┳━━━━━━━┳━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━┓
+┃ name  ┃ type        ┃ C ┃ shape ┃ becomes     ┃ drift ┃ folds ┃ note                             ┃
+┡━━━━━━━╇━━━━━━━━━━━━━╇━━━╇━━━━━━━╇━━━━━━━━━━━━━╇━━━━━━━╇━━━━━━━╇━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━┩
+│ 0 = 2 │ BatchNorm2d │ 8 │ 4x4   │ gn groups=2 │ 0.24  │ no    │                                  │
+│ 1     │ BatchNorm2d │ 8 │ 4x4   │ gn groups=2 │       │ no    │ [1]                              │
+│ 3     │ BatchNorm2d │ 8 │ 4x4   │ (left)      │       │       │ excluded                         │
+│ 4     │ BatchNorm2d │ 8 │ 4x4   │ gn groups=2 │       │ no    │ [1]                              │
+│ 7     │ BatchNorm1d │ 8 │       │ gn groups=2 │ 0.24  │ no    │ only 4 values per group: expect  │
+│       │             │   │       │             │       │       │ noisy statistics                 │
+└───────┴─────────────┴───┴───────┴─────────────┴───────┴───────┴──────────────────────────────────┘
+drift: expected change of the layer's output, as a share of its root mean square
+[1] no running statistics: gamma and beta are copied, expect a large drift
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A function that runs a command in a folder with a network and returns exit code, stdout and stderr lines."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(CODE)
+
+    def invoke(*arguments):
+        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        lines = "".join(f"{line.rstrip()}\n" for line in result.stderr.splitlines())
+        return result.exit_code, result.stdout, lines
+
+    return invoke
+
+
+def test_inspect(run):
+    """Every site with its other names and what it is expected to cost by target."""
+    assert run("inspect", "net.py:build") == (0, "", INSPECTED)
+
+
+def test_dry_run(run, tmp_path):
+    """What becomes of each site, its cost, whether it folds, and why; what several notes say is a footnote."""
+    code, out, err = run("patch", "net.py:build", "--to", "gn", "--groups", 2, "--exclude", "3", "--dry-run")
+
+    assert (code, out, err) == (0, "", PLANNED)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["net.py"]
+
+
+def test_mixed_rules(run, tmp_path):
+    """A file of rules gives each site its own target, in the table and as data."""
+    rules = [
+        {"match": "0", "target": "brn"},
+        {"match": "[147]", "target": "leave"},
+        {"target": {"kind": "sn", "start": "exact", "batch_statistics": "frozen"}},
+    ]
+    (tmp_path / "rules.json").write_text(json.dumps({"schema_version": 1, "rules": rules}))
+    arguments = ["patch", "net.py:build", "--recipe", "rules.json", "--dry-run"]
+    plan = json.loads(run(*arguments, "--json")[1])["plan"]
+    code, _, err = run(*arguments)
+
+    assert [(row["name"], row["action"], row["drift"], row["folds"], row["note"]) for row in plan] == [
+        ("0", "replace", 0.0, True, ""),
+        ("1", "skip", None, None, "left by rule 2"),
+        ("3", "replace", 0.0, True, ""),
+        ("4", "skip", None, None, "left by rule 2"),
+        ("7", "skip", None, None, "left by rule 2"),
+    ]
+    assert code == 0
+    assert "│ 3     │ BatchNorm2d │ 8 │ 4x4   │ sn start=exact" in err
+    assert max(map(len, err.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("target", ["in", "sn"])
+def test_a_plan_that_cannot_be_carried_out(run, target):
+    """It is shown whole, and the exit code is the refusal's, in one JSON object too."""
+    arguments = ["patch", "net.py:build", "--to", target, "--dry-run"]
+    arguments += ["--batch-statistics", "frozen"] if target == "sn" else []
+    code, out, _ = run(*arguments, "--json")
+    told = json.loads(out)
+    shown = run(*arguments)
+
+    assert (code, told["exit_code"], shown[0]) == (4, 4, 4)
+    refused = ["7"] if target == "in" else ["1", "4"]
+    assert [row["name"] for row in told["plan"] if row["action"] == "refuse"] == refused
+    assert shown[2].count("(refused)") == len(refused)
+    assert shown[2].endswith(f"error: {told['error']}\n")
+    assert told["error"].startswith(f"expected BatchNorms that can be replaced, received {len(refused)} that cannot:\n")

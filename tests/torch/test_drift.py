@@ -1,0 +1,199 @@
+"""How far a patched PyTorch model is from the original: `report.drift`, and what the plan says of it beforehand."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import normswap
+from normswap import BatchRenorm, GroupNorm, SwitchNorm
+from normswap.convert.recipe import Rule, Rules
+from normswap.errors import InputError, UnsupportedError
+from normswap.patchers import drift
+from normswap.patchers.drift import drift_between
+
+from .conftest import TARGETS, exactly, fingerprint, trained_
+from .test_cases_types import FrozenBatchNorm2d
+
+
+def by_hand(patched, original, name, x):
+    """The relative root mean square and maximum of one layer's drift, or for "output" of the model's."""
+    seen = []
+    for net in (patched, original):
+        outputs = []
+        module = net if name == "output" else net.get_submodule(name)
+        handle = module.register_forward_hook(lambda m, i, o, outputs=outputs: outputs.append(o))
+        with torch.no_grad():
+            net(x)
+        handle.remove()
+        seen.append(torch.cat([o.double().flatten() for o in outputs]))
+    new, old = seen
+    return float((new - old).norm() / old.norm()), float((new - old).abs().max() / old.abs().max())
+
+
+class Heads(nn.Module):
+    """A model with a shared layer, one that is never called, and several outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.unused, self.plain = nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        """Return two outputs, one after two passes through the shared layer."""
+        y = self.norm(x)
+        return {"deep": self.norm(y * 3), "both": (self.plain(x), None), "count": 1}
+
+
+class TestDrift:
+    @pytest.mark.parametrize("target", TARGETS)
+    def test_against_the_original_by_hand(self, model, images, target):
+        """Each layer and the output, as a copy of the original computes them."""
+        original = copy.deepcopy(model)
+        report = normswap.patch(model, target, example=images)
+        found = report.drift(images)
+
+        assert [each.name for each in found] == ["stem.1", "bn", "output"]
+        for each in found:
+            assert (each.rms, each.max) == pytest.approx(by_hand(model, original, each.name, images), abs=1e-6)
+        assert drift_between(model, original, ["stem.1", "bn"], images) == found
+
+    def test_nothing_changes(self, model, images):
+        """State, classes, hooks, attributes and each module's mode are as before, also where the example fails."""
+        report = normswap.patch(model, "gn")
+        model.train()
+        model.bn.eval()
+        model.bn.register_forward_hook(lambda *_: None)
+
+        def everything():
+            contents = [(type(m), dict(vars(m)), dict(m._forward_hooks), m.training) for m in model.modules()]
+            return fingerprint(model), contents
+
+        before = everything()
+        report.drift(images)
+        assert everything() == before
+        message = "expected an example the model accepts, received one on which it fails: "
+        with pytest.raises(InputError, match=f"^{message}"):
+            report.drift(torch.zeros(1, 9, 4, 4))
+
+        assert everything() == before
+        report.undo()
+
+    def test_in_rounds(self, model, images, monkeypatch):
+        """With room for one layer at a time the figures are the same."""
+        report = normswap.patch(model, "in")
+        found = report.drift(images)
+        monkeypatch.setattr(drift, "HELD", 1)
+
+        assert report.drift(images) == found
+
+    def test_shared_layers_and_several_outputs(self):
+        """A layer called twice counts both calls, one never called is left out, every output has its name."""
+        model, x = trained_(Heads()), torch.randn(3, 4, 5, 5)
+        original = copy.deepcopy(model)
+        report = normswap.patch(model, "gn")
+        found = {each.name: each for each in report.drift(x)}
+
+        assert list(found) == ["norm", "plain", "output[deep]", "output[both][0]"]
+        assert found["norm"].rms == pytest.approx(by_hand(model, original, "norm", x)[0], abs=1e-6)
+        assert found["output[both][0]"].rms == found["plain"].rms
+
+    @pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}])
+    @pytest.mark.parametrize("target", ["gn", "sn", "brn"])
+    def test_a_batch_norm_without(self, options, target):
+        """Without scale and shift, or without running statistics, the original is what it was."""
+        model, x = trained_(nn.Sequential(nn.BatchNorm2d(4, **options))), torch.randn(3, 4, 5, 5)
+        original = copy.deepcopy(model)
+        layer, _ = normswap.patch(model, target).drift(x)
+
+        assert (layer.rms, layer.max) == pytest.approx(by_hand(model, original, "0", x), abs=1e-6)
+
+    def test_a_frozen_batch_norm(self):
+        """Buffers for scale and shift are the original's too."""
+        model, x = nn.Sequential(FrozenBatchNorm2d(4)), torch.randn(3, 4, 5, 5)
+        model[0].weight.uniform_(1, 2)
+        original = copy.deepcopy(model)
+        layer, _ = normswap.patch(model, "gn", include=["*"]).drift(x)
+
+        assert layer.rms == pytest.approx(by_hand(model, original, "0", x)[0], abs=1e-6)
+
+    def test_a_traced_graph(self, model, images):
+        """A graph's calls of batch_norm are compared as the layers they become."""
+        graph = torch.export.export(copy.deepcopy(model), (images,)).module()
+        report = normswap.patch(graph, "gn")
+        expected = normswap.patch(model, "gn").drift(images)
+
+        for found, same in zip(report.drift(images), expected, strict=True):
+            assert (found.rms, found.max) == pytest.approx((same.rms, same.max), abs=1e-5)
+
+    def test_zeros(self):
+        """Where the original is zero throughout, no share says how far the other is."""
+        assert drift._share(0.0, 0.0) == 0.0
+        assert drift._share(1.0, 0.0) is None
+
+    def test_other_shapes(self):
+        """Outputs whose shapes differ, such as lists of boxes, are not compared."""
+        distance = drift._Distance()
+        distance.add(np.zeros((2, 4)), np.zeros((3, 4)))
+
+        assert distance.drift("boxes") == drift.Drift("boxes", None, None)
+
+
+class TestRefusals:
+    def test_after_training(self, model, images):
+        """Once a layer has learned, the rest may have too, and no undo brings the original back."""
+        report = normswap.patch(model, "gn")
+        with torch.no_grad():
+            model.bn.weight += 1
+        message = (
+            "expected untrained replacements, received 1 that have changed since the patch (first: bn); "
+            "what else has changed is not known: compare with the original model, loaded again"
+        )
+        with pytest.raises(UnsupportedError, match=exactly(message)):
+            report.drift(images)
+
+    def test_after_undo(self, model, images):
+        """A patch that was undone has no drift."""
+        report = normswap.patch(model, "gn")
+        report.undo()
+        with pytest.raises(UnsupportedError, match="^expected a patched model, received one whose patch was undone$"):
+            report.drift(images)
+
+
+class TestPlan:
+    def test_mixed_rules_replay_bit_equal(self, model, images):
+        """What rules made is a recipe of exact sites, which makes the same of a fresh copy without the example."""
+        fresh = copy.deepcopy(model)
+        anchored = SwitchNorm("even", "frozen")
+        rules = Rules((Rule(GroupNorm(groups=2), "stem.*"), Rule(anchored, depth=(0.5, 1), stage=0)))
+        report = normswap.patch(model, rules, example=images)
+        recipe = normswap.Recipe.from_json(report.recipe.to_json())
+
+        assert [choice.target.kind for choice in recipe.choices] == ["gn", "sn"]
+        assert normswap.patch(fresh, recipe).recipe == recipe
+        assert fingerprint(fresh) == fingerprint(model)
+
+    @pytest.mark.parametrize(
+        "target",
+        [BatchRenorm(), SwitchNorm("exact"), SwitchNorm("exact", "frozen"), SwitchNorm(), GroupNorm(),
+         SwitchNorm("exact", "none")],
+    )  # fmt: skip
+    def test_what_folds_at_export(self, model, images, tmp_path, target):
+        """The plan's `folds` is what the exporter does with a norm behind a convolution."""
+        plan = normswap.plan(model, target)
+        normswap.patch(model, target)
+        folded = normswap.to_onnx(model.eval(), tmp_path / "m.onnx", example=images).folded
+
+        assert {d.site.name for d in plan.decisions if d.folds} == set(folded)
+
+    def test_expected_drift(self, model):
+        """The plan knows it from the model's values, before anything is touched; a meta model has none."""
+        before = fingerprint(model)
+        plans = [normswap.plan(model, target) for target in ("brn", "sn", "ln", "in")]
+
+        for site in zip(*(plan.decisions for plan in plans), strict=True):
+            none, little, more, most = (decision.drift for decision in site)
+            assert 0 == none < little < more < most < 1
+        assert fingerprint(model) == before
+        assert [d.drift for d in normswap.plan(model.to("meta"), "gn").decisions] == [None, None]
