@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # A strict editable install links file by file, so a file that comes or goes asks for a new one.
 FILES := .venv/files
+PEERS := build/peers
 
 .PHONY: demo test lint bench docs clean always
 
@@ -17,12 +18,18 @@ lint: $(FILES)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(FILES)
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+bench: $(FILES) $(PEERS)
+	for name in layers keras_layers retention patching; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	$(BIN)/python benchmarks/zoo_keras.py MobileNetV2 EfficientNetB0
 
 docs: $(FILES)
 	$(BIN)/pip install -q -c constraints.txt mkdocs-material
 	$(BIN)/mkdocs build --strict
+
+# What the benchmarks compare with, beside .venv: what timm and torchvision depend on would bring another torch.
+$(PEERS): Makefile | $(FILES)
+	$(BIN)/pip install -q --no-deps --upgrade --target $@ timm==1.0.31 torchvision==0.29.2
+	@touch $@
 
 clean:
 	rm -rf .venv build site
