@@ -23,7 +23,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 ROW_STRIP = 4096
 LAST_STRIP = 64
-SAMPLE = 64
+SAMPLE = 16
 
 
 class Kernel(NamedTuple):
@@ -106,9 +106,13 @@ def _row_moments(row: Values) -> tuple[Any, Any]:
         if _far(total, squares, count):
             pivot += row.dtype.type(np.float64(total) / count)
             total, squares = _sums_of_difference(strip, pivot)
-        rest, share = np.float64(total) / count, count / (begin + count)
+        rest = np.float64(total) / count
         exact = squares - rest * total
-        mean, power = _merge(mean, power, np.float64(pivot), rest, exact, share, begin * share)
+        if begin == 0:
+            mean, power = pivot + rest, exact
+        else:
+            share = count / (begin + count)
+            mean, power = _merge(mean, power, np.float64(pivot), rest, exact, share, begin * share)
     return mean, max(power / row.size, 0.0)
 
 
