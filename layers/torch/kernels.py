@@ -24,6 +24,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 ROW_STRIP = 4096
 LAST_STRIP = 64
 SAMPLE = 16
+"""Values whose mean is the guess of a row's."""
+
+ROW_SHARE = 0.2
+LAST_SHARE = 0.5
+"""More is allowed where one channel in a strip that is far from the guess has all of them summed again."""
 
 
 class Kernel(NamedTuple):
@@ -82,9 +87,9 @@ def _sums_of_product(dy: Values, x: Values, pivot: Any) -> tuple[Any, Any]:
 
 
 @_compiled
-def _far(total: Any, squares: Any, count: int) -> bool:
-    """Whether a pivot is so far from the mean that the variance about it would lose digits: 1.7 deviations."""
-    return bool(total * total > 0.75 * squares * count)
+def _far(total: Any, squares: Any, count: int, share: float) -> bool:
+    """Whether more than a share of the squares about a pivot is its distance from the mean, which costs digits."""
+    return bool(total * total > share * squares * count)
 
 
 @_compiled
@@ -103,7 +108,7 @@ def _row_moments(row: Values) -> tuple[Any, Any]:
         sample = strip[:SAMPLE]
         pivot = row.dtype.type(np.float64(_sum(sample)) / sample.size)
         total, squares = _sums_of_difference(strip, pivot)
-        if _far(total, squares, count):
+        if _far(total, squares, count, ROW_SHARE):
             pivot += row.dtype.type(np.float64(total) / count)
             total, squares = _sums_of_difference(strip, pivot)
         rest = np.float64(total) / count
@@ -201,7 +206,7 @@ def _add_products(dy: Values, x: Values, pivot: Values, product: Values, total: 
 def _any_far(total: Values, squares: Values, count: int) -> bool:
     far = False
     for c in range(total.size):
-        far |= _far(total[c], squares[c], count)
+        far |= _far(total[c], squares[c], count, LAST_SHARE)
     return far
 
 
