@@ -161,13 +161,13 @@ def _kernels() -> Any:
     return kernels
 
 
-def _empty(x: Tensor) -> Array:
-    return np.empty((*x.shape[:2], *[1] * (x.dim() - 2)))
+def _empty(x: Tensor, dtype: type[np.floating[Any]] = np.float64) -> Array:
+    return np.empty((*x.shape[:2], *[1] * (x.dim() - 2)), dtype)
 
 
 def _spread(small: Array, x: Tensor) -> Array:
     """Return a small array in the dtype of ``x``, with a value for each sample and channel."""
-    result = np.empty((*x.shape[:2], *[1] * (x.dim() - 2)), _dtype(x))
+    result = _empty(x, _dtype(x))
     result[...] = small
     return result
 
