@@ -24,11 +24,12 @@ def inspect(model: str, weights: Path | None, as_json: bool, **shape: Any) -> No
 
     Example: normswap inspect timm:resnet50 --input-shape 3,224,224
     """
-    from ..patchers.model import plan
+    from ..patchers.model import plans
     from ..patchers.opening import Opened
 
     opened = Opened(model, weights, shape)
-    plans = {name: plan(opened.model, name, example=opened.example).decisions for name in ("sn", "gn", "in")}
+    targets = ("sn", "gn", "in")
+    found = [each.decisions for each in plans(opened.model, targets, example=opened.example)]
     rows = [
         {
             "name": site.name,
@@ -37,10 +38,11 @@ def inspect(model: str, weights: Path | None, as_json: bool, **shape: Any) -> No
             "channels": site.channels,
             "shape": None if site.spatial is None else list(site.spatial),
             "patched_to": site.kind,
-            "drift": {name: decisions[place].drift for name, decisions in plans.items()},
+            "drift": {name: decision.drift for name, decision in zip(targets, decisions, strict=True)},
             "obstacle": site.obstacle or site.left,
         }
-        for place, site in enumerate(decision.site for decision in plans["gn"])
+        for decisions in zip(*found, strict=True)
+        for site in [decisions[0].site]
     ]
     show(as_json, {"model": model, "sites": rows}, sites_table(f"{len(rows)} BatchNorms in {model}", rows))
 

@@ -34,9 +34,11 @@ def expected_drift(
     """
     if isinstance(target, BatchRenorm):
         return 0.0
-    if state.mean is None or state.var is None or not np.all(state.var + state.eps > 0):
+    if state.mean is None or state.var is None:
         return None
     var, weights = state.var + state.eps, np.square(state.gamma)
+    if not np.all(var > 0):
+        return None
     scale = float(np.sum(weights) + np.sum(np.square(state.beta)))
     if scale == 0:
         return 0.0

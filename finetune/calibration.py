@@ -43,7 +43,8 @@ def calibrate(model: Any, reference: Any, batches: Iterable[Any], *, refit: bool
     iterator is held in memory, anything else is iterated over again and may be of any length. Sums are float64, and
     the outputs of one layer for one batch are all that is held. Returns the residual of each layer.
 
-    Raises `UnsupportedError` if the model has no replaced layers, `InputError` if the inputs are constant or none.
+    Raises `UnsupportedError` if the model has no replaced layers, `InputError` if the inputs are none, constant or not
+    finite, or if ``reference`` lacks a layer of the model.
     """
     adapter: ModuleType = import_module(f".{framework_of(model)}_sites", __package__)
     batches = list(batches) if isinstance(batches, Iterator) else batches
@@ -55,6 +56,12 @@ def calibrate(model: Any, reference: Any, batches: Iterable[Any], *, refit: bool
         raise UnsupportedError("expected a patched model to calibrate, received one without replaced layers")
     linear: Mapping[str, Any] = adapter.linear_layers(model) if refit else {}
     calls = _calls(adapter, model, [*sites, *linear], first)
+    known = adapter.all_layers(reference)
+    if missing := [name for name in calls if name not in known]:
+        raise InputError(
+            "expected a reference with the layers of the model, which it is before the patch, received one without "
+            f"{', '.join(missing)}"
+        )
     changed = False  # before the first replaced layer the models are the same
     residuals = []
     for name, count in calls.items():
@@ -108,6 +115,8 @@ def _match(paired: _Paired, layer: Any) -> Residual:
             wanted.add(original)
     finally:
         adapter.set_affine(layer, gamma, beta)
+    if not np.isfinite(plain.deviation + wanted.deviation).all():
+        raise InputError(f"expected finite inputs and outputs, received batches on which {paired.name} has others")
     constant = plain.deviation == 0
     if constant.all():
         raise InputError(f"expected inputs that differ, received batches on which {paired.name} is constant")

@@ -1,6 +1,6 @@
 """What calibration needs of a Keras model: its layers, what goes through them, and their parameters."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
@@ -9,17 +9,13 @@ from keras import ops
 from numpy.typing import NDArray
 
 from ..convert.targets import BatchRenorm
-from ..errors import InputError
 from ..layers.keras import SwitchNormalization
 from ..layers.keras.statistics import wide
 from ..patchers.keras import MARK
 from ..patchers.keras_walk import call, named_layers, watching
+from .least_squares import WIDEST, Array
 
-Array = NDArray[np.float64]
 See = Callable[[str, NDArray[Any], NDArray[Any]], bool]
-
-WIDEST = 8192
-"""The most inputs per output of a layer that is refitted: its square is held in float64."""
 
 _REPLACEMENTS = (SwitchNormalization, keras.layers.GroupNormalization)
 
@@ -28,16 +24,17 @@ class _PassEnded(BaseException):
     """Raised to leave a forward pass once its last wanted layer has run; Keras rewraps every `Exception`."""
 
 
+def all_layers(model: keras.Layer) -> dict[str, keras.Layer]:
+    """Return every layer under every name, as `normswap.patch` names them."""
+    return dict(named_layers(model))
+
+
 def site_layers(model: keras.Layer) -> dict[str, keras.Layer]:
     """Return the replaced layers with scale and shift by name, those of a loaded model by their type.
 
     BatchRenormalization computes the original already and is left out.
     """
-    found: dict[int, tuple[str, keras.Layer]] = {}
-    for name, layer in named_layers(model):
-        if _is_site(layer):
-            found.setdefault(id(layer), (name, layer))
-    return dict(found.values())
+    return {name: layer for name, layer in _once_each(model) if _is_site(layer)}
 
 
 def linear_layers(model: keras.Layer) -> dict[str, keras.Layer]:
@@ -46,14 +43,14 @@ def linear_layers(model: keras.Layer) -> dict[str, keras.Layer]:
     Subclasses, layers with an activation of their own, grouped convolutions, frozen layers, and inputs wider than
     `WIDEST` are left out.
     """
-    found: dict[int, tuple[str, keras.Layer]] = {}
-    for name, layer in named_layers(model):
+    found = {}
+    for name, layer in _once_each(model):
         if type(layer) not in (keras.layers.Conv2D, keras.layers.Dense) or not layer.trainable or not layer.built:
             continue
         plain = layer.activation is keras.activations.linear and layer.kernel is layer._kernel
         if plain and getattr(layer, "groups", 1) == 1 and np.prod(layer.kernel.shape[:-1]) < WIDEST:
-            found.setdefault(id(layer), (name, layer))
-    return dict(found.values())
+            found[name] = layer
+    return found
 
 
 def observe(model: keras.Layer, names: Sequence[str], batch: Any, see: See) -> None:
@@ -61,15 +58,8 @@ def observe(model: keras.Layer, names: Sequence[str], batch: Any, see: See) -> N
 
     ``batch`` is an array, or a list or mapping of arrays. Channels come last, in float32, or in float64 where the
     layer computes in it. If ``see`` returns True, the forward pass ends there.
-
-    Raises `InputError` for a name that no layer of the model has.
     """
-    layers = dict(named_layers(model))
-    if missing := [name for name in names if name not in layers]:
-        raise InputError(
-            f"expected a model with the layers {', '.join(names)}, received one without {', '.join(missing)}; "
-            "a reference is the model as it was before the patch, with its layers under the same names"
-        )
+    layers = all_layers(model)
 
     def note(name: str, inputs: Any, outputs: Any) -> None:
         axis = _channel_axis(layers[name])
@@ -118,13 +108,21 @@ def patches(layer: keras.Layer, sample: NDArray[Any]) -> NDArray[Any]:
             sample[None],
             layer.kernel_size,
             strides=layer.strides,
-            dilation_rate=layer.dilation_rate[0],
+            dilation_rate=layer.dilation_rate,
             padding=layer.padding,
             data_format="channels_last",
         )
         sample = np.asarray(ops.convert_to_numpy(windows))
     rows = sample.reshape(-1, sample.shape[-1])
     return np.hstack([rows, np.ones((len(rows), 1), rows.dtype)])
+
+
+def _once_each(model: keras.Layer) -> Iterable[tuple[str, keras.Layer]]:
+    """Return every layer with the first of its names."""
+    found: dict[int, tuple[str, keras.Layer]] = {}
+    for name, layer in named_layers(model):
+        found.setdefault(id(layer), (name, layer))
+    return found.values()
 
 
 def _channel_axis(layer: keras.Layer) -> int:

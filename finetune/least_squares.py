@@ -10,33 +10,36 @@ Array = NDArray[np.float64]
 RIDGE = 0.1
 """Weight of the distance to the given weights, as a share of the inputs' mean square; see docs/design.md."""
 
+WIDEST = 8192
+"""The most inputs per output, bias included, of a layer that is refitted: their square is held in float64."""
+
 
 class Moments:
-    """Mean and variance per channel of a stream of arrays (..., C), in float64 (Chan et al., 1979)."""
+    """Mean and biased variance per channel of a stream of arrays (..., C), in float64 (Chan et al., 1979)."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.mean: Array = np.zeros(0)
-        self._sum_of_squares: Array = np.zeros(0)
+        self.mean: Array = np.zeros(())
+        self.var: Array = np.zeros(())
 
     def add(self, values: NDArray[Any]) -> None:
         """Take in one array with the channels last."""
         rows = values.reshape(-1, values.shape[-1]).astype(np.float64)
         mean = rows.mean(axis=0)
-        squares = np.square(rows - mean).sum(axis=0)
-        if self.count == 0:
-            self.count, self.mean, self._sum_of_squares = len(rows), mean, squares
-            return
-        total = self.count + len(rows)
+        self.merge(len(rows), mean, np.square(rows - mean).mean(axis=0))
+
+    def merge(self, count: int, mean: Array, var: Array) -> None:
+        """Take in ``count`` values per channel of this mean and biased variance."""
+        share = count / (self.count + count)
         difference = mean - self.mean
-        self._sum_of_squares = self._sum_of_squares + squares + difference**2 * (self.count * len(rows) / total)
-        self.mean = self.mean + difference * (len(rows) / total)
-        self.count = total
+        self.var = self.var + share * (var - self.var) + share * (1 - share) * difference**2
+        self.mean = self.mean + share * difference
+        self.count += count
 
     @property
     def deviation(self) -> Array:
         """The standard deviation per channel."""
-        return np.sqrt(self._sum_of_squares / self.count)
+        return np.sqrt(self.var)
 
 
 class LinearFit:

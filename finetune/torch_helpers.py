@@ -4,11 +4,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import InputError, UnsupportedError
 from ..layers.torch.norm import RunningNorm
 from ..patchers.torch import call, inference
+from .least_squares import Moments
 
 _NORMS = (RunningNorm, nn.GroupNorm, nn.LayerNorm, nn.modules.batchnorm._NormBase)
 _GATES = ("mean_weight", "var_weight")
@@ -69,8 +70,14 @@ def update_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
             "expected a model with SN or BRN layers that keep moving statistics, received one without"
         )
     kept = [(m, {name: buffer.clone() for name, buffer in m._buffers.items() if buffer is not None}) for m in layers]
-    pools = {m: _Pool() for m in layers}
-    handles = [m.register_forward_pre_hook(lambda m, inputs: pools[m].add(inputs[0])) for m in layers]
+    seen = {m: Moments() for m in layers}
+
+    def see(m: Any, inputs: Any) -> None:
+        rows = inputs[0].detach().movedim(1, -1).flatten(0, -2).double()
+        mean = rows.mean(0)
+        seen[m].merge(len(rows), *(part.cpu().numpy() for part in (mean, (rows - mean).square().mean(0))))
+
+    handles = [m.register_forward_pre_hook(see) for m in layers]
     try:
         with inference(model):
             for m in layers:
@@ -83,26 +90,8 @@ def update_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
         for m, buffers in kept:
             for name, value in buffers.items():
                 getattr(m, name).copy_(value)
-    if any(pool.count == 0 for pool in pools.values()):
+    if any(moments.count == 0 for moments in seen.values()):
         raise InputError("expected batches that reach every layer, received none for some")
-    for m, pool in pools.items():
-        m.running_mean.copy_(pool.mean)
-        m.running_var.copy_(pool.power / pool.count)
-
-
-class _Pool:
-    """Count, mean and sum of squared deviations per channel of everything added, in float64 (Chan et al., 1979)."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean: Tensor = torch.zeros(())
-        self.power: Tensor = torch.zeros(())
-
-    def add(self, x: Tensor) -> None:
-        rows = x.detach().movedim(1, -1).reshape(-1, x.shape[1]).double()
-        count, mean = len(rows), rows.mean(0)
-        power, total = (rows - mean).square().sum(0), self.count + count
-        difference = mean - self.mean
-        self.power = self.power + power + difference.square() * (self.count * count / total)
-        self.mean = self.mean + difference * (count / total)
-        self.count = total
+    for m, moments in seen.items():
+        m.running_mean.copy_(torch.from_numpy(moments.mean))
+        m.running_var.copy_(torch.from_numpy(moments.var))

@@ -1,7 +1,7 @@
 """What calibration needs of a PyTorch model: its layers, what goes through them, and their parameters."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,37 +11,39 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..convert.targets import BatchRenorm
-from ..patchers.torch import MARK, call, inference, normalized
+from ..patchers.torch_sites import MARK, call, eager, inference, named_modules, normalized
+from .least_squares import WIDEST, Array
 
-Array = NDArray[np.float64]
 See = Callable[[str, NDArray[Any], NDArray[Any]], bool]
-
-WIDEST = 8192
-"""The most inputs per output of a layer that is refitted: its square is held in float64."""
 
 
 class _PassEnded(Exception):  # noqa: N818
     """Raised to leave a forward pass once its last wanted layer has run."""
 
 
+def all_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every module under every name, as `normswap.patch` names them."""
+    return dict(named_modules(model))
+
+
 def site_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the replaced layers by name; BatchRenorm computes the original already and is left out."""
-    return {n: m for n, m in model.named_modules() if getattr(m, MARK, BatchRenorm.kind) != BatchRenorm.kind}
+    return {n: m for n, m in _once_each(model) if getattr(m, MARK, BatchRenorm.kind) != BatchRenorm.kind}
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the convolutions and linear layers that can be refitted by name.
 
-    Subclasses, grouped and transposed convolutions, frozen and shared weights, and inputs wider than `WIDEST` are
-    left out.
+    Subclasses, grouped and transposed convolutions, frozen and shared weights and biases, and inputs wider than
+    `WIDEST` are left out.
     """
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     found = {}
-    for name, module in model.named_modules():
+    for name, module in _once_each(model):
         if type(module) is nn.Linear or (type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and module.groups == 1):
             weight = module._parameters.get("weight")
-            free = weight is not None and weight.requires_grad and owners[id(weight)] == 1
-            if free and weight[0].numel() < WIDEST:
+            free = all(p.requires_grad and owners[id(p)] == 1 for p in module.parameters(recurse=False))
+            if free and weight is not None and weight[0].numel() < WIDEST:
                 found[name] = module
     return found
 
@@ -51,6 +53,7 @@ def observe(model: nn.Module, names: Sequence[str], batch: Any, see: See) -> Non
 
     Channels come last, a linear layer's features as they are. If ``see`` returns True, the forward pass ends there.
     """
+    layers = all_layers(model)
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -62,9 +65,9 @@ def observe(model: nn.Module, names: Sequence[str], batch: Any, see: See) -> Non
         return hook
 
     # First of all hooks: before the one that activates where the BatchNorm did.
-    handles = [model.get_submodule(name).register_forward_hook(note(name), prepend=True) for name in names]
+    handles = [layers[name].register_forward_hook(note(name), prepend=True) for name in names]
     try:
-        with inference(model):
+        with inference(model), eager():
             call(model, batch)
     except _PassEnded:
         pass
@@ -118,6 +121,14 @@ def patches(layer: nn.Module, sample: NDArray[Any]) -> NDArray[Any]:
         x = x.flatten(len(layer.kernel_size))  # type: ignore[arg-type]
     rows = x.reshape(-1, x.shape[-1]).numpy()
     return np.hstack([rows, np.ones((len(rows), 1), rows.dtype)])
+
+
+def _once_each(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    """Return every module with the first of its names."""
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for name, module in named_modules(model):
+        found.setdefault(id(module), (name, module))
+    return found.values()
 
 
 def _array(value: Tensor, axis: int) -> NDArray[Any]:

@@ -23,7 +23,8 @@ HELD = 2**28
 class Drift:
     r"""How far one output is from the original's: :math:`\lVert y'-y \rVert / \lVert y \rVert`, max|y'-y| / max|y|.
 
-    Both are None where the two differ in shape, or where the original's is 0 throughout and the other is not.
+    Both are None where the two differ in shape or are not finite, or where the original's is 0 throughout and the other
+    is not.
     """
 
     name: str
@@ -134,12 +135,13 @@ class _Distance:
         if original.shape != patched.shape:
             self.alike = False
         elif original.size:
-            pair = (patched.astype(np.float64) - original, original.astype(np.float64))
+            with np.errstate(invalid="ignore"):  # infinities, whose difference is no number
+                pair = (patched.astype(np.float64) - original, original.astype(np.float64))
             self.squares += [np.sum(np.square(values)) for values in pair]
             self.largest = np.maximum(self.largest, [np.abs(values).max() for values in pair])
 
     def drift(self, name: str) -> Drift:
-        if not self.alike:
+        if not self.alike or not np.isfinite(self.largest).all():
             return Drift(name, None, None)
         return Drift(name, _share(*np.sqrt(self.squares)), _share(*self.largest))
 

@@ -24,35 +24,23 @@ from .keras_walk import call, distinct_layers, named_layers, watching
 from .plan import Plan, Report, Site, decide
 from .swap import carry_out
 
-__all__ = ["MARK", "find_sites", "mark", "patch", "plan", "read_state"]
+__all__ = ["MARK", "find_sites", "mark", "patch", "plans", "read_state"]
 
 _KINDS = {layers.SwitchNormalization: SwitchNorm.kind, layers.BatchRenormalization: BatchRenorm.kind}
 
 
-def plan(
+def plans(
     model: keras.Layer,
-    target: Target | Recipe | Rules,
+    targets: Sequence[Target | Recipe | Rules],
     *,
     example: Any = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     where: Callable[[keras.Layer, str], bool] | None = None,
-) -> Plan:
-    """Return what `patch` would do to ``model``, touching nothing; an example may build what is unbuilt."""
-    found, sites = find_sites(model, example)
-    if isinstance(target, Recipe):
-        target = renamed(target, [site.name for site in sites])
-    by_name = dict(zip((site.name for site in sites), found, strict=True))
-    selected = None if where is None else lambda name: where(by_name[name], name)
-    return decide(
-        "keras",
-        sites,
-        target,
-        include=include,
-        exclude=exclude,
-        where=selected,
-        state_of=lambda name: read_state(by_name[name]),
-    )
+) -> list[Plan]:
+    """Return what `patch` would do to ``model`` for each target, touching nothing but what is unbuilt."""
+    found = _Found(model, example)
+    return [found.decide(target, include, exclude, where) for target in targets]
 
 
 def patch(
@@ -73,11 +61,10 @@ def patch(
     """
     if not inplace:
         model = _copy(model)
-    decided = plan(model, target, example=example, include=include, exclude=exclude, where=where)
+    found = _Found(model, example)
+    decided = found.decide(target, include, exclude, where)
     decided.require_work()
-    chosen = decided.having("replace")
-    by_name = {site.name: layer for layer, site in zip(*find_sites(model), strict=True)}
-    swaps = [swap_for(by_name[decision.site.name], decision) for decision in chosen]
+    swaps = [swap_for(found.layers[decision.site.name], decision) for decision in decided.having("replace")]
     return carry_out(
         model,
         decided,
@@ -91,8 +78,11 @@ def patch(
 def find_sites(model: keras.Layer, example: Any = None) -> tuple[list[keras.Layer], list[Site]]:
     """Return the BatchNorm layers of ``model``, patched ones included, and what is known of each.
 
-    Shapes come from a dry run on ``example``, or from what each layer was built for where that is all known.
+    Shapes come from a dry run on ``example``, or from what each layer was built for where that is all known. What is
+    not built is built on the example first, since it may hold layers only then.
     """
+    if example is not None and not all(layer.built for layer in distinct_layers(model)):
+        _dry_run(model, {}, example)
     names: dict[int, list[str]] = {}
     found: dict[int, keras.Layer] = {}
     for name, layer in named_layers(model):
@@ -115,6 +105,32 @@ def find_sites(model: keras.Layer, example: Any = None) -> tuple[list[keras.Laye
             )
         )
     return list(found.values()), sites
+
+
+class _Found:
+    """The sites of a model, and the layer of each by name."""
+
+    def __init__(self, model: keras.Layer, example: Any) -> None:
+        layers, self.sites = find_sites(model, example)
+        self.layers = dict(zip((site.name for site in self.sites), layers, strict=True))
+
+    def decide(
+        self,
+        target: Target | Recipe | Rules,
+        include: Sequence[str],
+        exclude: Sequence[str],
+        where: Callable[[keras.Layer, str], bool] | None,
+    ) -> Plan:
+        """Return the plan for one target."""
+        return decide(
+            "keras",
+            self.sites,
+            renamed(target, list(self.layers)) if isinstance(target, Recipe) else target,
+            include=include,
+            exclude=exclude,
+            where=None if where is None else lambda name: where(self.layers[name], name),
+            state_of=lambda name: read_state(self.layers[name]),
+        )
 
 
 def mark(model: keras.Layer, recipe: Recipe) -> None:

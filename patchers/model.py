@@ -9,7 +9,7 @@ from typing import Any
 from ..convert.recipe import Recipe, Rules
 from ..convert.targets import Target, as_target
 from ..sources.framework import framework_of
-from .plan import Plan, Report, Site
+from .plan import Plan, Report
 
 
 def plan(
@@ -31,11 +31,25 @@ def plan(
 
     Raises `InputError` for a target, pattern, recipe or example that does not fit the model.
     """
+    return plans(model, [target], example=example, include=include, exclude=exclude, where=where)[0]
+
+
+def plans(
+    model: Any,
+    targets: Sequence[str | Target | Recipe | Rules],
+    *,
+    example: Any = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    where: Callable[[Any, str], bool] | None = None,
+) -> list[Plan]:
+    """Return what `plan` decides for each of ``targets``, on one look at the model."""
     model = as_module(model)
-    adapter = _adapter(model)
-    resolved = target if isinstance(target, Recipe | Rules) else as_target(target)
-    decided: Plan = adapter.plan(model, resolved, example=example, include=include, exclude=exclude, where=where)
-    return decided
+    resolved = [_resolved(target) for target in targets]
+    found: list[Plan] = _adapter(model).plans(
+        model, resolved, example=example, include=include, exclude=exclude, where=where
+    )
+    return found
 
 
 def patch(
@@ -58,20 +72,10 @@ def patch(
     Raises `UnsupportedError` if a selected site cannot be replaced or there is none, `InputError` as `plan`.
     """
     model = as_module(model)
-    adapter = _adapter(model)
-    resolved = target if isinstance(target, Recipe | Rules) else as_target(target)
-    report: Report = adapter.patch(
-        model, resolved, example=example, include=include, exclude=exclude, where=where, inplace=inplace
+    report: Report = _adapter(model).patch(
+        model, _resolved(target), example=example, include=include, exclude=exclude, where=where, inplace=inplace
     )
     return report
-
-
-def sites(model: Any, *, example: Any = None) -> list[Site]:
-    """Return every BatchNorm of ``model``, and every one replaced before, with its shape if an example is given."""
-    model = as_module(model)
-    adapter = _adapter(model)
-    found: list[Site] = adapter.find_sites(model, example)[1]
-    return found
 
 
 def as_module(model: Any) -> Any:
@@ -80,6 +84,10 @@ def as_module(model: Any) -> Any:
     if exporting is None or not isinstance(model, exporting.ExportedProgram):
         return model
     return import_module("..sources.programs", __package__).as_module(model)
+
+
+def _resolved(target: str | Target | Recipe | Rules) -> Target | Recipe | Rules:
+    return target if isinstance(target, Recipe | Rules) else as_target(target)
 
 
 def _adapter(model: Any) -> ModuleType:

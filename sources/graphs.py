@@ -93,7 +93,7 @@ def _read(module: GraphModule, node: Node) -> Norm | None:
     channels = int(value.shape[1]) if tensor is None and value is not None else 0 if tensor is None else tensor.numel()
     if not channels:
         problems.append("its number of channels is not known")
-    name, problem = _home(module, node, attributes)
+    name, problem = _home(module, node, arguments, attributes)
     return Norm(name, channels, settings, attributes, [node], next(filter(None, [*problems, problem]), ""))
 
 
@@ -135,10 +135,13 @@ def _attribute(module: GraphModule, name: str, value: Any) -> tuple[str, str]:
     return str(value.target), ""
 
 
-def _home(module: GraphModule, node: Node, attributes: Mapping[str, str]) -> tuple[str, str]:
+def _home(
+    module: GraphModule, node: Node, arguments: Mapping[str, Any], attributes: Mapping[str, str]
+) -> tuple[str, str]:
     """Return the name of the module that holds a BatchNorm's tensors, or of a new one for them, and what is wrong.
 
-    The module is the one that holds the first tensor, if it has the others as well or room for them.
+    The module is the one that holds the first tensor, if it has the others as well or room for them, and nothing of the
+    name of one that the call does without.
     """
     places = {name: place(module, attribute) for name, attribute in attributes.items()}
     for name, (holder, _) in places.items():
@@ -146,13 +149,19 @@ def _home(module: GraphModule, node: Node, attributes: Mapping[str, str]) -> tup
             return node.name, f"its {name} belongs to a {type(holder).__name__}, {attributes[name].rpartition('.')[0]}"
     first, (holder, own) = next(iter(places.items()), ("", (module, "")))
     parent = next(iter(attributes.values()), "").rpartition(".")[0]
-    others = [name for name, attribute in attributes.items() if attribute != f"{parent}.{name}"]
-    if parent and own == first and not any(hasattr(holder, name) for name in others):
+    elsewhere = {name for name, attribute in attributes.items() if attribute != f"{parent}.{name}"}
+    without = {name for name in (*STATISTICS, *AFFINE) if arguments.get(name) is None}
+    if parent and own == first and not any(hasattr(holder, name) for name in elsewhere | without):
         return parent, ""
-    own = node.name
-    while hasattr(holder, own):
-        own += "_"
+    own = free_name(holder, node.name)
     return f"{parent}.{own}" if parent else own, ""
+
+
+def free_name(holder: nn.Module, name: str) -> str:
+    """Return a name for a new child of ``holder``: the one given, with underscores behind it while it is taken."""
+    while hasattr(holder, name):
+        name += "_"
+    return name
 
 
 def _claim(norm: Norm, readers: Mapping[str, list[Node]]) -> str:

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import InputError
 from .files import require_file
+from .graphs import free_name
 from .lifting import lifts
 
 _DROPOUTS: dict[Any, type[nn.Module]] = {
@@ -47,10 +48,12 @@ def read_program(path: Path, *, trust: bool) -> GraphModule:
 def as_module(program: ExportedProgram) -> GraphModule:
     """Return an exported program as a module whose BatchNorms and dropouts are modules too.
 
-    They obey ``train()`` and ``eval()``; whatever else depends on the mode stays as it was exported. The BatchNorms
-    have their own tensors, all others are the program's, as in `ExportedProgram.module`.
+    They obey ``train()`` and ``eval()``, and each starts in the mode it was exported in; whatever else depends on the
+    mode stays as it was exported. The BatchNorms have their own tensors, all others are the program's, as in
+    `ExportedProgram.module`.
     """
     module = program.module()
+    _drop_by_module(module)
     for lift in lifts(module):
         lift.apply()
         for _, norm in lift.norms:
@@ -61,20 +64,24 @@ def as_module(program: ExportedProgram) -> GraphModule:
                 norm._buffers[name] = None if buffer is None else buffer.detach().clone()
     for name in {"train", "eval"} & vars(module).keys():  # which refuse
         delattr(module, name)
-    _drop_by_module(module)
-    with_mode = [m.training for m in module.modules() if isinstance(m, (_BatchNorm, *_DROPOUTS.values()))]
-    return module.train(any(with_mode))
+    modes = {m: m.training for m in module.modules() if isinstance(m, (_BatchNorm, *_DROPOUTS.values()))}
+    module.train(any(modes.values()))
+    for with_mode, training in modes.items():
+        with_mode.training = training
+    return module
 
 
 def _drop_by_module(module: GraphModule) -> None:
     """Turn the calls of dropout in a graph into modules."""
-    for node in list(module.graph.nodes):
-        if node.op == "call_function" and node.target in _DROPOUTS:
-            x, p, training = node.args
-            setattr(module, node.name, _DROPOUTS[node.target](p).train(training))
-            with module.graph.inserting_before(node):
-                call = module.graph.call_module(node.name, (x,))
-            call.meta = dict(node.meta)
-            node.replace_all_uses_with(call)
-            module.graph.erase_node(node)
-    module.recompile()
+    calls = [node for node in module.graph.nodes if node.op == "call_function" and node.target in _DROPOUTS]
+    for node in calls:
+        x, p, training = node.args
+        name = free_name(module, node.name)
+        setattr(module, name, _DROPOUTS[node.target](p).train(training))
+        with module.graph.inserting_before(node):
+            call = module.graph.call_module(name, (x,))
+        call.meta = dict(node.meta)
+        node.replace_all_uses_with(call)
+        module.graph.erase_node(node)
+    if calls:
+        module.recompile()

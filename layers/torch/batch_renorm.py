@@ -93,9 +93,7 @@ class _BatchRenorm(RunningNorm):
         self.r_max.fill_(r_max)
         self.d_max.fill_(d_max)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize ``x`` of shape (N, C, ...)."""
-        self._check(x)
+    def _normalized(self, x: Tensor) -> Tensor:
         if not self.training:
             return F.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps

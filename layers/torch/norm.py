@@ -68,12 +68,17 @@ class RunningNorm(nn.Module):
             self.register_buffer("running_var", torch.ones(num_features, **factory))
             self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run `forward`; in a symbolic trace (``torch.fx``) be one node, as torch's own layers are."""
-        if args and isinstance(args[0], Proxy):
-            tracer: Any = args[0].tracer
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
-        return super().__call__(*args, **kwargs)
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize ``x`` of shape (N, C, ...); be one node of a symbolic trace, as torch's layers are."""
+        tracer: Any = x.tracer if isinstance(x, Proxy) else None
+        if tracer is not None and tracer.root is not self:
+            node: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), {})
+            return node
+        self._check(x)
+        return self._normalized(x)
+
+    def _normalized(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         """Return the arguments shown by ``print(module)``."""

@@ -122,9 +122,7 @@ class _SwitchNorm(RunningNorm):
                 taken = F.one_hot(logits.argmax(), logits.numel())
                 logits.copy_((1 - taken) * CLOSED)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize ``x`` of shape (N, C, ...)."""
-        self._check(x)
+    def _normalized(self, x: Tensor) -> Tensor:
         parameters = self.weight, self.bias, self.mean_weight, self.var_weight
         constant = x.dim() > 2 and self.compat is None and not (self.training and self.batch_statistics == "moving")
         if constant and inferring(x, *parameters):

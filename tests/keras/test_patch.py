@@ -9,9 +9,32 @@ from keras import layers
 
 from normswap.convert.targets import GroupNorm, SwitchNorm
 from normswap.errors import InputError
-from normswap.patchers.keras import find_sites, patch, plan
+from normswap.patchers.keras import find_sites, patch
+from normswap.patchers.model import plan
 
 from .models import output
+
+
+class Late(layers.Layer):
+    """A layer that makes its BatchNorm when it is built."""
+
+    def build(self, shape):
+        """Make the BatchNorm."""
+        self.norm = layers.BatchNormalization(name="norm")
+        self.norm.build(shape)
+        self.built = True
+
+    def call(self, x):
+        """Normalize."""
+        return self.norm(x)
+
+
+def test_layers_that_an_example_builds(images):
+    """BatchNorms that come into being with the first call are found and replaced when an example is given."""
+    model = keras.Sequential([layers.BatchNormalization(name="first"), Late(name="late")])
+    report = patch(model, GroupNorm(), example=images)
+    assert [decision.site.name for decision in report.replaced] == ["first", "late/norm"]
+    assert not any(isinstance(layer, layers.BatchNormalization) for layer in model._flatten_layers())
 
 
 def unnamed():

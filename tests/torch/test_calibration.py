@@ -14,7 +14,7 @@ from normswap.finetune.calibration import calibrate
 from normswap.finetune.least_squares import LinearFit, Moments
 from normswap.finetune.torch_sites import get_weights, linear_layers, observe, patches, set_weights
 
-from .conftest import exactly, trained_
+from .conftest import exactly, fingerprint, trained_
 
 
 def pair(model, target):
@@ -114,6 +114,15 @@ def test_batches_may_be_any_iterable(model, images):
     assert torch.equal(*found)
 
 
+def test_a_compiled_model(model, images):
+    """A model under torch.compile is calibrated as what it wraps, whether the reference is compiled or not."""
+    plain, original = pair(copy.deepcopy(model), "gn")
+    wrapped = torch.compile(pair(model, "gn")[0], backend="eager")
+
+    assert calibrate(wrapped, original, [images]) == calibrate(plain, torch.compile(original), [images])
+    assert all(map(torch.equal, wrapped.parameters(), plain.parameters()))
+
+
 def test_a_dead_channel_stays_dead(model, images):
     """γ = 0 is kept."""
     nn.init.zeros_(model.bn.weight)
@@ -147,7 +156,7 @@ def test_patches_times_weights_are_the_layers_output(layer, shape):
 
 
 def test_layers_that_are_refitted():
-    """Groups, a subclass, a frozen, and a shared weight stand in the way."""
+    """Groups, a subclass, and a frozen or shared weight or bias stand in the way."""
 
     class Mine(nn.Conv2d):
         pass
@@ -160,10 +169,14 @@ def test_layers_that_are_refitted():
             "frozen": nn.Conv2d(4, 4, 3).requires_grad_(False),
             "tied": nn.Linear(4, 4),
             "twin": nn.Linear(4, 4),
+            "frozen_bias": nn.Linear(4, 4),
             "head": nn.Linear(4, 4),
+            "tied_bias": nn.Linear(4, 4),
         }
     )
     model["twin"].weight = model["tied"].weight
+    model["frozen_bias"].bias.requires_grad_(False)
+    model["tied_bias"].bias = model["mine"].bias
 
     assert list(linear_layers(model)) == ["conv", "head"]
 
@@ -193,7 +206,7 @@ def test_moments_are_streamed():
 
 
 def test_refusals(model, images):
-    """No inputs, constant inputs and an unpatched model are refused; the layer named stays as it was."""
+    """No inputs, constant ones and NaN, an unpatched model and a foreign reference are refused, nothing changed."""
     original = copy.deepcopy(model)
     message = "expected a patched model to calibrate, received one without replaced layers"
     with pytest.raises(UnsupportedError, match=exactly(message)):
@@ -201,6 +214,17 @@ def test_refusals(model, images):
     normswap.patch(model, "gn")
     with pytest.raises(InputError, match=exactly("expected inputs to calibrate on, received none")):
         calibrate(model, original, [])
+    state = fingerprint(model)
+    message = "expected finite inputs and outputs, received batches on which stem.1 has others"
+    with pytest.raises(InputError, match=exactly(message)):
+        calibrate(model, original, [images, torch.full_like(images, torch.nan)])
+    message = (
+        "expected a reference with the layers of the model, which it is before the patch, received one without "
+        "stem.0, stem.1, conv, bn, head"
+    )
+    with pytest.raises(InputError, match=exactly(message)):
+        calibrate(model, nn.Conv2d(3, 3, 1), [images])
+    assert fingerprint(model) == state
     nn.init.zeros_(model.stem[0].weight)
     before = model.stem[1].weight.clone()
     message = "expected inputs that differ, received batches on which stem.1 is constant"

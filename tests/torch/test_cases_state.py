@@ -242,6 +242,24 @@ def test_case_33_copies_and_graphs(model, images, target, tmp_path):
     assert {"stem.1", "bn"} <= {node.target for node in traced.graph.nodes if node.op == "call_module"}
 
 
+@pytest.mark.parametrize("target", ["sn", "brn"])
+def test_case_33_a_tracer_of_ones_own(model, target):
+    """A tracer that overrides call_module, as torchvision's feature extraction does, meets the replaced layers."""
+    met = []
+
+    class Tracer(torch.fx.Tracer):
+        def call_module(self, module, forward, args, kwargs):
+            met.append(self.path_of_module(module))
+            return super().call_module(module, forward, args, kwargs)
+
+    normswap.patch(model, target)
+    Tracer().trace(model)
+
+    assert met == ["stem", "stem.0", "stem.1", "stem.2", "conv", "bn", "head"]
+    with pytest.raises(torch.fx.proxy.TraceError):  # as torch's own BatchNorm traced by itself
+        torch.fx.symbolic_trace(model.bn)
+
+
 def test_case_33_attributes_people_set_are_kept(model):
     """An attribute set on a BatchNorm is there after the patch and after undo."""
     model.bn.tag = "backbone"

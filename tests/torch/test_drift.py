@@ -13,6 +13,7 @@ from normswap.convert.recipe import Rule, Rules
 from normswap.errors import InputError, UnsupportedError
 from normswap.patchers import drift
 from normswap.patchers.drift import drift_between
+from normswap.patchers.model import plans
 
 from .conftest import TARGETS, exactly, fingerprint, trained_
 from .test_cases_types import FrozenBatchNorm2d
@@ -132,6 +133,14 @@ class TestDrift:
         assert drift._share(0.0, 0.0) == 0.0
         assert drift._share(1.0, 0.0) is None
 
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    def test_what_is_not_finite(self, model, images, value):
+        """No share says how far outputs are that hold NaN or infinities."""
+        images[0, 0, 0, 0] = value
+        found = normswap.patch(model, "gn").drift(images)
+
+        assert [(each.rms, each.max) for each in found] == [(None, None)] * 3
+
     def test_other_shapes(self):
         """Outputs whose shapes differ, such as lists of boxes, are not compared."""
         distance = drift._Distance()
@@ -186,6 +195,15 @@ class TestPlan:
         folded = normswap.to_onnx(model.eval(), tmp_path / "m.onnx", example=images).folded
 
         assert {d.site.name for d in plan.decisions if d.folds} == set(folded)
+
+    def test_several_targets_on_one_look(self, model, images):
+        """Plans for several targets are those for each, from one dry run."""
+        expected = [normswap.plan(model, target, example=images) for target in TARGETS]
+        calls = []
+        model.register_forward_hook(lambda *_: calls.append(1))
+
+        assert plans(model, TARGETS, example=images) == expected
+        assert len(calls) == 1
 
     def test_expected_drift(self, model):
         """The plan knows it from the model's values, before anything is touched; a meta model has none."""

@@ -10,7 +10,6 @@ from torch import nn
 import normswap
 from normswap.errors import UnsupportedError
 from normswap.patchers import torch_swap
-from normswap.patchers.model import sites
 
 from .conftest import TARGETS, Residual, batch_norms, exactly, fingerprint, refusal, trained_
 
@@ -109,14 +108,6 @@ class TestPrograms:
         assert batch_norms(report.model) == ["stem.1", "bn"]
         assert torch.equal(report.model(images), program.module()(images))
 
-    def test_dropout_obeys_the_mode(self, images):
-        """A program exported in training mode can be used for inference."""
-        source = trained_(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Dropout2d(0.5)))
-        module = normswap.patch(exported(source.train(), images), "gn").model
-
-        assert (module(images) == 0).float().mean() > 0.5
-        torch.testing.assert_close(module.eval()(images), patched(source, "gn")(images))
-
     def test_a_recipe_of_the_source_is_one_of_the_program(self, model, images):
         """Both give the sites the same names, and a replay is bit-equal."""
         report = normswap.patch(exported(model, images), normswap.GroupNorm(groups=4), example=images)
@@ -184,7 +175,7 @@ class TestGraphModules:
         """Neither a dry run through batch_norm in training mode nor a refusal leaves a trace."""
         module = exported(model.train(), images).module()
         code, state = module.code, fingerprint(module)
-        found = sites(module, example=images)
+        found = [decision.site for decision in normswap.plan(module, "gn", example=images).decisions]
         reason = (
             "(BatchNorm2d): expected groups to divide the 8 channels, received groups=3; "
             "use groups=1, groups='auto', or indivisible='gcd'"
@@ -251,6 +242,28 @@ class TestGraphModules:
         report.undo()
         assert fingerprint(module) == state
         assert torch.equal(module(images), source(images))
+
+    def test_a_weight_that_is_another_layers(self, images):
+        """Where a call has no scale, a parameter ``weight`` beside its statistics is not taken for one."""
+
+        class Unscaled(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.weight = nn.Parameter(torch.randn(4, 3, 1, 1))
+                self.register_buffer("running_mean", torch.linspace(-0.5, 0.5, 4))
+                self.register_buffer("running_var", torch.linspace(0.5, 3, 4))
+
+            def forward(self, x):
+                return F.batch_norm(F.conv2d(x, self.weight), self.running_mean, self.running_var)
+
+        module = exported(nn.Sequential(Unscaled()).eval(), images).module()
+        before, state = module(images), fingerprint(module)
+        report = normswap.patch(module, "brn", example=images)
+
+        assert names(report) == ["0.batch_norm"]
+        assert torch.equal(module(images), before)
+        report.undo()
+        assert fingerprint(module) == state
 
     def test_the_rank_needs_an_example(self):
         """A graph without shapes does not tell how many dimensions a call is for, unless a dry run does."""
@@ -365,5 +378,5 @@ def test_a_graph_within_a_model(images):
     """A traced part of a model is patched under the names it has there."""
     model = nn.ModuleDict({"backbone": exported(trained_(Residual()), images).module(), "head": nn.BatchNorm1d(5)})
 
-    assert [site.name for site in sites(model)] == ["backbone.stem.1", "backbone.bn", "head"]
+    assert [d.site.name for d in normswap.plan(model, "gn").decisions] == ["backbone.stem.1", "backbone.bn", "head"]
     assert names(normswap.patch(model, "gn")) == ["backbone.stem.1", "backbone.bn", "head"]

@@ -1,7 +1,8 @@
-"""Files of torch.export as models of the command line: read if trusted, patched, and found again by a bundle."""
+"""Programs of torch.export: as modules, and their files read if trusted, patched, and found again by a bundle."""
 
 import json
 import shutil
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from normswap.errors import InputError
 from normswap.sources.models import load_model, preprocessing_of
 
 from .conftest import Residual, batch_norms, exactly, trained_
+from .test_graph import exported, patched
 
 
 def untrusted(path):
@@ -148,3 +150,33 @@ def test_the_input_shape_of_a_program(size, shape):
     known = preprocessing_of(module)
 
     assert (None if known is None else known.shape) == shape
+
+
+def test_dropout_obeys_the_mode(images):
+    """A program exported in training mode can be used for inference."""
+    source = trained_(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Dropout2d(0.5)))
+    module = normswap.patch(exported(source.train(), images), "gn").model
+
+    assert (module(images) == 0).float().mean() > 0.5
+    torch.testing.assert_close(module.eval()(images), patched(source, "gn")(images))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_each_layer_keeps_its_mode(images, training):
+    """Layers exported in different modes, as a frozen BatchNorm in training, start in those."""
+    source = trained_(nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5), nn.BatchNorm2d(3)))
+    source[2].train(training)
+    module = normswap.patch(exported(source, images), "brn").model
+    modes = {name: module.get_submodule(name).training for name in ("", "0", "dropout", "2")}
+
+    assert modes == {"": training, "0": False, "dropout": False, "2": training}
+
+
+def test_a_block_called_as_the_dropout_in_it(images):
+    """The module that a call of dropout becomes takes no other module's name."""
+    block = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Dropout(0.5))
+    model = nn.Sequential(OrderedDict(dropout=block, norm=nn.BatchNorm2d(4)))
+    module = normswap.patch(exported(trained_(model), images), "gn").model
+
+    torch.testing.assert_close(module(images), patched(model, "gn")(images))
+    assert set(patched(model, "gn").state_dict()) == set(module.state_dict())
