@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from normswap.convert.recipe import Recipe, Rule, Rules
     from normswap.convert.targets import BatchRenorm, GroupNorm, SwitchNorm
     from normswap.export.onnx import to_onnx
-    from normswap.export.verify import verify
+    from normswap.export.verify import verify, verify_against
     from normswap.finetune.calibration import calibrate
     from normswap.patchers.bundle import load, save
     from normswap.patchers.model import patch, plan
@@ -33,6 +33,7 @@ _HOME = {
     "save": "normswap.patchers.bundle",
     "to_onnx": "normswap.export.onnx",
     "verify": "normswap.export.verify",
+    "verify_against": "normswap.export.verify",
 }
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "save",
     "to_onnx",
     "verify",
+    "verify_against",
 ]
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from ..console import progress, show
+from ..console import show, table
 from ..errors import VerificationError
 from .options import json_option, model_options, overwrite_option, weights_option
 
@@ -13,57 +13,45 @@ from .options import json_option, model_options, overwrite_option, weights_optio
 @click.command()
 @click.argument("model")
 @click.option("--data", required=True, help="Labelled images.")
+@click.option("--against", help="Model or bundle to compare with: its accuracy, and how often both say the same.")
 @click.option("--batch-size", default=250, show_default=True)
 @weights_option
 @model_options
 @json_option
-def evaluate(model: str, data: str, batch_size: int, weights: Path | None, as_json: bool, **shape: Any) -> None:
+def evaluate(
+    model: str, data: str, against: str | None, batch_size: int, weights: Path | None, as_json: bool, **shape: Any
+) -> None:
     """Measure the accuracy of MODEL, a bundle, or an ONNX file (run in onnxruntime).
 
-    Example: normswap evaluate net-gn.onnx --data val/
+    Example: normswap evaluate net-gn.onnx --data val/ --against net-gn
     """
-    from ..finetune.accuracy import accuracy
-    from ..sources.data import open_data
+    from .measuring import measure
 
-    if model.endswith(".onnx"):
-        from ..export.inference import open_onnx
-
-        predict, preprocessing = open_onnx(Path(model), shape)
-    else:
-        from importlib import import_module
-
-        from ..patchers.opening import Opened
-
-        opened = Opened(model, weights, shape)
-        engine = import_module(f"..finetune.{opened.framework}", __package__)
-        preprocessing = opened.require_preprocessing()
-
-        def predict(x: Any) -> Any:
-            return engine.predict(opened.model, x)
-
-    images = open_data(data, preprocessing)
-    done = 0
-    with progress("evaluating", len(images)) as advance:
-
-        def count(size: int) -> None:
-            nonlocal done
-            done += size
-            advance(done, "")
-
-        found = accuracy(predict, images, batch_size=batch_size, on_batch=count)
-    text = f"top-1 {found.top1:.2f} %, top-5 {found.top5:.2f} % of {found.n} images"
-    show(as_json, {"model": model, **found.to_dict()}, text)
+    first = measure(model, data, batch_size, weights, shape)
+    result, text = {"model": model, **first.accuracy.to_dict()}, str(first)
+    if against is not None:
+        second = measure(against, data, batch_size, weights, shape)
+        agreement = first.agreement(second)
+        result |= {"against": {"model": against, **second.accuracy.to_dict()}, "agreement": agreement}
+        text = f"{model}: {first}\n{against}: {second}\nboth say the same of {agreement:.2f} % of the images"
+    show(as_json, result, text)
 
 
 @click.command()
 @click.argument("model")
 @click.option("-o", "--output", type=Path, required=True, help="ONNX file to write.")
 @click.option("--opset", default=20, show_default=True)
+@click.option("--runtime", type=click.Choice(["portable", "ort"]), default="portable", show_default=True,
+              help="Operators every runtime knows, or those onnxruntime is fastest with.")  # fmt: skip
+@click.option("--dynamic-size", is_flag=True, help="Leave height and width open, not only the batch.")
+@click.option("--half", is_flag=True, help="Weights and arithmetic in float16; norms stay in float32.")
+@click.option("--prune-gates", type=float, default=0.0, metavar="EPS", help="Leave out SN's statistics of gates below.")
+@click.option("--latency/--no-latency", default=True, help="Time a bundle's file beside its original's; default yes.")
 @weights_option
 @model_options
 @overwrite_option
 @json_option
-def export(model: str, output: Path, opset: int, weights: Path | None, as_json: bool, **options: Any) -> None:
+def export(model: str, output: Path, weights: Path | None, as_json: bool, latency: bool, **options: Any) -> None:
     """Write MODEL or a bundle to an ONNX file, norms folded, and prove it with onnxruntime.
 
     Example: normswap export net-gn -o net-gn.onnx
@@ -75,46 +63,114 @@ def export(model: str, output: Path, opset: int, weights: Path | None, as_json: 
     require_absent(output, overwrite=options["overwrite"])
     opened = Opened(model, weights, options)
     settings = opened.preprocessing
+    example = None if opened.example is None else _noise(opened.example)
+    form = {name: options[name] for name in ("opset", "runtime", "dynamic_size", "half")}
     report = to_onnx(
         opened.model,
         output,
-        example=opened.example,
-        opset=opset,
+        example=example,
+        **form,
+        prune_gates=options["prune_gates"],
         overwrite=options["overwrite"],
         metadata={} if settings is None else {"preprocessing": settings.to_dict()},
     )
     assert report.verdict is not None
-    text = (
-        f"{report.nodes} nodes, {report.size / 1e6:.2f} MB; {len(report.folded)} norms folded, "
-        f"{len(report.kept)} kept; "
-        f"largest difference {report.verdict.max_rel:.1e} of scale; written to {output}"
-    )
-    show(as_json, report.to_dict(), "\n".join([*(f"note: {note}" for note in report.notes), text]))
+    facts = [{"file": str(output), "nodes": report.nodes, "MB": round(report.size / 1e6, 2)}]
+    if latency and opened.bundle is not None and example is not None:
+        facts = _beside_original(opened.bundle.original(), facts[0], example, form)
+    lines = [*(f"note: {note}" for note in report.notes)]
+    lines.append(f"{len(report.folded)} norms folded, {len(report.kept)} kept; verified: largest difference "
+                 f"{report.verdict.max_rel:.1e} of scale in {len(report.verdict.checks)} checks")  # fmt: skip
+    show(as_json, {**report.to_dict(), "files": facts}, table("what was written", facts, lines))
+
+
+def _noise(zeros: Any) -> Any:
+    """Return standard normal numbers in place of a batch of zeros, of which norms can make little."""
+    import numpy as np
+
+    noise = np.random.default_rng(0).standard_normal(tuple(zeros.shape), np.float32)
+    return noise if isinstance(zeros, np.ndarray) else zeros.new_tensor(noise)
+
+
+def _beside_original(original: Any, file: dict[str, Any], example: Any, form: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the facts of a file and of its original's, which is written for that, with the time both take."""
+    from tempfile import TemporaryDirectory
+
+    from ..export.latency import latencies
+    from ..export.onnx import to_onnx
+
+    with TemporaryDirectory() as folder:
+        report = to_onnx(original, Path(folder) / "original.onnx", example=example, **form, check=False)
+        rows = [{"file": "its original", "nodes": report.nodes, "MB": round(report.size / 1e6, 2)}, file]
+        paths = {"its original": report.output, str(file["file"]): Path(file["file"])}
+        for name, times in latencies(paths, [tuple(example.shape[1:])]).items():
+            row = next(row for row in rows if row["file"] == name)
+            for batch, (median, least) in times.items():
+                row |= {f"median ms, batch {batch}": round(median, 2), f"least, batch {batch}": round(least, 2)}
+    return rows
 
 
 @click.command()
 @click.argument("model")
-@click.argument("file", type=Path)
+@click.argument("file", type=Path, required=False)
 @click.option("--data", help="Images to run beside random inputs; labels are not used.")
+@click.option(
+    "--provider",
+    "providers",
+    multiple=True,
+    default=("cpu",),
+    show_default=True,
+    type=click.Choice(["cpu", "cuda", "tensorrt", "openvino", "coreml", "dml", "auto"]),
+    help="Where onnxruntime runs the file; may be given several times. auto: all that are installed.",
+)
+@click.option("--save-reference", type=Path, help="Write what MODEL answers to an .npz, to verify without it.")
+@click.option("--against", type=Path, help="Hold FILE against such an .npz; no MODEL and no framework is needed.")
 @weights_option
 @model_options
+@overwrite_option
 @json_option
-def verify(model: str, file: Path, data: str | None, weights: Path | None, as_json: bool, **shape: Any) -> None:
-    """Prove that an ONNX FILE computes what MODEL or a bundle computes; exits 5 if it does not.
+def verify(
+    model: str,
+    file: Path | None,
+    data: str | None,
+    providers: tuple[str, ...],
+    save_reference: Path | None,
+    against: Path | None,
+    weights: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    r"""Prove that an ONNX FILE computes what MODEL or a bundle computes; exits 5 if it does not.
 
-    Example: normswap verify net-gn net-gn.onnx --data val/
+    \b
+    Examples: normswap verify net-gn net-gn.onnx --data val/
+              normswap verify net-gn net-gn.onnx --save-reference net-gn.npz
+              normswap verify net-gn.onnx --against net-gn.npz
     """
-    from ..export.verify import verify as prove
-    from ..patchers.opening import Opened
-    from ..sources.data import open_data
+    if (file is None) == (against is None):
+        raise click.UsageError("expected MODEL and FILE, or FILE and --against")
+    if against is not None and (data or save_reference):
+        raise click.UsageError("expected --data and --save-reference with a MODEL, received --against in its place")
 
-    opened = Opened(model, weights, shape)
-    batches = []
-    if data is not None and data != "random":
-        images = open_data(data, opened.require_preprocessing())
-        batches = [images.batch(images.sample(16))[0]]
-    verdict = prove(opened.model, file, data=batches)
+    from ..export.verify import verify as prove
+    from ..export.verify import verify_against
+
+    if file is None:
+        file = Path(model)
+        verdict = verify_against(str(against), file, providers=providers)
+    else:
+        from ..patchers.opening import Opened
+        from ..sources.data import open_data
+
+        opened = Opened(model, weights, options)
+        batches = []
+        if data is not None and data != "random":
+            images = open_data(data, opened.require_preprocessing())
+            batches = [images.batch(images.sample(16))[0]]
+        saved = {"save_reference": save_reference, "overwrite": options["overwrite"]}
+        verdict = prove(opened.model, file, data=batches, providers=providers, **saved)
     text = f"passed: {len(verdict.checks)} checks, largest difference {verdict.max_rel:.1e} of scale"
+    text = "\n".join([*(f"note: {note}" for note in verdict.notes), text])
     show(as_json, {"file": str(file), **verdict.to_dict()}, text if verdict else verdict.explain(str(file)))
     if not verdict:
         raise click.exceptions.Exit(VerificationError.exit_code)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-_LINEAR = ("Conv", "ConvTranspose", "Gemm")
+_LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,19 @@ class Fold:
 def fold_batch_norms(model: ir.Model) -> list[Fold]:
     """Fold every BatchNormalization that can be, in place, and say what became of each.
 
-    A folded node's output value lives on as the linear node's output, under the same name.
+    A folded node's output value lives on as what the linear node computes, under the same name.
     """
     folds = []
     for node in list(model.graph):
         if node.op_type == "BatchNormalization" and node.domain == "":
-            reason = _obstacle(node)
-            output = node.outputs[0]
+            name = str(node.outputs[0].name)
+            way = _way(node)
+            reason = _obstacle(node, way)
             if reason:
-                folds.append(Fold(str(output.name), None, reason))
+                folds.append(Fold(name, None, reason))
                 continue
-            linear = node.inputs[0].producer()  # type: ignore[union-attr]
-            assert linear is not None
-            _fold(model.graph, linear, node)
-            folds.append(Fold(str(output.name), linear.op_type))
+            _fold(model.graph, way, node)
+            folds.append(Fold(name, way[-1].op_type))
     return folds
 
 
@@ -55,26 +54,50 @@ def scale_weight(weight: Array, scale: Array, op_type: str, *, groups: int = 1, 
     """Return ``weight`` with each output channel scaled.
 
     Output channels are axis 0 of a Conv (M, C/g, ...) and of a transposed Gemm (M, K), axis 1 of a plain Gemm
-    (K, M), and of a ConvTranspose (C, M/g, ...) axis 1 within each group's share of axis 0.
+    (K, M) and of a product of matrices (K, M), and of a ConvTranspose (C, M/g, ...) axis 1 within each group's share
+    of axis 0.
     """
     if op_type == "ConvTranspose":
         inputs, outputs, *kernel = weight.shape
         grouped = weight.reshape(groups, inputs // groups, outputs, *kernel)
         return (grouped * scale.reshape(groups, 1, outputs, *[1] * len(kernel))).reshape(weight.shape)
-    if op_type == "Gemm" and not transposed:
+    if op_type == "MatMul" or (op_type == "Gemm" and not transposed):
         return weight * scale
     return weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
 
 
-def _obstacle(node: ir.Node) -> str:
-    source = node.inputs[0]
-    if any(_constant(value) is None for value in node.inputs[1:]):
+def _way(norm: ir.Node) -> list[ir.Node]:
+    """Return the nodes from the norm's input back to the linear one, or to one that is in the way.
+
+    A product of matrices has its channels last: a constant may be added to them and a Transpose bring them forward.
+    """
+    way: list[ir.Node] = []
+    value = norm.inputs[0]
+    channels_last = _rank(value) == 2
+    while value is not None and (node := value.producer()) is not None:
+        way.append(node)
+        if node.op_type == "Transpose" and not channels_last and _brings_last_to_second(node):
+            channels_last = True
+        elif not (node.op_type == "Add" and channels_last and _vector(node.inputs[1]) is not None):
+            break
+        value = node.inputs[0]
+    return way
+
+
+def _obstacle(norm: ir.Node, way: list[ir.Node]) -> str:
+    """Return why the norm cannot go into the linear node at the end of ``way``, or nothing."""
+    if any(_constant(value) is None for value in norm.inputs[1:]):
         return "its statistics are not constant"
-    linear = None if source is None else source.producer()
-    if linear is None or linear.op_type not in _LINEAR:
-        return f"it follows {'the input' if linear is None else linear.op_type}, not a linear layer"
-    if source is not None and (source.is_graph_output() or len(source.uses()) > 1):
-        return f"the output of the {linear.op_type} before it is used elsewhere too"
+    if not way:
+        return "it follows the input, not a linear layer"
+    linear = way[-1]
+    channels_last = _rank(norm.inputs[0]) == 2 or way[0].op_type == "Transpose"
+    fits = channels_last if linear.op_type == "MatMul" else len(way) == 1
+    if linear.op_type not in _LINEAR or not fits:
+        return f"it follows {way[0].op_type}, not a linear layer"
+    for node in way:
+        if node.outputs[0].is_graph_output() or len(node.outputs[0].uses()) > 1:
+            return f"the output of the {node.op_type} before it is used elsewhere too"
     if any(value is not None and _constant(value) is None for value in linear.inputs[1:]):
         return f"the weights of the {linear.op_type} before it are not constant"
     if linear.op_type == "Gemm" and any(_attribute(linear, name, 1.0) != 1.0 for name in ("alpha", "beta")):
@@ -82,7 +105,9 @@ def _obstacle(node: ir.Node) -> str:
     return ""
 
 
-def _fold(graph: ir.Graph, linear: ir.Node, norm: ir.Node) -> None:
+def _fold(graph: ir.Graph, way: list[ir.Node], norm: ir.Node) -> None:
+    """Put new nodes in the place of ``norm`` and those on the ``way`` to it, which compute what all of them did."""
+    linear = way[-1]
     gamma, beta, mean, var = (_require(value) for value in norm.inputs[1:5])
     scale, shift = folded_affine(gamma, beta, mean, var, float(_attribute(norm, "epsilon", 1e-5)))
     weight = scale_weight(
@@ -92,20 +117,45 @@ def _fold(graph: ir.Graph, linear: ir.Node, norm: ir.Node) -> None:
         groups=int(_attribute(linear, "group", 1)),
         transposed=bool(_attribute(linear, "transB", 0)),
     )
-    has_bias = len(linear.inputs) > 2 and linear.inputs[2] is not None
-    bias = (_require(linear.inputs[2]) if has_bias else 0.0) * scale + shift
+    added = next((node.inputs[1] for node in way if node.op_type == "Add"), None)
+    bias = added if linear.op_type == "MatMul" else linear.inputs[2] if len(linear.inputs) > 2 else None
     dtype = linear.inputs[1].dtype.numpy()  # type: ignore[union-attr]
     name = str(norm.outputs[0].name)
-    inputs = [linear.inputs[0]]
-    for part, array in (("weight", weight), ("bias", bias)):
+    constants = []
+    for part, array in (("weight", weight), ("bias", (0.0 if bias is None else _require(bias)) * scale + shift)):
         value = ir.val(f"{name}.folded_{part}", const_value=ir.tensor(np.asarray(array, dtype)))
         graph.register_initializer(value)
-        inputs.append(value)
-    folded = ir.node(linear.op_type, inputs, attributes=linear.attributes, name=linear.name)
-    folded.outputs[0].type, folded.outputs[0].shape = norm.outputs[0].type, norm.outputs[0].shape
-    ir.convenience.replace_nodes_and_values(graph, norm, [norm], [folded], norm.outputs, folded.outputs)
-    folded.outputs[0].name = name
-    graph.remove(linear, safe=True)
+        constants.append(value)
+    if linear.op_type == "MatMul":
+        product = ir.node("MatMul", [linear.inputs[0], constants[0]], name=linear.name)
+        new = [product, ir.node("Add", [product.outputs[0], constants[1]])]
+    else:
+        new = [ir.node(linear.op_type, [linear.inputs[0], *constants], attributes=linear.attributes, name=linear.name)]
+    if way[0].op_type == "Transpose":
+        new.append(ir.node("Transpose", [new[-1].outputs[0]], attributes=way[0].attributes))
+    for node in new[:-1]:
+        node.outputs[0].name = f"{name}.{node.op_type.lower()}"
+    last = new[-1].outputs[0]
+    last.type, last.shape = norm.outputs[0].type, norm.outputs[0].shape
+    ir.convenience.replace_nodes_and_values(graph, norm, [norm], new, norm.outputs, [last])
+    last.name = name
+    for node in way:
+        graph.remove(node, safe=True)
+
+
+def _brings_last_to_second(transpose: ir.Node) -> bool:
+    perm = transpose.attributes.get("perm")
+    axes = [] if perm is None else list(perm.as_ints())
+    return len(axes) > 2 and axes[1] == len(axes) - 1 and axes[0] == 0
+
+
+def _rank(value: ir.Value | None) -> int | None:
+    return None if value is None or value.shape is None else len(value.shape)
+
+
+def _vector(value: ir.Value | None) -> Array | None:
+    array = _constant(value)
+    return array if array is not None and array.ndim == 1 else None
 
 
 def _constant(value: ir.Value | None) -> Array | None:

@@ -1,104 +1,126 @@
 """A Keras model as an ONNX graph, and as a reference to hold that graph against."""
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import keras
 import numpy as np
 
-from ..errors import InputError, UnsupportedError
+from ..convert.carry_over import CLOSED_GATE
+from ..errors import UnsupportedError
 from ..layers.keras import SwitchNormalization
 from ..patchers.keras import MARK
-from ..patchers.keras_walk import named_layers
-from .keras_calls import recording, unique, weighted_layers
-from .keras_convert import convert
-from .keras_forms import StandIns
-from .keras_graph import (
-    cancel_transposes,
-    mark,
-    marks,
-    merge_outputs,
-    name_sites,
-    probe,
-    take_probe,
-    tidy,
-    write_gemms,
-)
+from ..patchers.keras_walk import distinct_layers, named_layers
+from .keras_calls import is_symbolic, recording, unique, weighted_layers
+from .keras_graph import add_biases, mark, marks, merge_outputs, name_sites, probe, take_probe, tidy, write_gemms
+from .keras_interface import Inputs, Shape, input_shapes, named_outputs, opened
+from .keras_layout import sink_transposes
+from .keras_norms import StandIns
+from .norms import STATISTICS
 from .traced import Traced
 
-__all__ = ["dtype_problem", "in_double", "input_shapes", "norm_facts", "run", "trace"]
+__all__ = [
+    "dtype_problem",
+    "in_double",
+    "input_names",
+    "input_shapes",
+    "norm_facts",
+    "notes",
+    "prune",
+    "run",
+    "trace",
+]
 
 Array = np.ndarray[Any, Any]
-Shape = Sequence[int | None]
+
+_CONVERTERS = {"tensorflow": ".keras_convert", "torch": ".keras_torch"}
 
 
-def trace(model: Any, examples: Sequence[Shape | Array], *, opset: int) -> Traced:
+def trace(model: Any, examples: Sequence[Shape | Array], *, opset: int, dynamic: bool = False) -> Traced:
     """Return ``model`` in inference mode as an ONNX graph of operator set ``opset``, nothing folded.
 
     ``examples`` has for each input its shape in Keras's own layout and without the batch, None for a dimension
-    left open, or an array (N, ...) of that shape. `Traced.sites` name values as `run` returns them: what
-    convolutions and per-channel norms compute is (N, C, ...) there. Where the graph has such a value channels last
-    only, the site is a Transpose that nothing uses, which cleaning takes away.
+    left open, or an array (N, ...) of that shape; with ``dynamic`` every size that the model leaves open is open.
+    `Traced.sites` name values as `run` returns them: what convolutions and per-channel norms compute is (N, C, ...)
+    there. Where the graph has such a value channels last only, the site is a Transpose that nothing uses, which
+    cleaning takes away.
 
     Raises `InputError` if the shapes do not fit the model, `UnsupportedError` if the model is not built, runs on
-    another backend than TensorFlow or uses an operation that ONNX lacks, and `MissingDependencyError`.
+    JAX, has no open size for ``dynamic`` or uses an operation that ONNX lacks, and `MissingDependencyError`.
     """
-    _require_tensorflow()
-    inputs = _Inputs(model, [_shape(example) for example in examples])
-    stand_ins = StandIns()
+    converter = _converter()
+    shapes = [_shape(example) for example in examples]
+    inputs = Inputs(model, opened(model, shapes) if dynamic else shapes)
+    arrays = [example for example in examples if isinstance(example, np.ndarray)]
+    stand_ins = StandIns(model, mark)
     names: list[str] = []
     sites: list[str] = []
 
     def inference(*tensors: Any) -> list[Any]:
-        with stand_ins.standing_in(model), recording(model) as returned:
-            outputs = _named(_call(model, inputs.pack(tensors)), model, taken=inputs.names)
-        own = {site: call for site, call in returned.items() if call[1].graph is tensors[0].graph}
+        def within(tensor: Any) -> bool:  # not within the body of a loop, which TensorFlow makes a graph of its own
+            return getattr(tensor, "graph", None) is getattr(tensors[0], "graph", None)
+
+        with stand_ins.standing_in(within), recording(model) as returned:
+            outputs = named_outputs(_call(model, inputs.pack(tensors)), model, taken=inputs.names)
+        own = {site: tensor for site, tensor in returned.items() if within(tensor)}
         names[:] = outputs
         sites[:] = own
-        marked = [mark(tensor, number) for number, (_, tensor) in enumerate(own.values(), len(stand_ins.calls))]
+        marked = [mark(tensor, number) for number, tensor in enumerate(own.values(), len(stand_ins.calls))]
         return [*outputs.values(), probe(marked)]
 
-    converted = convert(inference, inputs.specs, lambda: [*names, unique("probe", names)], opset)
-    stand_ins.write(converted, marks(converted.graph))
+    with _single_precision(model):
+        if len(arrays) == len(inputs.names):
+            stand_ins.look(lambda: _call(model, inputs.pack(_tensors(inputs, arrays))))
+        converted = converter.convert(inference, model, inputs.specs, lambda: [*names, unique("probe", names)], opset)
+    found = marks(converted.graph)
+    norms = {found[number]: norm for number, norm in enumerate(stand_ins.calls) if number in found}
     write_gemms(converted)
-    cancel_transposes(converted.graph)
+    sink_transposes(converted.graph, fixed=found.values())
+    add_biases(converted.graph)
     merge_outputs(converted.graph)
     values = take_probe(converted.graph)
     numbered = enumerate(sites, len(stand_ins.calls))
-    found = {site: values[number] for number, site in numbered if number in values}
-    located = name_sites(found, taken=[*inputs.names, *names])
+    located = {site: values[number] for number, site in numbered if number in values}
+    located = name_sites(located, taken=[*inputs.names, *names])
     tidy(converted.graph, keep=located.values())
-    return Traced(converted, {site: str(value.name) for site, value in located.items()})
+    return Traced(converted, {site: str(value.name) for site, value in located.items()}, norms)
 
 
 def run(model: Any, arrays: Sequence[Array]) -> tuple[dict[str, Array], dict[str, Array]]:
     """Return the outputs and the sites' outputs of ``model`` in inference mode, by name and in call order.
 
-    Sites are laid out as in `trace`: convolutions and per-channel norms channels first.
+    Sites are laid out as in `trace`: convolutions and per-channel norms channels first. A model of a mixed policy
+    computes in float32, as its file does.
     """
-    inputs = _Inputs(model, [_shape(array) for array in arrays])
-    dtypes = [dtype for _, dtype in inputs.specs.values()]
-    tensors = [keras.ops.convert_to_tensor(array, dtype) for array, dtype in zip(arrays, dtypes, strict=True)]
-    with recording(model) as returned:
-        outputs = _named(_call(model, inputs.pack(tensors)), model, taken=inputs.names)
-    sites = {site: tensor for site, (_, tensor) in returned.items() if not _symbolic(tensor)}
+    inputs = Inputs(model, [_shape(array) for array in arrays])
+    with _single_precision(model), recording(model) as returned:
+        result = _call(model, inputs.pack(_tensors(inputs, arrays)))
+    outputs = named_outputs(result, model, taken=inputs.names)
+    sites = {site: tensor for site, tensor in returned.items() if not is_symbolic(tensor)}
     return _to_numpy(outputs), _to_numpy(sites)
 
 
-def input_shapes(model: Any) -> list[tuple[int | None, ...]] | None:
-    """Return the shape of each input of ``model`` without the batch, or None where the model does not know."""
-    inputs = getattr(model, "inputs", None)
-    return None if not inputs else [tuple(tensor.shape[1:]) for tensor in inputs]
+def input_names(model: Any, count: int) -> list[str]:
+    """Return the names of the ``count`` inputs of ``model``."""
+    return Inputs(model, input_shapes(model) or [()] * count).names
 
 
 def dtype_problem(model: Any) -> str | None:
-    """Return why ``model``'s number format cannot be exported, or None."""
+    """Return why ``model``'s number format cannot be exported, or None; a mixed policy's weights are float32."""
     for path, layer in named_layers(model):
-        for dtype in (layer.compute_dtype, layer.variable_dtype):
-            if dtype in {"float64", "float16", "bfloat16"}:
+        for dtype in (layer.variable_dtype, layer.compute_dtype):
+            if dtype in {"float64", "float16", "bfloat16"} and not _is_mixed(layer):
                 return f"{dtype} in layer {path!r}: rebuild the model with the dtype policy float32"
     return None
+
+
+def notes(model: Any) -> list[str]:
+    """Return what is to be known of a file made from ``model``."""
+    policies = sorted({layer.dtype_policy.name for layer in distinct_layers(model) if _is_mixed(layer)})
+    return [f"the model's dtype policy is {name}: the file computes in float32" for name in policies]
 
 
 def norm_facts(model: Any) -> dict[str, dict[str, Any]]:
@@ -116,97 +138,31 @@ def norm_facts(model: Any) -> dict[str, dict[str, Any]]:
     return facts
 
 
-class _Inputs:
-    """The inputs of a model: their names, shapes and dtypes, and how the model takes them."""
+@contextmanager
+def prune(model: Any, threshold: float) -> Iterator[dict[str, list[str]]]:
+    """Close every gate below ``threshold`` of the Switchable Normalizations while the context is open.
 
-    def __init__(self, model: Any, shapes: Sequence[Shape]) -> None:
-        if not model.built:
-            raise UnsupportedError(
-                f"expected a model that knows its weights, received {type(model).__name__} {model.name!r} that was "
-                "never called; call it once on a batch"
-            )
-        self._model = model
-        self._symbolic = getattr(model, "inputs", None) or None
-        if self._symbolic is not None:
-            own = [_layer_name(tensor) for tensor in self._symbolic]
-            dtypes = [tensor.dtype for tensor in self._symbolic]
-            _require_fitting(shapes, dict(zip(own, input_shapes(model) or [], strict=True)))
-        else:
-            own = self._parameters(len(shapes))
-            dtypes = ["float32"] * len(own)
-        self.specs: dict[str, tuple[tuple[int | None, ...], str]] = {}
-        for name, shape, dtype in zip(own, shapes, dtypes, strict=True):
-            self.specs[unique(name, self.specs)] = (tuple(shape), dtype)
-        self.names = list(self.specs)
-
-    def pack(self, tensors: Sequence[Any]) -> tuple[Any, ...]:
-        """Return ``tensors`` as the positional arguments of the model's ``call``."""
-        if self._symbolic is None:
-            return tuple(tensors) if self._one_each else (list(tensors),)
-        if isinstance(self._model, keras.Sequential):
-            return (tensors[0],)
-        return (keras.tree.pack_sequence_as(self._model.input, list(tensors)),)
-
-    def _parameters(self, count: int) -> list[str]:
-        signature = inspect.signature(self._model.call)
-        parameters = [
-            parameter.name
-            for parameter in signature.parameters.values()
-            if parameter.kind in {parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD}
-            and parameter.name not in {"training", "mask"}
-        ]
-        self._one_each = count == 1 or count <= len(parameters)
-        if self._one_each:
-            return parameters[:count]
-        return [f"{parameters[0]}_{index}" for index in range(count)]
-
-
-def _require_fitting(shapes: Sequence[Shape], own: Mapping[str, Shape]) -> None:
-    def fits(given: Shape, expected: Shape) -> bool:
-        return len(given) == len(expected) and all(b is None or a == b for a, b in zip(given, expected, strict=True))
-
-    if len(shapes) != len(own) or not all(map(fits, shapes, own.values())):
-        expected = ", ".join(f"{name}={tuple(shape)}" for name, shape in own.items())
-        raise InputError(
-            f"expected one input shape without the batch for each of {expected}, "
-            f"received shapes={[tuple(shape) for shape in shapes]}"
-        )
-
-
-def _require_tensorflow() -> None:
-    backend = keras.backend.backend()
-    if backend != "tensorflow":
-        raise UnsupportedError(
-            f"expected the tensorflow backend, received backend={backend!r}; save the model as .keras and export "
-            "it with KERAS_BACKEND=tensorflow"
-        )
-
-
-def _shape(example: Shape | Array) -> Shape:
-    return example.shape[1:] if isinstance(example, np.ndarray) else tuple(example)
-
-
-def _call(model: Any, arguments: tuple[Any, ...]) -> Any:
-    return model(*arguments, training=False)
-
-
-def _named(result: Any, model: Any, taken: Sequence[str]) -> dict[str, Any]:
-    """Return the tensors of ``result`` by name: the keys of a dictionary, or else the output layers."""
-    flat = keras.tree.flatten_with_path(result)
-    own = getattr(model, "output_names", None) or list(map(_layer_name, getattr(model, "outputs", None) or []))
-    if len(own) != len(flat):
-        own = ["output"] if len(flat) == 1 else [f"output_{index}" for index in range(len(flat))]
-    named: dict[str, Any] = {}
-    for (path, tensor), name in zip(flat, own, strict=True):
-        if any(isinstance(key, str) for key in path):
-            name = "/".join(str(key) for key in path)
-        named[unique(name, [*taken, *named])] = tensor
-    return named
-
-
-def _layer_name(tensor: Any) -> str:
-    """Return the layer behind a symbolic tensor; unlike the tensor's own name, it survives saving."""
-    return str(tensor._keras_history.operation.name)
+    The context is a dictionary of the gates closed, by layer. The others keep their shares of each other.
+    """
+    before: list[tuple[Any, Array]] = []
+    dropped: dict[str, list[str]] = {}
+    try:
+        for path, layer in weighted_layers(model).items():
+            if isinstance(layer, SwitchNormalization):
+                logits = layer.mean_weight, layer.var_weight
+                for kind, variable, gates in zip(("mean", "variance"), logits, layer.gates(), strict=True):
+                    weight, values = (keras.ops.convert_to_numpy(tensor) for tensor in (variable, gates))
+                    below = (values < threshold) & (values > 0)
+                    if below.any():
+                        before.append((variable, np.array(weight)))
+                        closed = weight.max() + CLOSED_GATE * keras.ops.convert_to_numpy(layer.temperature)
+                        variable.assign(np.where(below, closed, weight))
+                        shut = (STATISTICS[index] for index in np.flatnonzero(below))
+                        dropped.setdefault(path, []).extend(f"{kind} {statistic}" for statistic in shut)
+        yield dropped
+    finally:
+        for variable, weight in before:
+            variable.assign(weight)
 
 
 def in_double(model: Any) -> Any:
@@ -244,17 +200,45 @@ def _retyped(config: Any) -> Any:
     return config
 
 
-def _symbolic(tensor: Any) -> bool:
-    """Whether ``tensor`` belongs to a graph under construction (the body of a loop) and has no value."""
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
+def _converter() -> ModuleType:
+    backend = keras.backend.backend()
+    if backend not in _CONVERTERS:
+        raise UnsupportedError(
+            f"expected the tensorflow or the torch backend, received backend={backend!r}; save the model as .keras "
+            "and export it with KERAS_BACKEND=tensorflow"
+        )
+    return import_module(_CONVERTERS[backend], __package__)
 
-        return bool(tf.is_symbolic_tensor(tensor))
-    if keras.backend.backend() == "jax":
-        import jax
 
-        return isinstance(tensor, jax.core.Tracer)
-    return False
+def _shape(example: Shape | Array) -> Shape:
+    return example.shape[1:] if isinstance(example, np.ndarray) else tuple(example)
+
+
+def _call(model: Any, arguments: tuple[Any, ...]) -> Any:
+    return model(*arguments, training=False)
+
+
+def _tensors(inputs: Inputs, arrays: Sequence[Array]) -> list[Any]:
+    dtypes = [dtype for _, dtype in inputs.specs.values()]
+    return [keras.ops.convert_to_tensor(array, dtype) for array, dtype in zip(arrays, dtypes, strict=True)]
+
+
+def _is_mixed(layer: Any) -> bool:
+    """Whether ``layer`` computes in fewer bits than its variables have."""
+    return layer.variable_dtype == "float32" and layer.compute_dtype in {"float16", "bfloat16"}
+
+
+@contextmanager
+def _single_precision(model: Any) -> Iterator[None]:
+    """Let every layer whose variables are float32 compute in float32 while the context is open."""
+    policies = [(layer, layer.dtype_policy) for layer in distinct_layers(model) if _is_mixed(layer)]
+    try:
+        for layer, _ in policies:
+            layer.dtype_policy = "float32"
+        yield
+    finally:
+        for layer, policy in policies:
+            layer.dtype_policy = policy
 
 
 def _to_numpy(tensors: Mapping[str, Any]) -> dict[str, Array]:

@@ -38,13 +38,13 @@ def weighted_layers(model: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def recording(model: Any) -> Iterator[dict[str, tuple[Any, Any]]]:
-    """Collect each call of a weighted layer while the context is open: the layer and the first tensor it returns.
+def recording(model: Any) -> Iterator[dict[str, Any]]:
+    """Collect the first tensor that each call of a weighted layer returns while the context is open.
 
     The names are the layers' paths, the second call of a layer is ``"name#2"``; the order is that of the calls.
     What convolutions and per-channel norms return is given as (N, C, ...), the layout it has in ONNX.
     """
-    returned: dict[str, tuple[Any, Any]] = {}
+    returned: dict[str, Any] = {}
     calls: Counter[str] = Counter()
     layers = weighted_layers(model)
 
@@ -53,7 +53,7 @@ def recording(model: Any) -> Iterator[dict[str, tuple[Any, Any]]]:
         name = path if calls[path] == 1 else f"{path}#{calls[path]}"
         tensor = keras.tree.flatten(outputs)[0]
         last = len(tensor.shape) > 2 and _has_channels_last(layers[path], len(tensor.shape))
-        returned[name] = (layers[path], keras.ops.moveaxis(tensor, -1, 1) if last else tensor)
+        returned[name] = keras.ops.moveaxis(tensor, -1, 1) if last else tensor
 
     with watching(layers, observe):
         yield returned
@@ -63,6 +63,19 @@ def _has_channels_last(layer: Any, rank: int) -> bool:
     if isinstance(layer, _PER_CHANNEL):
         return layer.axis in {-1, rank - 1}
     return getattr(layer, "data_format", None) == "channels_last"
+
+
+def is_symbolic(tensor: Any) -> bool:
+    """Whether ``tensor`` belongs to a graph under construction (the body of a loop) and has no value."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return bool(tf.is_symbolic_tensor(tensor))
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return isinstance(tensor, jax.core.Tracer)
+    return False
 
 
 def unique(name: str, taken: Collection[str | None]) -> str:

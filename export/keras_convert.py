@@ -6,26 +6,25 @@ and captured constants alike, and to convert the frozen graph.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import keras
 import numpy as np
 import onnx
 import onnx_ir as ir
 
 from ..errors import MissingDependencyError, UnsupportedError
-
-Specs = Mapping[str, tuple[tuple[int | None, ...], str]]
-"""Shape without the batch, and dtype, of each input by name."""
+from .keras_interface import Specs
 
 _CONVERTER_OPSET = 18  # the newest that tf2onnx writes
 
 
 def convert(
-    function: Callable[..., Sequence[Any]], specs: Specs, names: Callable[[], Sequence[str]], opset: int
+    function: Callable[..., Sequence[Any]], model: Any, specs: Specs, names: Callable[[], Sequence[str]], opset: int
 ) -> ir.Model:
-    """Return ``function``, which takes one tensor per entry of ``specs``, as an ONNX model, its variables frozen.
+    """Return ``function``, which calls ``model`` on one tensor per entry of ``specs``, as an ONNX model.
 
     The inputs are named as in ``specs``; ``names`` is asked for the outputs' names once the function is traced.
     Raises `UnsupportedError` where TensorFlow cannot trace the function and for an operation that ONNX lacks, and
@@ -33,32 +32,39 @@ def convert(
     """
     tf, freeze = _tensorflow()
     signature = [tf.TensorSpec((None, *shape), dtype) for shape, dtype in specs.values()]
+    weights = {id(v): (v, keras.ops.convert_to_numpy(v)) for v in model.variables}.values()
+
+    def frozen_function(*tensors: Any) -> Sequence[Any]:
+        with keras.StatelessScope([(v, tf.constant(value, name=v.path.replace("/", "."))) for v, value in weights]):
+            return function(*tensors)
+
     with _quiet(), _inlined(tf):
         try:
-            concrete = tf.function(function, autograph=False).get_concrete_function(*signature)
+            frozen = tf.function(frozen_function, autograph=False).get_concrete_function(*signature)
         except Exception as error:
             raise UnsupportedError(
                 f"expected a model that TensorFlow can trace with inputs of {_described(specs)}, received "
                 f"{type(error).__name__}: {_first_sentence(error)}; give every dimension that the model needs"
             ) from error
-        frozen = freeze(concrete, lower_control_flow=False, aggressive_inlining=True)
+        if frozen.captured_inputs or frozen.graph.as_graph_def().library.function:
+            frozen = freeze(frozen, lower_control_flow=False, aggressive_inlining=True)
         proto = _convert_frozen(tf, frozen, [*specs], [*names()], min(opset, _CONVERTER_OPSET))
     _require_onnx_operators(proto)
-    model = ir.from_proto(proto)
-    for value, tensor in zip(model.graph.outputs, frozen.outputs, strict=True):
+    converted = ir.from_proto(proto)
+    for value, tensor in zip(converted.graph.outputs, frozen.outputs, strict=True):
         value.shape = ir.Shape(tensor.shape.as_list())
-    used = {node.domain for node in model.graph.all_nodes()}
-    for domain in set(model.opset_imports) - used - {""}:
-        del model.opset_imports[domain]
-    _raise_opset(model, opset)
-    return model
+    used = {node.domain for node in converted.graph.all_nodes()}
+    for domain in set(converted.opset_imports) - used - {""}:
+        del converted.opset_imports[domain]
+    _raise_opset(converted, opset)
+    return converted
 
 
 def _convert_frozen(tf: Any, frozen: Any, inputs: Sequence[str], outputs: Sequence[str], opset: int) -> onnx.ModelProto:
     """Return the frozen function as ONNX, its inputs and outputs renamed.
 
-    These are the steps of tf2onnx's ``from_graph_def`` but for one: that copies the whole graph, weights and all,
-    before each of some twenty passes, and carries on without those that fail.
+    These are the steps of tf2onnx's ``from_graph_def`` but for two: that copies the whole graph, weights and all,
+    before each of some twenty passes, to carry on without those that fail, and once more into protobuf after each.
     """
     from tf2onnx import optimizer, tf_loader, tfonnx
 
@@ -66,8 +72,7 @@ def _convert_frozen(tf: Any, frozen: Any, inputs: Sequence[str], outputs: Sequen
     results = [tensor.name for tensor in frozen.outputs]
     with tf.device("/cpu:0"):
         definition = frozen.graph.as_graph_def(add_shapes=True)
-        with tf.Graph().as_default() as plain, tf_loader.tf_session(graph=plain):
-            tf.import_graph_def(definition, name="")
+        with tf.Graph().as_default():
             definition = tf_loader.tf_optimize(sources, results, definition)
         with tf.Graph().as_default() as plain:
             tf.import_graph_def(definition, name="")
@@ -80,7 +85,9 @@ def _convert_frozen(tf: Any, frozen: Any, inputs: Sequence[str], outputs: Sequen
                 tensors_to_rename=dict(zip([*sources, *results], [*inputs, *outputs], strict=True)),
                 custom_op_handlers={"Erfc": (_write_erfc, [])},
             )
+            graph.update_proto = lambda: None  # which make_model does itself
             graph = optimizer.optimize_graph(graph, catch_errors=False)
+            del graph.update_proto
     proto: onnx.ModelProto = graph.make_model("model")
     return proto
 

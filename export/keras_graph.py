@@ -1,5 +1,6 @@
 """Find values of a Keras model in the ONNX graph it became, and tidy that graph."""
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -55,19 +56,6 @@ def name_sites(sites: Mapping[str, ir.Value], taken: Sequence[str]) -> dict[str,
     return found
 
 
-def cancel_transposes(graph: ir.Graph) -> None:
-    """Let every Transpose that undoes another one's work be passed by, and drop it."""
-    for node in list(graph):
-        if node.op_type != "Transpose" or node.outputs[0].is_graph_output():
-            continue
-        inner = _input(node).producer()
-        if inner is None or inner.op_type != "Transpose":
-            continue
-        if [_perm(inner)[axis] for axis in _perm(node)] == sorted(_perm(node)):
-            ir.convenience.replace_all_uses_with(node.outputs[0], _input(inner))
-            _remove(node)
-
-
 def merge_outputs(graph: ir.Graph) -> None:
     """Let each output be the computed value itself where it is an Identity of one."""
     for output in list(graph.outputs):
@@ -92,15 +80,37 @@ def write_gemms(model: ir.Model) -> None:
             bias = next((value for value in users[0].inputs if _constant(value, rank=1)), None)
             if bias is not None:
                 last, inputs = users[0], [*inputs, bias]
-        gemm = ir.node("Gemm", inputs)
+        gemm = ir.node("Gemm", inputs, name=node.name)
         graph.insert_before(last, gemm)
         _replace(last, gemm.outputs[0])
         if last is not node:
             _remove(node)
 
 
+def add_biases(graph: ir.Graph) -> None:
+    """Make a constant per channel that is added to what a convolution without bias computes the convolution's bias."""
+    for node in list(graph):
+        if node.op_type != "Add":
+            continue
+        for value, other in (node.inputs, node.inputs[::-1]):
+            conv = None if value is None or len(value.uses()) > 1 else value.producer()
+            rank = _rank(node.outputs[0])
+            if conv is None or rank is None or conv.op_type not in {"Conv", "ConvTranspose"} or len(conv.inputs) > 2:
+                continue
+            bias = _constant(other, rank)
+            if bias is None or bias.numpy().size != bias.shape[1]:
+                continue
+            name = f"{node.outputs[0].name}/bias"
+            vector = ir.val(name, const_value=ir.tensor(bias.numpy().reshape(-1), name=name))
+            graph.register_initializer(vector)
+            new = ir.node(conv.op_type, [*conv.inputs, vector], conv.attributes, name=conv.name)
+            graph.insert_before(node, new)
+            _replace(node, new.outputs[0])
+            break
+
+
 def tidy(graph: ir.Graph, keep: Collection[ir.Value]) -> None:
-    """Drop what is used by none and not in ``keep``, name open dimensions, and take ":0" off every value's name."""
+    """Drop what is used by none and not in ``keep``, name open dimensions, and give values and nodes plain names."""
     needed = {id(value) for value in keep}
     for node in reversed(graph):
         if not any(v.uses() or v.is_graph_output() or id(v) in needed for v in node.outputs):
@@ -113,18 +123,29 @@ def tidy(graph: ir.Graph, keep: Collection[ir.Value]) -> None:
         if not value.uses() and not value.is_graph_output():
             del graph.initializers[name]
 
-    values = [*graph.inputs, *graph.initializers.values(), *(v for n in graph.all_nodes() for v in n.outputs)]
+    values = [*graph.inputs, *(v for n in graph.all_nodes() for v in [*n.inputs, *n.outputs] if v is not None)]
+    values = list({id(value): value for value in values}.values())
     taken = {value.name for value in values}
     for value in values:
-        if value.name and ":" in value.name:
-            value.name = unique(value.name.removesuffix(":0").replace(":", "_"), taken)
+        if value.name and (plain := _plain(value.name)) != value.name:
+            taken.discard(value.name)
+            value.name = unique(plain, taken)
             taken.add(value.name)
         if value.shape is not None and not value.is_graph_input() and not value.is_graph_output():
             value.shape = ir.Shape([dim if isinstance(dim, int) else None for dim in value.shape])
+    named: set[str] = set()
+    for node in graph.all_nodes():
+        node.name = unique(_plain(node.name or "") or node.op_type, named)
+        named.add(node.name)
     for value in graph.inputs:
         value.shape = _named_dimensions(value, f"{value.name}_dim_{{}}")
     for value in graph.outputs:
         value.shape = _named_dimensions(value, None)
+
+
+def _plain(name: str) -> str:
+    """Return ``name`` without what TensorFlow and tf2onnx add: an output's index, and a number of no fixed order."""
+    return re.sub(r"(__\d+)+$", "", name.removesuffix(":0")).replace(":", "_")
 
 
 def _named_dimensions(value: ir.Value, name: str | None) -> ir.Shape:
@@ -178,7 +199,7 @@ def _rank(value: ir.Value | None) -> int | None:
 
 
 def _constant(value: ir.Value | None, rank: int) -> ir.TensorProtocol | None:
-    tensor = None if value is None else value.const_value
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
     return tensor if tensor is not None and len(tensor.shape) == rank else None
 
 

@@ -1,7 +1,8 @@
 """A model to a folded, cleaned and proven ONNX file."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -9,23 +10,30 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common as passes
-from onnxscript import optimizer
+from onnxscript import optimizer, version_converter
 
 from .. import __version__
 from ..errors import InputError, UnsupportedError, VerificationError
 from ..sources.files import staged
 from ..sources.framework import framework_of
 from .fold import Fold, fold_batch_norms
+from .forms import RUNTIMES, Form, Runtime, choose, write_norm
+from .half import to_half
 from .traced import Traced
-from .verify import Verdict, verify
+from .verdict import TOLERANCE, Verdict
+from .verify import verify
 
 Array = NDArray[Any]
 
-LOWEST_IR = {17: 8, 18: 8, 19: 9, 20: 9}
+LOWEST_IR = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11, 24: 12}
 """The lowest IR version that is legal for an opset: older runtimes refuse newer ones."""
+
+ONE_FILE = 2**31 - 2**20
+"""Most bytes of weights in the file itself, of which protobuf allows 2 GiB; beyond, they lie beside it."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,10 @@ def to_onnx(
     *,
     example: Any = None,
     opset: int = 20,
+    runtime: Runtime = "portable",
+    dynamic_size: bool = False,
+    half: bool = False,
+    prune_gates: float = 0.0,
     overwrite: bool = False,
     check: bool = True,
     metadata: Mapping[str, Any] | None = None,
@@ -66,8 +78,12 @@ def to_onnx(
     """Write ``model`` in inference mode to an ONNX file, its norms folded or in constant form, and prove the file.
 
     ``example`` is an input as the model takes it: an array or tensor (N, ...), or a tuple of them; a Keras model
-    that knows its input shapes needs none. The batch dimension of the file is free. ``metadata`` is stored in the
-    file as JSON under ``normswap.NAME``. With ``check`` the file is verified before it gets its name.
+    that knows its input shapes needs none. The batch dimension of the file is free, with ``dynamic_size`` the others
+    but the channels too. ``runtime`` is "portable" for operators every runtime knows, or "ort" for what onnxruntime
+    runs fastest. ``half`` stores weights and computes in float16, norms and inputs and outputs excepted.
+    ``prune_gates`` leaves out a statistic of a Switchable Normalization whose gate is below it; the report's notes say
+    which, and how far the output moves. ``metadata`` is stored in the file as JSON under ``normswap.NAME``. With
+    ``check`` the file is verified before it gets its name. Weights over 2 GB go into ``path`` + ".data".
 
     Raises `UnsupportedError` for a model, dtype or opset that cannot be exported, `VerificationError` if the file
     computes something else than the model, `OutputExistsError` if ``path`` exists. No file is left on an error.
@@ -76,19 +92,39 @@ def to_onnx(
     if opset not in LOWEST_IR:
         low, high = min(LOWEST_IR), max(LOWEST_IR)
         raise UnsupportedError(f"expected an opset from {low} to {high}, received opset={opset}")
+    if runtime not in RUNTIMES:
+        raise InputError(f"expected a runtime out of {', '.join(RUNTIMES)}, received runtime={runtime!r}")
+    if not 0 <= prune_gates < 1 / 3:
+        raise InputError(f"expected `prune_gates` from 0 to below 1/3, received prune_gates={prune_gates}")
     adapter = adapter_of(model)
     if problem := adapter.dtype_problem(model):
         raise UnsupportedError(f"expected float32 weights, received {problem}")
-    with staged(path, overwrite=overwrite) as temporary:
-        traced = adapter.trace(model, example_arrays(adapter, model, example), opset=opset)
-        folds = _finish(traced, opset, model, adapter, metadata or {})
-        temporary.write_bytes(ir.to_proto(traced.model).SerializeToString(deterministic=True))
-        verdict = verify(model, temporary) if check else None
+    arrays = example_arrays(adapter, model, example)
+    notes = adapter.notes(model)
+    with staged(path, overwrite=overwrite) as temporary, _pruned(adapter, model, arrays, prune_gates, notes):
+        for careful in (False, True):
+            traced = adapter.trace(model, arrays, opset=opset, dynamic=dynamic_size)
+            folds, forms = _write(traced, runtime, careful=careful)
+            facts = adapter.norm_facts(model)
+            for name, form in forms.items():
+                facts.setdefault(name.partition("#")[0], {})["form"] = form
+            stored = {"framework": framework_of(model), "norms": facts, "sites": traced.sites, **(metadata or {})}
+            _clean(traced.model, stored, opset)
+            if half:
+                to_half(traced.model, forms)
+            _save(traced.model, temporary)
+            verdict = verify(model, temporary) if check else None
+            if verdict is None or verdict or not forms:
+                break
+            notes.append(
+                f"written again with every norm centred: as fast as can be, it was off by {verdict.max_rel:.1e}"
+            )
         if verdict is not None and not verdict:
             raise VerificationError(verdict.explain(str(path)))
-        size = temporary.stat().st_size
-    folded, kept = _norm_report(traced, folds, adapter.norm_facts(model))
-    notes = ["the model was in training mode: exported in inference mode"] if _training(model) else []
+        if verdict is not None:
+            _record(temporary, {"passed": True, "checks": len(verdict.checks), "tolerance": TOLERANCE})
+        size = sum(file.stat().st_size for file in temporary.parent.iterdir())
+    folded, kept = _norm_report(traced, folds, forms)
     return ExportReport(path, folded, kept, sum(1 for _ in traced.model.graph), size, verdict, notes)
 
 
@@ -98,43 +134,89 @@ def adapter_of(model: Any) -> ModuleType:
 
 
 def example_arrays(adapter: ModuleType, model: Any, example: Any) -> list[Array]:
-    """Return example inputs as NumPy arrays of at least two samples; zeros of the model's own shapes if none."""
+    """Return example inputs as NumPy arrays of at least two samples; noise of the model's own shapes if none."""
     if example is None:
         shapes: Sequence[tuple[int, ...]] | None = adapter.input_shapes(model)
         if shapes is None or any(size is None for shape in shapes for size in shape):
             raise InputError(f"expected an example input (--input-shape) to export, received example={example}")
-        return [np.zeros((2, *shape), np.float32) for shape in shapes]
+        rng = np.random.default_rng(0)
+        return [rng.standard_normal((2, *shape), np.float32) for shape in shapes]
     parts = example if isinstance(example, tuple | list) else (example,)
     return [np.ascontiguousarray(part.detach().cpu() if hasattr(part, "detach") else part) for part in parts]
 
 
-def _finish(traced: Traced, opset: int, model: Any, adapter: ModuleType, metadata: Mapping[str, Any]) -> list[Fold]:
-    """Simplify, fold, clean and label the graph in place; return what became of each BatchNormalization."""
-    graph = traced.model.graph
-    _simplify(traced.model)
-    _name_sites(traced)
-    folds = fold_batch_norms(traced.model)
-    _simplify(traced.model)
-    alive = {value.name for node in graph for value in node.outputs}
-    traced.sites = {site: value for site, value in traced.sites.items() if value in alive}
+@contextmanager
+def _pruned(adapter: ModuleType, model: Any, arrays: list[Array], threshold: float, notes: list[str]) -> Iterator[None]:
+    """Close the gates below ``threshold`` for the time being; note which, and what it does to the output."""
+    if threshold == 0:
+        yield
+        return
+    before, _ = adapter.run(model, arrays)
+    with adapter.prune(model, threshold) as dropped:
+        after, _ = adapter.run(model, arrays)
+        moved = max(float(np.abs(after[k] - before[k]).max() / max(np.abs(before[k]).max(), 1e-30)) for k in before)
+        for gates in sorted({tuple(gates) for gates in dropped.values()}):
+            names = ", ".join(name for name, own in dropped.items() if tuple(own) == gates)
+            notes.append(f"left out the {', '.join(gates)} gates of {names}")
+        notes.append(f"{len(dropped)} norms pruned: the output on the example moves by {moved:.1e} of its scale")
+        yield
 
+
+def _write(traced: Traced, runtime: Runtime, *, careful: bool) -> tuple[list[Fold], dict[str, Form]]:
+    """Write the norms in place and fold those of constant statistics; return what became of each."""
+    model = traced.model
+    forms: dict[str, Form] = {}
+
+    def write(constant: bool) -> None:
+        for node, norm in traced.norms.items():
+            if node.graph is not None and (choose(norm) == "batch") == constant:
+                forms[norm.name] = write_norm(model, node, norm, runtime=runtime, careful=careful)
+
+    write(constant=True)
+    _simplify(model)
+    _name_sites(traced)
+    folds = fold_batch_norms(model)
+    write(constant=False)
+    _simplify(model)
+    for domain in set(model.opset_imports) - {node.domain for node in model.graph}:
+        del model.opset_imports[domain]
+    alive = {value.name for node in model.graph for value in node.outputs}
+    traced.sites = {site: value for site, value in traced.sites.items() if value in alive}
+    return folds, {name: form for name, form in forms.items() if form != "batch"}
+
+
+def _clean(model: ir.Model, stored: Mapping[str, Any], opset: int) -> None:
+    """Take out of the file what tells of its making, put in what its user wants to know, and set its versions."""
     for attribute in ("doc_string", "producer_name", "producer_version", "domain"):
-        setattr(traced.model, attribute, None)
-    traced.model.metadata_props.clear()
-    graph.metadata_props.clear()
-    passes.ClearMetadataAndDocStringPass()(traced.model)
-    graph.name = "model"
-    traced.model.producer_name, traced.model.producer_version = "normswap", __version__
-    traced.model.ir_version = LOWEST_IR[opset]
-    facts = {
-        "framework": framework_of(model),
-        "norms": adapter.norm_facts(model),
-        "sites": traced.sites,
-        **metadata,
-    }
-    for key, value in sorted(facts.items()):
-        traced.model.metadata_props[f"normswap.{key}"] = json.dumps(value, separators=(",", ":"))
-    return folds
+        setattr(model, attribute, None)
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    passes.ClearMetadataAndDocStringPass()(model)
+    model.graph.name = "model"
+    model.producer_name, model.producer_version = "normswap", __version__
+    model.ir_version = LOWEST_IR[opset]
+    for key, value in sorted(stored.items()):
+        model.metadata_props[f"normswap.{key}"] = json.dumps(value, separators=(",", ":"))
+    if model.opset_imports[""] > opset:  # torch writes no older operator set than 18
+        version_converter.convert_version(model, opset, fallback=True)
+        for node in model.graph.all_nodes():
+            node.attributes.pop("noop_with_empty_axes", None)  # which the converter leaves and 17 does not know
+
+
+def _save(model: ir.Model, path: Path) -> None:
+    """Write the file, and its weights beside it where they are too many for one."""
+    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    if weights > ONE_FILE:
+        ir.save(model, path, external_data=f"{path.name}.data")
+    else:
+        path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+
+
+def _record(path: Path, verdict: Mapping[str, Any]) -> None:
+    """Append the verdict to the file's metadata: to a serialized message, more of it may be added at its end."""
+    entry = onnx.StringStringEntryProto(key="normswap.verdict", value=json.dumps(verdict, separators=(",", ":")))
+    with path.open("ab") as file:
+        file.write(onnx.ModelProto(metadata_props=[entry]).SerializeToString())
 
 
 def _simplify(model: ir.Model) -> None:
@@ -163,7 +245,7 @@ def _name_sites(traced: Traced) -> None:
 
 
 def _norm_report(
-    traced: Traced, folds: Sequence[Fold], facts: Mapping[str, Mapping[str, Any]]
+    traced: Traced, folds: Sequence[Fold], forms: Mapping[str, Form]
 ) -> tuple[dict[str, str], dict[str, str]]:
     by_value = {value: site for site, value in traced.sites.items()}
     folded, kept = {}, {}
@@ -173,11 +255,4 @@ def _norm_report(
             folded[site] = fold.into
         else:
             kept[site] = fold.reason
-    for site in facts:
-        if site not in folded and site not in kept and site in traced.sites:
-            kept[site] = "its statistics are taken from each sample"
-    return folded, kept
-
-
-def _training(model: Any) -> bool:
-    return framework_of(model) == "torch" and bool(model.training)
+    return folded, kept | {name: f"its statistics are taken from each sample ({form})" for name, form in forms.items()}

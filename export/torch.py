@@ -4,43 +4,50 @@ import copy
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..convert.targets import BatchRenorm
 from ..errors import UnsupportedError
-from ..layers.torch.switch_norm import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d
+from ..layers.torch.switch_norm import CLOSED
 from ..patchers.torch import MARK, inference
+from .norms import STATISTICS
+from .torch_norms import SWITCH, StandIns
 from .traced import Traced
 
 Array = NDArray[Any]
 
 
-def trace(model: nn.Module, arrays: Sequence[Array], *, opset: int) -> Traced:
+def trace(model: nn.Module, arrays: Sequence[Array], *, opset: int, dynamic: bool = False) -> Traced:
     """Return ``model`` in eval mode as an ONNX graph; ``arrays`` are example inputs with the batch first.
 
-    The model itself is left alone: one-hot Switchable Normalizations are collapsed to BatchNorm on a copy.
-    Raises `UnsupportedError` if torch cannot export it.
+    The batch is left open, with ``dynamic`` every dimension behind the channels too.
+
+    The model itself is left alone. Raises `UnsupportedError` if torch cannot export it.
     """
-    with _quiet():
+    with quiet():
         copied = copy.deepcopy(model).cpu().eval().requires_grad_(False)
-    collapse(copied)
-    probe = _Probe(copied)
+    stand_ins = StandIns(copied)
+    probe = _Probe(copied, before=stand_ins.calls.clear)
     probe.eval()
     example = tuple(torch.from_numpy(_at_least_two(array)) for array in arrays)
-    probe(*example)  # for the names: what a module notes while it is traced is put back
-    dynamic = (tuple({0: torch.export.Dim("batch")} for _ in example),)
+    with stand_ins.watching():
+        probe(*example)  # for the names: what a module notes while it is traced is put back
+    stand_ins.put()
+    sizes = {rank: _open_sizes(rank) if dynamic else {} for rank in {tensor.dim() for tensor in example}}
+    shapes = tuple({0: torch.export.Dim("batch"), **sizes[tensor.dim()]} for tensor in example)
     try:
-        with _quiet():
+        with quiet():
             program = torch.onnx.export(
                 probe, example, dynamo=True, opset_version=opset, optimize=False, verbose=False,
-                dynamic_shapes=dynamic,
+                dynamic_shapes=(shapes,),
             )  # fmt: skip
     except Exception as error:
         reason = str(error).strip().splitlines()
@@ -60,8 +67,8 @@ def trace(model: nn.Module, arrays: Sequence[Array], *, opset: int) -> Traced:
         value.name = name
     while len(graph.outputs) > split:
         graph.outputs.pop()
-    sites = {name: str(value.name) for name, value in zip(probe.site_names, outputs[split:], strict=True)}
-    return Traced(program.model, sites)
+    sites = {name: _copied(value) for name, value in zip(probe.site_names, outputs[split:], strict=True)}
+    return Traced(program.model, sites, dict(zip(stand_ins.marks(graph), stand_ins.calls, strict=True)))
 
 
 def run(model: nn.Module, arrays: Sequence[Array]) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -77,26 +84,8 @@ def run(model: nn.Module, arrays: Sequence[Array]) -> tuple[dict[str, Array], di
 
 def in_double(model: nn.Module) -> nn.Module:
     """Return a copy of ``model`` that computes in float64."""
-    with _quiet():
+    with quiet():
         return copy.deepcopy(model).double()
-
-
-def collapse(model: nn.Module) -> None:
-    """Turn each Switchable Normalization whose gates are one-hot on the batch statistics into a BatchNorm."""
-    classes: dict[type, type[nn.Module]] = {
-        SwitchNorm1d: nn.BatchNorm1d,
-        SwitchNorm2d: nn.BatchNorm2d,
-        SwitchNorm3d: nn.BatchNorm3d,
-    }
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if isinstance(child, SwitchNorm1d | SwitchNorm2d | SwitchNorm3d) and _is_batch_norm(child):
-                replacement = classes[type(child)](child.num_features, eps=child.eps).eval()
-                for part in ("weight", "bias", "running_mean", "running_var"):
-                    setattr(replacement, part, getattr(child, part))
-                added = {key: value for key, value in vars(child).items() if key == "_modules" or "_hooks" in key}
-                vars(replacement).update(added)  # such as the activation that a fused BatchNorm came with
-                parent._modules[name] = replacement
 
 
 def input_names(model: nn.Module, count: int) -> list[str]:
@@ -125,6 +114,11 @@ def dtype_problem(model: nn.Module) -> str | None:
     return None
 
 
+def notes(model: nn.Module) -> list[str]:
+    """Return what is to be known of a file made from ``model``."""
+    return ["the model was in training mode: exported in inference mode"] if model.training else []
+
+
 def norm_facts(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Return kind, eps, groups and gates of each replaced layer, by name."""
     facts: dict[str, dict[str, Any]] = {}
@@ -139,12 +133,38 @@ def norm_facts(model: nn.Module) -> dict[str, dict[str, Any]]:
     return facts
 
 
+@contextmanager
+def prune(model: nn.Module, threshold: float) -> Iterator[dict[str, list[str]]]:
+    """Close every gate below ``threshold`` of the Switchable Normalizations while the context is open.
+
+    The context is a dictionary of the gates closed, by layer. The others keep their shares of each other.
+    """
+    before: list[tuple[Tensor, Tensor]] = []
+    dropped: dict[str, list[str]] = {}
+    try:
+        for name, module in model.named_modules():
+            if isinstance(module, SWITCH):
+                logits = module.mean_weight.detach(), module.var_weight.detach()
+                for kind, weight, gates in zip(("mean", "variance"), logits, module.gates(), strict=True):
+                    below = (gates < threshold) & (gates > 0)
+                    if below.any():
+                        before.append((weight, weight.clone()))
+                        weight[below] = weight.max() + CLOSED * module.temperature
+                        shut = (STATISTICS[index] for index in below.nonzero().flatten().tolist())
+                        dropped.setdefault(name, []).extend(f"{kind} {statistic}" for statistic in shut)
+        yield dropped
+    finally:
+        for weight, old in before:
+            weight.copy_(old)
+
+
 class _Probe(nn.Module):
     """A model that also returns what each of its layers with weights computed."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, before: Callable[[], None] | None = None) -> None:
         super().__init__()
         self.model = model
+        self._before = before
         self.output_names: list[str] = []
         self.site_names: list[str] = []
         self._layers = {
@@ -156,11 +176,13 @@ class _Probe(nn.Module):
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         """Return the model's outputs and then the layers' in call order."""
         seen: list[tuple[str, Tensor]] = []
+        if self._before is not None:
+            self._before()
 
         def note(name: str) -> Any:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
-                if torch.is_tensor(output):  # which an activation in place would change; a trace tells them apart
-                    seen.append((name, output if torch.compiler.is_exporting() else output.clone()))
+                if torch.is_tensor(output):  # which an activation in place would change
+                    seen.append((name, output.clone()))
 
             return hook
 
@@ -180,6 +202,21 @@ class _Probe(nn.Module):
         return [*outputs.values(), *(output for _, output in seen)]
 
 
+def _open_sizes(rank: int) -> dict[int, Any]:
+    """Return a name for each dimension behind the channels."""
+    names = ("height", "width") if rank == 4 else [f"size_{axis}" for axis in range(2, rank)]
+    return {axis: torch.export.Dim(name) for axis, name in enumerate(names, 2)}
+
+
+def _copied(value: ir.Value) -> str:
+    """Return the name of the value that ``value`` is a copy of."""
+    node = value.producer()
+    while node is not None and node.op_type == "Identity" and node.inputs[0] is not None:
+        value = node.inputs[0]
+        node = value.producer()
+    return str(value.name)
+
+
 def _flatten(output: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(output, Tensor):
         yield prefix or "output", output
@@ -189,13 +226,6 @@ def _flatten(output: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
     elif isinstance(output, list | tuple):
         for index, value in enumerate(output):
             yield from _flatten(value, f"{prefix or 'output'}_{index}")
-
-
-def _is_batch_norm(module: nn.Module) -> bool:
-    if getattr(module, "batch_statistics", "none") == "none":
-        return False
-    gates = module.gates()  # type: ignore[operator]
-    return all(gate.detach().tolist() == [0, 0, 1] for gate in gates)
 
 
 def _rounded(gates: Tensor) -> list[float]:
@@ -208,7 +238,7 @@ def _at_least_two(array: Array) -> Array:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence what torch says of its own internals while copying and exporting."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level

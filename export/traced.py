@@ -1,8 +1,10 @@
 """What a framework's tracer hands to the shared half of the exporter."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
+
+from .norms import Norm
 
 
 @dataclass
@@ -11,8 +13,10 @@ class Traced:
 
     ``model``'s graph inputs and outputs are the model's own, with its names and in its order, the batch dimension
     symbolic ("batch"). ``sites`` maps each layer that has weights, in call order, to the name of the graph value
-    it returns; the second call of a shared layer is ``"name#2"``.
+    it returns; the second call of a shared layer is ``"name#2"``. ``norms`` are nodes of one input and one output, in
+    whose place the operators of a norm are to be written.
     """
 
     model: ir.Model
     sites: dict[str, str]
+    norms: dict[ir.Node, Norm] = field(default_factory=dict)

@@ -17,32 +17,34 @@ def require_absent(path: Path, *, overwrite: bool) -> None:
 
 @contextmanager
 def staged(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` for a file or folder, and move it there if the body succeeds.
+    """Yield a temporary path for a file or folder, and move it to ``path`` if the body succeeds.
 
-    The content is flushed to disk before the move. If the body fails, nothing is left and what stood at ``path``
-    before is untouched.
+    What else the body writes into the temporary path's folder moves beside ``path`` too, before it. The content is
+    flushed to disk before the move. If the body fails, nothing is left and what stood at ``path`` before is untouched.
 
     Raises `OutputExistsError` if ``path`` exists and may not be overwritten.
     """
     require_absent(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    folder = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     retired = path.with_name(f".{path.name}.old-{os.getpid()}")
-    _remove(temporary)
+    _remove(folder)
+    folder.mkdir()
     try:
-        yield temporary
-        for file in [temporary, *temporary.rglob("*")]:
+        yield folder / path.name
+        for file in folder.rglob("*"):
             _flush(file)
         if path.is_dir():  # a folder cannot be replaced in one step
             os.replace(path, retired)
-        os.replace(temporary, path)
+        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == path.name):
+            os.replace(entry, path.with_name(entry.name))
         _flush(path.parent)
     except BaseException:
         if retired.exists() and not path.exists():
             os.replace(retired, path)
         raise
     finally:
-        _remove(temporary)
+        _remove(folder)
         _remove(retired)
 
 

@@ -4,7 +4,10 @@ Test names end in the number of the hard case they settle (of 38).
 """
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -28,6 +31,16 @@ def export(model, path, example, target="bn", **options):
     if target != "bn":
         normswap.patch(model, target, example=example)
     return normswap.to_onnx(model, path, example=example, **options)
+
+
+class ChannelsLast(nn.Linear):
+    """A linear layer on a sequence (N, L, 4) whose output is (N, 6, L), as a BatchNorm1d takes it."""
+
+    def __init__(self, bias):
+        super().__init__(4, 6, bias=bias)
+
+    def forward(self, x):
+        return super().forward(x).transpose(1, 2)
 
 
 def operators(path):
@@ -61,24 +74,39 @@ class TestFile:
         assert "GroupNormalization" not in operators(tmp_path / "m.onnx")
         assert b"/site-packages" not in (tmp_path / "m.onnx").read_bytes()
 
-    def test_two_exports_are_byte_identical_34(self, model, images, tmp_path):
-        """The same model gives the same bytes."""
-        export(model, tmp_path / "a.onnx", images, "sn")
-        normswap.to_onnx(model, tmp_path / "b.onnx", example=images)
+    def test_two_exports_are_byte_identical_34(self, tmp_path):
+        """The same model gives the same bytes in another process, whatever its hash seed, and no path is in them."""
+        code = (
+            "import sys, torch, normswap\nfrom torch import nn\ntorch.manual_seed(0)\n"
+            "model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4)).eval()\n"
+            "x = torch.randn(2, 3, 8, 8)\nnormswap.patch(model, 'sn', example=x, exclude=['3'])\n"
+            "normswap.to_onnx(model, sys.argv[1], example=x)\n"
+        )
+        script = tmp_path / "export.py"
+        script.write_text(code)
+        for seed in "12":
+            command = [sys.executable, str(script), str(tmp_path / f"{seed}.onnx")]
+            subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": seed})
 
-        assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+        written = [(tmp_path / f"{seed}.onnx").read_bytes() for seed in "12"]
+        assert written[0] == written[1]
+        assert str(tmp_path).encode() not in written[0]
+        assert b"stack_trace" not in written[0]
 
-    @pytest.mark.parametrize(("opset", "ir"), [(18, 8), (19, 9)])
-    def test_other_opsets_35(self, model, images, tmp_path, opset, ir):
-        """An older opset gets the lowest IR that is legal for it."""
-        export(model, tmp_path / "m.onnx", images, "gn", opset=opset)
+    @pytest.mark.parametrize("target", ["sn", "gn"])
+    @pytest.mark.parametrize(("opset", "ir"), [(17, 8), (18, 8), (19, 9), (21, 10), (22, 10), (23, 11), (24, 12)])
+    def test_other_opsets_35(self, model, images, tmp_path, opset, ir, target):
+        """Another opset gets the lowest IR that is legal for it, and the norms keep their forms."""
+        report = export(model, tmp_path / "m.onnx", images, target, opset=opset)
         proto = onnx.load(tmp_path / "m.onnx")
 
-        assert (proto.opset_import[0].version, proto.ir_version) == (opset, ir)
+        assert report.verdict
+        assert ([(o.domain, o.version) for o in proto.opset_import], proto.ir_version) == ([("", opset)], ir)
+        assert "GroupNormalization" not in operators(tmp_path / "m.onnx")
 
     def test_an_unsupported_opset(self, model, images, tmp_path):
         """An opset out of range is refused before anything is written."""
-        with pytest.raises(UnsupportedError, match="^expected an opset from 17 to 20, received opset=7$"):
+        with pytest.raises(UnsupportedError, match="^expected an opset from 17 to 24, received opset=7$"):
             export(model, tmp_path / "m.onnx", images, opset=7)
         assert list(tmp_path.iterdir()) == []
 
@@ -94,9 +122,10 @@ class TestFile:
         report = export(model, tmp_path / "m.onnx", images, GroupNorm(groups=2), metadata={"task": "digits"})
         stored = {p.key: json.loads(p.value) for p in onnx.load(tmp_path / "m.onnx").metadata_props}
 
-        assert stored["normswap.norms"]["bn"] == {"kind": "gn", "eps": 1e-3, "groups": 2}
+        assert stored["normswap.norms"]["bn"] == {"kind": "gn", "eps": 1e-3, "groups": 2, "form": "instance"}
         assert stored["normswap.task"] == "digits"
-        assert report.kept == dict.fromkeys(["stem.1", "bn"], "its statistics are taken from each sample")
+        assert stored["normswap.verdict"] == {"passed": True, "checks": len(report.verdict.checks), "tolerance": 1e-5}
+        assert report.kept == dict.fromkeys(["stem.1", "bn"], "its statistics are taken from each sample (instance)")
         assert report.nodes == len(operators(tmp_path / "m.onnx"))
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -235,6 +264,8 @@ class TestFold:
             (lambda: nn.Conv3d(4, 6, 3), lambda: nn.BatchNorm3d(6), (4, 5, 5, 5)),
             (lambda: nn.Linear(4, 6), lambda: nn.BatchNorm1d(6), (4,)),
             (lambda: nn.Linear(4, 6, bias=False), lambda: nn.BatchNorm1d(6, bias=False), (4,)),
+            (lambda: ChannelsLast(True), lambda: nn.BatchNorm1d(6), (5, 4)),
+            (lambda: ChannelsLast(False), lambda: nn.BatchNorm1d(6), (5, 4)),
         ],
     )
     def test_every_linear_layer_5_6(self, tmp_path, linear, norm, shape):
@@ -256,6 +287,10 @@ class TestFold:
             (
                 lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4)),
                 "it follows Relu, not a linear layer",
+            ),
+            (
+                lambda: nn.Sequential(nn.Flatten(2), nn.Linear(144, 6), nn.BatchNorm1d(3)),
+                "it follows Add, not a linear layer",
             ),
         ],
     )

@@ -1,0 +1,260 @@
+"""How a norm is written in ONNX: few operators, each named after its layer and its part in the formula.
+
+Which form is taken is measured (docs/export.md). With one value of each map read at a time, the cost is the number of
+passes over the data: BatchNormalization 1, the forms below 2.7 to 4.
+
+- ``batch``: statistics are constant, one BatchNormalization, which `fold` then takes away;
+- ``instance``: a group's statistics alone, the InstanceNormalization pattern, γ and β as a BatchNormalization;
+- ``moments``: E[x] and E[x²] of each map, all else on arrays (N, C), then one Mul and one Add;
+- ``centred``: the same with x - E[x] in place of x, for maps whose mean is far above their deviation.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+from .norms import BATCH, LAYER, SAFE, Norm
+
+Form = Literal["batch", "instance", "moments", "centred"]
+Runtime = Literal["portable", "ort"]
+RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
+
+LONG_SUM = 4096
+"""Largest group for InstanceNormalization, whose sums go value by value: of 65,536 ReLUs' outputs it is off by 2e-5."""
+
+PRODUCT = 512
+"""Smallest map whose squares are summed as a product with itself: below it, Mul and ReduceMean are faster."""
+
+
+def write_norm(model: ir.Model, node: ir.Node, norm: Norm, *, runtime: Runtime, careful: bool = False) -> Form:
+    """Put the operators of ``norm`` in the place of ``node``, its one input x (N, C, ...), and return their form."""
+    form = choose(norm, careful=careful)
+    writer = _Writer(model, norm.reduced(), runtime)
+    x, old = node.inputs[0], node.outputs[0]
+    assert x is not None
+    if form == "batch":
+        new = writer.batch(x)
+    elif form == "instance":
+        new = writer.instance(x)
+    else:
+        new = writer.moments(x, centred=form == "centred")
+    new.shape, new.type = old.shape, old.type
+    model.graph.insert_before(node, writer.tape.nodes)
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    model.graph.remove(node, safe=True)
+    new.name = old.name
+    return form
+
+
+def choose(norm: Norm, *, careful: bool = False) -> Form:
+    """Return the fastest form that is safe for a norm, or if ``careful`` the most exact one."""
+    norm = norm.reduced()
+    if norm.gates == (BATCH, BATCH):
+        return "batch"
+    size = None if norm.values is None else norm.values * norm.channels // norm.groups
+    if careful and norm.spatial:
+        return "centred"
+    if norm.gates == (LAYER, LAYER) and size is not None and size <= LONG_SUM and (norm.seen or 0) <= SAFE:
+        return "instance"
+    return "moments" if norm.amplification() <= SAFE or not norm.spatial else "centred"
+
+
+@dataclass
+class _Writer:
+    """Builds the nodes that compute one norm."""
+
+    model: ir.Model
+    norm: Norm
+    runtime: Runtime
+    tape: Tape = field(default_factory=Tape)
+
+    def constant(self, part: str, array: Any) -> ir.Value:
+        """Return a new initializer, named after the layer and ``part``."""
+        name = f"{self.norm.name}/{part}"
+        value = ir.val(name, const_value=ir.tensor(np.ascontiguousarray(array), name=name))
+        self.model.graph.register_initializer(value)
+        return value
+
+    def op(self, part: str, op_type: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+        """Append an operator, named after the layer and ``part``, and return its output."""
+        value = self.tape.op(op_type, inputs, attributes, name=f"{self.norm.name}/{part}")
+        value.name = f"{self.norm.name}/{part}"
+        return value
+
+    def mean(self, part: str, x: ir.Value, axes: Sequence[int]) -> ir.Value:
+        """Append a mean over ``axes``, which stay with size 1."""
+        if self.model.opset_imports[""] < 18:
+            return self.op(part, "ReduceMean", x, axes=list(axes))
+        return self.op(part, "ReduceMean", x, self.constant(f"{part}_axes", np.array(axes, np.int64)))
+
+    def reshape(self, part: str, x: ir.Value, shape: Sequence[int]) -> ir.Value:
+        """Append a Reshape; 0 keeps a size."""
+        return self.op(part, "Reshape", x, self.constant(f"{part}_shape", np.array(shape, np.int64)))
+
+    def batch(self, x: ir.Value) -> ir.Value:
+        """Write the running statistics as a BatchNormalization."""
+        norm = self.norm
+        assert norm.mean is not None
+        assert norm.var is not None
+        parts = {"gamma": norm.gamma, "beta": norm.beta, "mean": norm.mean, "var": norm.var}
+        constants = [self.constant(part, _float32(array)) for part, array in parts.items()]
+        return self.op("batch_norm", "BatchNormalization", x, *constants, epsilon=norm.eps)
+
+    def instance(self, x: ir.Value) -> ir.Value:
+        """Write the statistics of each group as InstanceNormalization, γ and β as a BatchNormalization."""
+        norm, groups = self.norm, self.norm.groups
+        one, zero = (
+            self.constant("one", np.ones(groups, np.float32)),
+            self.constant("zero", np.zeros(groups, np.float32)),
+        )
+        grouped = self.reshape("grouped", x, [0, groups, (norm.values or 0) * norm.channels // groups or -1])
+        normalized = self.op("normalized", "InstanceNormalization", grouped, one, zero, epsilon=norm.eps)
+        restored = self.restored(normalized, x)
+        plain = np.zeros(norm.channels), np.ones(norm.channels)
+        parts = zip(("gamma", "beta", "mean", "var"), (norm.gamma, norm.beta, *plain), strict=True)
+        constants = [self.constant(part, _float32(array)) for part, array in parts]
+        return self.op("affine", "BatchNormalization", restored, *constants, epsilon=0.0)
+
+    def moments(self, x: ir.Value, *, centred: bool) -> ir.Value:
+        """Write the norm by the moments of each map, or of each map less its mean if ``centred``."""
+        norm = self.norm
+        rows = self.reshape("rows", x, [0, norm.channels, 1, norm.values or -1]) if norm.spatial else x
+        mean = self.mean("mean", rows, [3]) if norm.spatial else x
+        base = self.op("centred", "Sub", rows, mean) if centred else rows
+        sampled = bool(norm.spatial) and norm.gates[1] != BATCH
+        squares = self.laid_out("squares", self.squares(base)) if sampled else None
+        mean = self.laid_out("mean", mean)
+        layer_mean = self.mean("layer_mean", mean, [self.axis]) if norm.gates[0][1] or norm.gates[1][1] else None
+        mixed_mean = self.mixed_mean(mean, layer_mean)
+        mixed_var = self.mixed_var(mean, layer_mean, squares, centred=centred)
+        if centred:
+            mixed_mean = self.op("offset", "Sub", mixed_mean, mean)
+        if self.runtime == "ort" and norm.spatial and norm.values is not None:
+            y = self.as_batch_norm(base, mean, mixed_mean, mixed_var)
+            return self.reshape("restored", y, [-1, norm.channels, *norm.sizes])
+        scale = self.op("scale", "Div", self.each("gamma", norm.gamma), self.op("deviation", "Sqrt", mixed_var))
+        moved = self.op("moved", "Mul", mixed_mean, scale)
+        shift = self.op("shift", "Sub", self.each("beta", norm.beta), moved)
+        if self.grouped:
+            scale, shift = (
+                self.reshape(f"{part}_of_maps", value, [0, norm.channels, *[1] * (2 if norm.spatial else 0)])
+                for part, value in (("scale", scale), ("shift", shift))
+            )
+        if len(norm.spatial) == 2 and not centred:  # not the rows: where x is needed as it is, they were a copy
+            base = x
+        y = self.op("shifted", "Add", self.op("scaled", "Mul", base, scale), shift)
+        return y if base is x else self.restored(y, x)
+
+    def as_batch_norm(self, base: ir.Value, each: ir.Value, mean: ir.Value, var: ir.Value) -> ir.Value:
+        """Return (base - mean) γ/√var + β as one BatchNormalization of N·C channels; ``each`` is (N, C, 1, 1)."""
+        norm = self.norm
+        shape = self.op("shape_of_moments", "Shape", each)
+        full = {"gamma": self.each("gamma", norm.gamma), "beta": self.each("beta", norm.beta), "mean": mean, "var": var}
+        flat = [
+            self.reshape(f"{part}_of_maps", self.op(f"{part}_of_each", "Expand", value, shape), [-1])
+            for part, value in full.items()
+        ]
+        maps = self.reshape("maps", base, [1, -1, norm.values or 0])
+        return self.op("affine", "BatchNormalization", maps, *flat, epsilon=0.0)
+
+    def mixed_mean(self, mean: ir.Value, layer_mean: ir.Value | None) -> ir.Value:
+        """Return Σ w μ over the statistics, in the layout of ``mean``."""
+        norm = self.norm
+        instance, layer, batch = norm.gates[0]
+        terms = [*self.gated("mean_of_instance", instance, mean), *self.gated("mean_of_layer", layer, layer_mean)]
+        if batch:
+            assert norm.mean is not None
+            terms.append(self.each("mean_of_batch", batch * norm.mean))
+        return self.total("mixed_mean", terms)
+
+    def mixed_var(
+        self, mean: ir.Value, layer_mean: ir.Value | None, squares: ir.Value | None, *, centred: bool
+    ) -> ir.Value:
+        """Return Σ w′ σ² + ε over the statistics, in the layout of ``mean``.
+
+        ``squares`` are E[x²] of each map, or its variance if ``centred``; None where a map is one value.
+        """
+        norm = self.norm
+        instance, layer, batch = norm.gates[1]
+        terms: list[ir.Value] = []
+        raw = squares is not None and not centred
+        if instance:
+            assert squares is not None
+            var = self.op("var", "Sub", squares, self.op("mean_squared", "Mul", mean, mean)) if raw else squares
+            terms += self.gated("var_of_instance", instance, var)
+        if layer:
+            assert layer_mean is not None
+            if raw:
+                assert squares is not None
+                whole = self.mean("layer_squares", squares, [self.axis])
+                layer_var = self.op("layer_var", "Sub", whole, self.op("layer_squared", "Mul", layer_mean, layer_mean))
+            else:
+                between = self.op("between", "Sub", mean, layer_mean)
+                spread = self.op("spread", "Mul", between, between)
+                layer_var = self.mean(
+                    "layer_var", spread if squares is None else self.op("within", "Add", squares, spread), [self.axis]
+                )
+            terms += self.gated("var_of_layer", layer, layer_var)
+        if raw and terms:  # of a constant map, rounding may leave less than 0
+            terms = [self.op("clamped", "Relu", self.total("sample_var", terms))]
+        eps = self.constant("eps", np.float32(norm.eps))
+        terms.append(eps if norm.var is None or not batch else self.each("var_of_batch", batch * norm.var + norm.eps))
+        return self.total("mixed_var", terms)
+
+    def gated(self, part: str, gate: float, value: ir.Value | None) -> list[ir.Value]:
+        """Return ``value`` times its gate, or nothing where the gate is closed."""
+        if value is None or gate == 0:
+            return []
+        return [value if gate == 1 else self.op(part, "Mul", value, self.constant(f"{part}_gate", np.float32(gate)))]
+
+    def total(self, part: str, terms: Sequence[ir.Value]) -> ir.Value:
+        """Return the sum of ``terms``; the operator Sum is slower than one Add for each."""
+        total = terms[0]
+        for number, term in enumerate(terms[1:], 2):
+            total = self.op(part if number == len(terms) else f"{part}_of_{number}", "Add", total, term)
+        return total
+
+    def squares(self, rows: ir.Value) -> ir.Value:
+        """Return the mean square (N, C, 1, 1) of rows (N, C, 1, L)."""
+        norm = self.norm
+        if norm.values is None or norm.values < PRODUCT:
+            return self.mean("squares", self.op("squared", "Mul", rows, rows), [3])
+        column = self.op("column", "Transpose", rows, perm=[0, 1, 3, 2])
+        product = self.op("product", "MatMul", rows, column)
+        # A vector, since onnxruntime moves a scalar factor into the product, and then takes a slower way.
+        share = np.full((1, norm.channels, 1, 1), 1 / norm.values, np.float32)
+        return self.op("squares", "Mul", product, self.constant("one_over_values", share))
+
+    @property
+    def grouped(self) -> bool:
+        """Whether moments are laid out (N, groups, channels of a group), not (N, C, 1, 1)."""
+        return self.norm.groups > 1
+
+    @property
+    def axis(self) -> int:
+        """The axis of a group's channels in that layout."""
+        return 2 if self.grouped else 1
+
+    def laid_out(self, part: str, moment: ir.Value) -> ir.Value:
+        """Return a moment of each map in the layout of small arrays."""
+        return self.reshape(f"{part}_of_groups", moment, [0, self.norm.groups, -1]) if self.grouped else moment
+
+    def each(self, part: str, array: Any) -> ir.Value:
+        """Return a constant per channel in that layout."""
+        norm = self.norm
+        shape = (1, norm.groups, -1) if self.grouped else (1, norm.channels, *[1] * (2 if norm.spatial else 0))
+        return self.constant(part, _float32(array).reshape(shape))
+
+    def restored(self, y: ir.Value, x: ir.Value) -> ir.Value:
+        """Return ``y`` in the shape of ``x``."""
+        if None in self.norm.spatial:
+            return self.op("restored", "Reshape", y, self.op("shape", "Shape", x))
+        return self.reshape("restored", y, [0, self.norm.channels, *self.norm.sizes])
+
+
+def _float32(array: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.asarray(array, np.float32)

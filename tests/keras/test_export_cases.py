@@ -1,0 +1,195 @@
+"""The hard cases of exporting a Keras model, from the model to its proven file."""
+
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from normswap.convert.targets import BatchRenorm, GroupNorm, SwitchNorm
+from normswap.errors import UnsupportedError
+from normswap.export.onnx import to_onnx
+from normswap.patchers.keras import patch
+
+from .exporting import count, exported, names, settled, small_net
+
+pytestmark = pytest.mark.keras
+
+
+@pytest.fixture
+def path(tmp_path):
+    """Where the file is written."""
+    return tmp_path / "model.onnx"
+
+
+def image_model(body, shape=(8, 8, 4)):
+    image = keras.Input(shape, name="image")
+    return settled(keras.Model(image, body(image)))
+
+
+def folded(model, path):
+    return to_onnx(model, path, overwrite=True).folded
+
+
+def test_a_branch_beside_the_norm_2(path):
+    """A convolution that something else reads too keeps its values: the norm is not folded."""
+
+    def body(x):
+        x = layers.Conv2D(4, 3, name="conv")(x)
+        return layers.concatenate([layers.BatchNormalization(name="norm")(x), layers.ReLU()(x)])
+
+    assert count(exported(image_model(body), path), "BatchNormalization") == 1
+
+
+def test_a_convolution_called_twice_3(path):
+    """A shared convolution before two norms is right with both."""
+    shared = layers.Conv2D(4, 1, name="shared")
+
+    def body(x):
+        first, second = (layers.BatchNormalization(name=name)(shared(x * i)) for i, name in enumerate("ab", 1))
+        return layers.add([first, second])
+
+    assert set(folded(image_model(body), path)) == {"a", "b"}
+
+
+def test_a_norm_called_twice_4(path):
+    """A shared norm behind two convolutions is folded into both."""
+    norm = layers.BatchNormalization(name="norm")
+
+    def body(x):
+        return layers.add([norm(layers.Conv2D(4, 1)(x)), norm(layers.Conv2D(4, 1)(x))])
+
+    assert folded(image_model(body), path) == {"norm": "Conv", "norm#2": "Conv"}
+
+
+@pytest.mark.parametrize(
+    ("layer", "into"),
+    [
+        (lambda: layers.Conv2DTranspose(4, 3, strides=2), "ConvTranspose"),
+        (lambda: layers.Conv2D(4, 3, groups=2, use_bias=False), "Conv"),
+        (lambda: layers.DepthwiseConv2D(3, depth_multiplier=2), "Conv"),
+        (lambda: layers.Conv2D(4, 3, use_bias=False), "Conv"),
+        (lambda: layers.SeparableConv2D(4, 3), "Conv"),
+    ],
+)
+@pytest.mark.parametrize("affine", [True, False])
+def test_convolutions_of_every_kind_5(layer, into, affine, path):
+    """A norm, with scale and shift or without, goes into the convolution before it."""
+    model = image_model(lambda x: layers.BatchNormalization(scale=affine, center=affine, name="norm")(layer()(x)))
+
+    assert folded(model, path) == {"norm": into}
+
+
+def test_a_norm_before_a_convolution_7(path):
+    """A norm before a padded convolution, or behind an activation, is not folded: padding would not be shifted."""
+
+    def body(x):
+        x = layers.Conv2D(4, 3, padding="same")(layers.BatchNormalization(name="first")(x))
+        return layers.Conv2D(4, 3, padding="same")(layers.BatchNormalization(name="second")(layers.ReLU()(x)))
+
+    assert folded(image_model(body), path) == {}
+
+
+def test_batch_renormalization_is_a_batch_norm_8(path):
+    """Patched to BRN, a model's file is that of the BatchNorm, but for what it tells of its norms."""
+    model = small_net()
+    before = exported(model, path)
+    patch(model, BatchRenorm())
+    after = exported(model, path)
+
+    assert [node.op_type for node in before.node] == [node.op_type for node in after.node]
+    for one, other in zip(before.initializer, after.initializer, strict=True):
+        assert one.raw_data == other.raw_data
+
+
+@pytest.mark.parametrize("target", [SwitchNorm(), GroupNorm(2), GroupNorm(1)])
+@pytest.mark.parametrize("shape", [(4,), (5, 4), (3, 3, 4), (2, 3, 3, 4), (1, 1, 4)])
+def test_every_rank_12_13(target, shape, path):
+    """Vectors, sequences, images, volumes and maps of one value are proven alike."""
+    model = image_model(lambda x: layers.BatchNormalization(name="norm")(x), shape)
+    patch(model, target)
+
+    assert to_onnx(model, path).verdict
+
+
+@pytest.mark.parametrize("target", [SwitchNorm(), GroupNorm(2)])
+def test_open_height_and_width_21(target, path):
+    """A model that leaves its sizes open has a file that does."""
+    model = small_net(shape=(None, None, 3))
+    patch(model, target)
+    graph = exported(model, path, example=np.zeros((2, 16, 16, 3), np.float32), dynamic_size=True)
+    sizes = [size.dim_param or size.dim_value for size in graph.input[0].type.tensor_type.shape.dim]
+
+    assert sizes == ["batch", "image_dim_1", "image_dim_2", 3]
+
+
+def test_sizes_the_model_fixes_21(path):
+    """Height and width cannot be left open that the model itself fixes."""
+    with pytest.raises(UnsupportedError) as raised:
+        to_onnx(small_net(), path, dynamic_size=True)
+
+    assert not path.exists()
+    assert str(raised.value) == (
+        "expected a model that leaves height and width open, received one with inputs of image=(8, 8, 3); "
+        "build it with None for them"
+    )
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision_25(policy, path):
+    """A model of a mixed policy, whose weights are float32, has a float32 file, says so, and stays as it is."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = small_net()
+        patch(model, SwitchNorm())
+    finally:
+        keras.config.set_dtype_policy(before)
+    report = to_onnx(model, path)
+
+    assert report.verdict
+    assert report.notes == [f"the model's dtype policy is {policy}: the file computes in float32"]
+    assert model.dtype_policy.name == policy
+
+
+@pytest.mark.parametrize("kind", ["functional", "sequential", "nested", "shared", "time_distributed", "custom"])
+@pytest.mark.parametrize("target", [BatchRenorm(), SwitchNorm(), GroupNorm(1)])
+def test_models_of_every_kind_25_26(kind, target, make, path):
+    """However a model is put together, its file has its names and no other input."""
+    model = make(kind)
+    patch(model, target)
+    graph = exported(model, path)
+
+    assert names(graph.input) == [tensor._keras_history.operation.name for tensor in model.inputs]
+    assert [name for node in graph.node for name in node.output if ":" in name] == []
+
+
+def test_two_processes_write_the_same_bytes_34(tmp_path):
+    """Nothing of time, place or process is in a file."""
+    code = (
+        "import sys, normswap; from tests.keras.exporting import small_net; model = small_net(); "
+        "normswap.patch(model, 'sn'); normswap.to_onnx(model, sys.argv[1], check=False)"
+    )
+    paths = [tmp_path / name for name in ("first.onnx", "second.onnx")]
+    for path in paths:
+        subprocess.run([sys.executable, "-c", code, str(path)], check=True, capture_output=True)
+    first, second = (path.read_bytes() for path in paths)
+
+    assert first == second
+    assert str(tmp_path).encode() not in first
+
+
+def test_layer_normalization_stays_36(path):
+    """A LayerNormalization beside patched norms is none of them, and right."""
+
+    def body(x):
+        return layers.LayerNormalization(name="layer")(layers.BatchNormalization(name="batch")(layers.Conv2D(4, 1)(x)))
+
+    model = image_model(body)
+    patch(model, SwitchNorm())
+    report = to_onnx(model, path)
+
+    assert report.verdict
+    assert set(report.kept) == {"batch"}

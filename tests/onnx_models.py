@@ -1,0 +1,40 @@
+"""A small ONNX model, whole or wronged."""
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from normswap.errors import InputError
+from normswap.export.reading import read_model
+
+WEIGHT = np.arange(12, dtype=np.float32).reshape(3, 4)
+
+
+def scores(opset=20, ir_version=9, op="MatMul", domain="", weight=WEIGHT):
+    """A model of one matrix product, (batch, 3) to (batch, 4)."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 4])
+    node = helper.make_node(op, ["x", "w"], ["y"], name="head", domain=domain)
+    graph = helper.make_graph([node], "g", [x], [y], [numpy_helper.from_array(weight, "w")])
+    imports = [helper.make_opsetid("", opset), *([helper.make_opsetid(domain, 1)] if domain else [])]
+    return helper.make_model(graph, opset_imports=imports, ir_version=ir_version)
+
+
+def external(folder, **entries):
+    """A file whose weight is external data described by ``entries``."""
+    proto = scores()
+    weight = proto.graph.initializer[0]
+    weight.ClearField("raw_data")
+    weight.data_location = TensorProto.EXTERNAL
+    for key, value in entries.items():
+        weight.external_data.add(key=key, value=str(value))
+    (folder / "m.onnx").write_bytes(proto.SerializeToString())
+    return folder / "m.onnx"
+
+
+def refused(path, error=InputError):
+    """The whole message with which a file is refused."""
+    with pytest.raises(error) as caught:
+        read_model(path)
+    assert type(caught.value) is error
+    return str(caught.value)

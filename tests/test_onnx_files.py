@@ -1,0 +1,233 @@
+"""ONNX files from anywhere: what is malformed, unsafe or unsupported is refused before anything in it is used.
+
+Numbers in the names are the rows of the table of bad inputs that the test settles.
+"""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+
+from normswap.errors import InputError, MissingDependencyError, UnsupportedError
+from normswap.export.inference import open_onnx
+from normswap.export.reading import newest_versions, read_model
+from normswap.export.runtime import chosen_providers, session
+
+from .onnx_models import WEIGHT, external, refused, scores
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder for models, beside which a secret lies that no model may read."""
+    (tmp_path / "secret.bin").write_bytes(WEIGHT.tobytes())
+    (tmp_path / "model").mkdir()
+    return tmp_path / "model"
+
+
+class TestWholeFiles:
+    def test_empty_49(self, folder):
+        """An empty file is told as such: as a message it would be a valid model."""
+        (folder / "m.onnx").write_bytes(b"")
+
+        assert refused(folder / "m.onnx") == (
+            f"expected a model or weights in {folder / 'm.onnx'}, received an empty file"
+        )
+
+    @pytest.mark.parametrize("share", [0.3, 0.9])
+    def test_truncated_49(self, folder, share):
+        """A file cut short is refused."""
+        content = scores().SerializeToString()
+        (folder / "m.onnx").write_bytes(content[: int(len(content) * share)])
+
+        assert refused(folder / "m.onnx") == (
+            f"expected an ONNX model in {folder / 'm.onnx'}, received a file that is not valid: it is damaged or "
+            "cut short"
+        )
+
+    def test_no_graph_49(self, folder):
+        """A message without a graph is no model, whatever the parser says."""
+        (folder / "m.onnx").write_bytes(onnx.ModelProto(ir_version=9).SerializeToString())
+
+        assert refused(folder / "m.onnx") == (
+            f"expected an ONNX model in {folder / 'm.onnx'}, received a file that is not valid: it holds no graph with "
+            "outputs"
+        )
+
+    def test_what_the_checker_refuses_49(self, folder):
+        """A graph whose shapes contradict each other is refused, with the checker's reason."""
+        (folder / "m.onnx").write_bytes(scores(weight=WEIGHT.T.copy()).SerializeToString())
+
+        assert refused(folder / "m.onnx").startswith(
+            f"expected an ONNX model in {folder / 'm.onnx'}, received a file that is not valid: "
+        )
+
+    @pytest.mark.parametrize("opset", [0, 999])
+    def test_operator_sets_50(self, folder, opset):
+        """An operator set onnxruntime does not load is unsupported; the range it does is listed."""
+        (folder / "m.onnx").write_bytes(scores(opset=opset).SerializeToString())
+        newest = newest_versions()[1]
+
+        assert refused(folder / "m.onnx", UnsupportedError) == (
+            f"expected an opset from 1 to {newest}, received opset={opset}"
+        )
+        assert newest >= 20
+
+    def test_ir_versions_50(self, folder):
+        """So is an IR version."""
+        (folder / "m.onnx").write_bytes(scores(ir_version=99).SerializeToString())
+        newest = newest_versions()[0]
+
+        assert refused(folder / "m.onnx", UnsupportedError) == (
+            f"expected an IR version from 1 to {newest}, received ir_version=99"
+        )
+        assert newest >= 9
+
+    def test_the_newest_versions_load_50(self, folder):
+        """What is listed as the newest is loaded."""
+        ir_version, opset = newest_versions()
+        (folder / "m.onnx").write_bytes(scores(opset, ir_version).SerializeToString())
+
+        assert session(read_model(folder / "m.onnx").content).get_outputs()[0].name == "y"
+
+    @pytest.mark.parametrize(
+        ("op", "domain", "told"),
+        [("FooBar", "", "ai.onnx"), ("FooBar", "com.example", "com.example"), ("MatMul", "com.example", "com.example")],
+    )
+    def test_operators_51(self, folder, op, domain, told):
+        """An operator onnxruntime does not have is named with its domain."""
+        (folder / "m.onnx").write_bytes(scores(op=op, domain=domain).SerializeToString())
+
+        assert refused(folder / "m.onnx", UnsupportedError) == (
+            f"expected operators that onnxruntime has, received {op} of domain {told} (node head)"
+        )
+
+    def test_the_model_s_own_functions_51(self, folder):
+        """A function that the file itself defines is an operator like any other."""
+        proto = scores(op="FooBar", domain="com.example")
+        node = helper.make_node("MatMul", ["a", "b"], ["c"])
+        function = helper.make_function(
+            "com.example", "FooBar", ["a", "b"], ["c"], [node], [helper.make_opsetid("", 20)]
+        )
+        proto.functions.append(function)
+        (folder / "m.onnx").write_bytes(proto.SerializeToString())
+
+        assert session(read_model(folder / "m.onnx").content).get_outputs()[0].name == "y"
+
+    def test_metadata_that_is_no_json(self, folder):
+        """What stands under our name in the metadata is not believed either."""
+        proto = scores()
+        proto.metadata_props.add(key="normswap.sites", value="{")
+        (folder / "m.onnx").write_bytes(proto.SerializeToString())
+        with pytest.raises(InputError, match=f"^expected JSON in the metadata of {folder / 'm.onnx'}, received: "):
+            _ = read_model(folder / "m.onnx").metadata
+
+    def test_metadata_of_another_kind(self, folder):
+        """Layers that are no names, and preprocessing that is none, are refused in words."""
+        proto = scores()
+        proto.metadata_props.add(key="normswap.sites", value="3")
+        proto.metadata_props.add(key="normswap.preprocessing", value='{"shape": [3]}')
+        path = folder / "m.onnx"
+        path.write_bytes(proto.SerializeToString())
+        with pytest.raises(InputError) as caught:
+            _ = read_model(path).sites
+        assert str(caught.value) == f"expected layers by name in the metadata of {path}, received sites=3"
+        with pytest.raises(InputError) as caught:
+            open_onnx(path, {})
+        assert str(caught.value) == (
+            f"expected how images become the input of {path}, received {{'shape': [3]}}: KeyError('layout')"
+        )
+
+
+class TestProviders:
+    def test_a_missing_one_54(self):
+        """A provider that is not installed is refused by name, with the package that brings it."""
+        import onnxruntime
+
+        installed = ", ".join(onnxruntime.get_available_providers())
+        for name, full, package in (
+            ("cuda", "CUDAExecutionProvider", "onnxruntime-gpu"),
+            ("openvino", "OpenVINOExecutionProvider", "onnxruntime-openvino"),
+        ):
+            if full in installed:  # a machine that has one proves the other
+                continue
+            with pytest.raises(MissingDependencyError) as caught:
+                chosen_providers([name])
+
+            assert str(caught.value) == (
+                f"expected an onnxruntime with {full} for provider={name!r}, received an onnxruntime that has "
+                f"{installed}: pip install {package}"
+            )
+            assert caught.value.exit_code == 6
+
+    def test_no_silent_fall_back_54(self, monkeypatch):
+        """Where a provider is listed but does not start, running on the CPU in its place is an error."""
+        import onnxruntime
+
+        listed = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: listed)
+        assert chosen_providers(["cuda", "cpu", "cuda"]) == ["cuda", "cpu"]
+        assert chosen_providers(["auto"]) == ["cpu", "cuda"]
+
+        class OnTheCpu:
+            def __init__(self, *args, **options):
+                assert options["enable_fallback"] == 0
+
+            def get_providers(self):
+                return ["CPUExecutionProvider"]
+
+        monkeypatch.setattr(onnxruntime, "InferenceSession", OnTheCpu)
+        with pytest.raises(MissingDependencyError) as caught:
+            session(scores().SerializeToString(), provider="cuda")
+
+        assert str(caught.value) == (
+            "expected an onnxruntime with CUDAExecutionProvider for provider='cuda', received one that runs on "
+            "CPUExecutionProvider in its place: pip install onnxruntime-gpu"
+        )
+
+    def test_an_unknown_one(self):
+        """A misspelt provider is told the names there are."""
+        with pytest.raises(InputError) as caught:
+            chosen_providers(["gpu"])
+
+        assert str(caught.value) == (
+            "expected a provider of cpu, cuda, tensorrt, openvino, coreml, dml or auto, received provider='gpu'"
+        )
+
+
+class TestEvaluate:
+    def test_hostile_files_are_refused_45(self, folder):
+        """`evaluate` reads a file through the same checks."""
+        path = external(folder, location="../secret.bin", length=48)
+        with pytest.raises(InputError, match="it leaves the folder$"):
+            open_onnx(path, {})
+
+    @pytest.mark.parametrize(
+        ("make", "code"),
+        [
+            (lambda folder: external(folder, location="../secret.bin", length=48), 3),
+            (lambda folder: (folder / "m.onnx").write_bytes(scores(opset=999).SerializeToString()), 4),
+            (lambda folder: (folder / "m.onnx").write_bytes(scores(op="FooBar").SerializeToString()), 4),
+            (lambda folder: (folder / "m.onnx").write_bytes(scores().SerializeToString()[:99]), 3),
+        ],
+    )
+    def test_exit_codes_45_49_50_51(self, folder, make, code):
+        """Both commands exit with the row's code, without a traceback and without a framework."""
+        make(folder)
+        np.savez(folder / "d.npz", x=np.zeros((1, 2, 2, 3), np.uint8), y=np.zeros(1, np.int64))
+        script = (
+            "import sys; from normswap.cli import main\n"
+            "try: main(sys.argv[1:])\n"
+            "finally: assert not {'torch', 'keras', 'tensorflow'} & set(sys.modules)"
+        )
+        for arguments in (["evaluate", "m.onnx", "--data", "d.npz"], ["verify", "m.onnx", "--against", "d.npz"]):
+            done = subprocess.run(
+                [sys.executable, "-c", script, *arguments, "--json"], cwd=folder, capture_output=True, text=True
+            )
+
+            assert done.returncode == code, done.stderr
+            assert json.loads(done.stdout)["exit_code"] == code
+            assert "Traceback" not in done.stderr
