@@ -19,8 +19,9 @@ lint: $(FILES)
 	$(BIN)/mypy
 
 bench: $(FILES) $(PEERS)
-	for name in layers keras_layers retention patching; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in layers keras_layers retention patching export; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python benchmarks/zoo_keras.py MobileNetV2 EfficientNetB0
+	$(BIN)/python benchmarks/faults.py --models 8
 
 docs: $(FILES)
 	$(BIN)/pip install -q -c constraints.txt mkdocs-material
@@ -28,7 +29,8 @@ docs: $(FILES)
 
 # What the benchmarks compare with, beside .venv: what timm and torchvision depend on would bring another torch.
 $(PEERS): Makefile | $(FILES)
-	$(BIN)/pip install -q --no-deps --upgrade --target $@ timm==1.0.31 torchvision==0.29.2
+	$(BIN)/pip install -q --no-deps --upgrade --target $@ timm==1.0.31 torchvision==0.29.2 \
+		onnxslim==0.1.98 colorama==0.4.6
 	@touch $@
 
 clean:

@@ -6,7 +6,8 @@ passes over the data: BatchNormalization 1, the forms below 2.7 to 4.
 - ``batch``: statistics are constant, one BatchNormalization, which `fold` then takes away;
 - ``instance``: a group's statistics alone, the InstanceNormalization pattern, γ and β as a BatchNormalization;
 - ``moments``: E[x] and E[x²] of each map, all else on arrays (N, C), then one Mul and one Add;
-- ``centred``: the same with x - E[x] in place of x, for maps whose mean is far above their deviation.
+- ``shifted``: the same with x less the running mean in place of x, for maps whose mean is far above their deviation;
+- ``centred``: the same with x - E[x], where there is no running mean.
 """
 
 from collections.abc import Sequence
@@ -17,14 +18,17 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
-from .norms import BATCH, LAYER, SAFE, Norm
+from .norms import BATCH, LAYER, SAFE, Array, Norm
 
-Form = Literal["batch", "instance", "moments", "centred"]
+Form = Literal["batch", "instance", "moments", "shifted", "centred"]
 Runtime = Literal["portable", "ort"]
 RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
 
-LONG_SUM = 4096
-"""Largest group for InstanceNormalization, whose sums go value by value: of 65,536 ReLUs' outputs it is off by 2e-5."""
+LONG_SUM = 2**17
+"""Largest group for InstanceNormalization, whose sums go value by value: beyond, it is off by more than 1.4e-6."""
+
+LONG_SUM_ALIKE = 4096
+"""The same where many values are alike, as the zeros of a ReLU are: their roundings add up (65,536 of them: 2e-5)."""
 
 PRODUCT = 512
 """Smallest map whose squares are summed as a product with itself: below it, Mul and ReduceMean are faster."""
@@ -32,16 +36,16 @@ PRODUCT = 512
 
 def write_norm(model: ir.Model, node: ir.Node, norm: Norm, *, runtime: Runtime, careful: bool = False) -> Form:
     """Put the operators of ``norm`` in the place of ``node``, its one input x (N, C, ...), and return their form."""
-    form = choose(norm, careful=careful)
-    writer = _Writer(model, norm.reduced(), runtime)
     x, old = node.inputs[0], node.outputs[0]
     assert x is not None
+    form = choose(norm, alike=_may_be_alike(x), careful=careful)
+    writer = _Writer(model, norm.reduced(), runtime, form)
     if form == "batch":
         new = writer.batch(x)
     elif form == "instance":
         new = writer.instance(x)
     else:
-        new = writer.moments(x, centred=form == "centred")
+        new = writer.moments(x)
     new.shape, new.type = old.shape, old.type
     model.graph.insert_before(node, writer.tape.nodes)
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
@@ -50,17 +54,33 @@ def write_norm(model: ir.Model, node: ir.Node, norm: Norm, *, runtime: Runtime, 
     return form
 
 
-def choose(norm: Norm, *, careful: bool = False) -> Form:
-    """Return the fastest form that is safe for a norm, or if ``careful`` the most exact one."""
+def choose(norm: Norm, *, alike: bool = False, careful: bool = False) -> Form:
+    """Return the fastest form that is safe for a norm, or if ``careful`` the one that is for any input.
+
+    ``alike`` says whether many values of its input may be the same.
+    """
     norm = norm.reduced()
     if norm.gates == (BATCH, BATCH):
         return "batch"
-    size = None if norm.values is None else norm.values * norm.channels // norm.groups
     if careful and norm.spatial:
         return "centred"
-    if norm.gates == (LAYER, LAYER) and size is not None and size <= LONG_SUM and (norm.seen or 0) <= SAFE:
+    size = None if norm.values is None else norm.values * norm.channels // norm.groups
+    short = size is not None and size <= (LONG_SUM_ALIKE if alike else LONG_SUM)
+    if norm.gates == (LAYER, LAYER) and short and (norm.seen or 0) <= SAFE:
         return "instance"
-    return "moments" if norm.amplification() <= SAFE or not norm.spatial else "centred"
+    if norm.amplification() <= SAFE or not norm.spatial:
+        return "moments"
+    return "centred" if norm.mean is None else "shifted"
+
+
+def _may_be_alike(value: ir.Value) -> bool:
+    """Whether ``value`` is neither an input nor what a linear layer computes."""
+    node = value.producer()
+    while node is not None and node.op_type in ("Transpose", "Reshape", "Identity", "Add"):
+        if node.op_type == "Add" and node.inputs[1] is not None and node.inputs[1].const_value is None:
+            return True
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
+    return node is not None and node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 @dataclass
@@ -70,6 +90,7 @@ class _Writer:
     model: ir.Model
     norm: Norm
     runtime: Runtime
+    form: Form
     tape: Tape = field(default_factory=Tape)
 
     def constant(self, part: str, array: Any) -> ir.Value:
@@ -119,19 +140,18 @@ class _Writer:
         constants = [self.constant(part, _float32(array)) for part, array in parts]
         return self.op("affine", "BatchNormalization", restored, *constants, epsilon=0.0)
 
-    def moments(self, x: ir.Value, *, centred: bool) -> ir.Value:
-        """Write the norm by the moments of each map, or of each map less its mean if ``centred``."""
+    def moments(self, x: ir.Value) -> ir.Value:
+        """Write the norm by the moments of each map, or of each map less a mean."""
         norm = self.norm
         rows = self.reshape("rows", x, [0, norm.channels, 1, norm.values or -1]) if norm.spatial else x
-        mean = self.mean("mean", rows, [3]) if norm.spatial else x
-        base = self.op("centred", "Sub", rows, mean) if centred else rows
+        base, mean = self.moved(rows)
         sampled = bool(norm.spatial) and norm.gates[1] != BATCH
         squares = self.laid_out("squares", self.squares(base)) if sampled else None
         mean = self.laid_out("mean", mean)
         layer_mean = self.mean("layer_mean", mean, [self.axis]) if norm.gates[0][1] or norm.gates[1][1] else None
         mixed_mean = self.mixed_mean(mean, layer_mean)
-        mixed_var = self.mixed_var(mean, layer_mean, squares, centred=centred)
-        if centred:
+        mixed_var = self.mixed_var(mean, layer_mean, squares)
+        if self.form == "centred":
             mixed_mean = self.op("offset", "Sub", mixed_mean, mean)
         if self.runtime == "ort" and norm.spatial and norm.values is not None:
             y = self.as_batch_norm(base, mean, mixed_mean, mixed_var)
@@ -144,7 +164,7 @@ class _Writer:
                 self.reshape(f"{part}_of_maps", value, [0, norm.channels, *[1] * (2 if norm.spatial else 0)])
                 for part, value in (("scale", scale), ("shift", shift))
             )
-        if len(norm.spatial) == 2 and not centred:  # not the rows: where x is needed as it is, they were a copy
+        if len(norm.spatial) == 2 and base is rows:  # not the rows: where x is needed as it is, they were a copy
             base = x
         y = self.op("shifted", "Add", self.op("scaled", "Mul", base, scale), shift)
         return y if base is x else self.restored(y, x)
@@ -161,49 +181,77 @@ class _Writer:
         maps = self.reshape("maps", base, [1, -1, norm.values or 0])
         return self.op("affine", "BatchNormalization", maps, *flat, epsilon=0.0)
 
+    def moved(self, rows: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Return ``rows`` less what the form takes off, and the mean of each row."""
+        if not self.norm.spatial:
+            return rows, rows
+        if self.form == "centred":
+            mean = self.mean("mean", rows, [3])
+            return self.op("centred", "Sub", rows, mean), mean
+        if self.form == "shifted":
+            rows = self.op(
+                "shifted_rows",
+                "Sub",
+                rows,
+                self.constant("running_mean", _float32(self.running_mean)[None, :, None, None]),
+            )
+        return rows, self.mean("mean", rows, [3])
+
     def mixed_mean(self, mean: ir.Value, layer_mean: ir.Value | None) -> ir.Value:
-        """Return Σ w μ over the statistics, in the layout of ``mean``."""
-        norm = self.norm
-        instance, layer, batch = norm.gates[0]
+        """Return Σ w μ over the statistics, less the running mean in the form `shifted`, in the layout of ``mean``."""
+        instance, layer, batch = self.norm.gates[0]
         terms = [*self.gated("mean_of_instance", instance, mean), *self.gated("mean_of_layer", layer, layer_mean)]
-        if batch:
-            assert norm.mean is not None
-            terms.append(self.each("mean_of_batch", batch * norm.mean))
+        if self.form == "shifted":
+            terms.append(self.each("mean_of_shift", -layer * self.above_layer))
+        elif batch:
+            terms.append(self.each("mean_of_batch", batch * self.running_mean))
         return self.total("mixed_mean", terms)
 
-    def mixed_var(
-        self, mean: ir.Value, layer_mean: ir.Value | None, squares: ir.Value | None, *, centred: bool
-    ) -> ir.Value:
+    def mixed_var(self, mean: ir.Value, layer_mean: ir.Value | None, squares: ir.Value | None) -> ir.Value:
         """Return Σ w′ σ² + ε over the statistics, in the layout of ``mean``.
 
-        ``squares`` are E[x²] of each map, or its variance if ``centred``; None where a map is one value.
+        ``squares`` are E[x²] of each map, in the form `centred` its variance; None where a map is one value.
         """
         norm = self.norm
         instance, layer, batch = norm.gates[1]
-        terms: list[ir.Value] = []
-        raw = squares is not None and not centred
-        if instance:
+        raw = squares is not None and self.form != "centred"
+        var = squares
+        if raw and (instance or self.form == "shifted"):
             assert squares is not None
-            var = self.op("var", "Sub", squares, self.op("mean_squared", "Mul", mean, mean)) if raw else squares
-            terms += self.gated("var_of_instance", instance, var)
+            var = self.op("var", "Sub", squares, self.op("mean_squared", "Mul", mean, mean))
+        terms = self.gated("var_of_instance", instance, var)
         if layer:
             assert layer_mean is not None
-            if raw:
+            if raw and self.form == "moments":
                 assert squares is not None
                 whole = self.mean("layer_squares", squares, [self.axis])
                 layer_var = self.op("layer_var", "Sub", whole, self.op("layer_squared", "Mul", layer_mean, layer_mean))
             else:
                 between = self.op("between", "Sub", mean, layer_mean)
+                if self.form == "shifted":
+                    between = self.op("between_means", "Add", between, self.each("above_layer", self.above_layer))
                 spread = self.op("spread", "Mul", between, between)
-                layer_var = self.mean(
-                    "layer_var", spread if squares is None else self.op("within", "Add", squares, spread), [self.axis]
-                )
+                within = spread if var is None else self.op("within", "Add", var, spread)
+                layer_var = self.mean("layer_var", within, [self.axis])
             terms += self.gated("var_of_layer", layer, layer_var)
         if raw and terms:  # of a constant map, rounding may leave less than 0
             terms = [self.op("clamped", "Relu", self.total("sample_var", terms))]
         eps = self.constant("eps", np.float32(norm.eps))
         terms.append(eps if norm.var is None or not batch else self.each("var_of_batch", batch * norm.var + norm.eps))
         return self.total("mixed_var", terms)
+
+    @property
+    def running_mean(self) -> Array:
+        """The running mean (C,) in float32, as what is taken off is, with the digits of float64."""
+        assert self.norm.mean is not None
+        return _float32(self.norm.mean).astype(np.float64)
+
+    @property
+    def above_layer(self) -> Array:
+        """How far each channel's running mean is above its group's."""
+        grouped = self.running_mean.reshape(self.norm.groups, -1)
+        above: Array = grouped - grouped.mean(1, keepdims=True)
+        return above.reshape(-1)
 
     def gated(self, part: str, gate: float, value: ir.Value | None) -> list[ir.Value]:
         """Return ``value`` times its gate, or nothing where the gate is closed."""

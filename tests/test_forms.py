@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from normswap.export.forms import LONG_SUM, PRODUCT, choose, write_norm
+from normswap.export.forms import LONG_SUM, LONG_SUM_ALIKE, PRODUCT, choose, write_norm
 from normswap.export.norms import BATCH, LAYER, Norm
 
 INSTANCE = (1.0, 0.0, 0.0)
@@ -38,7 +38,7 @@ def norm_of(gates, spatial, *, channels=6, groups=1, mean=0.3, spread=1.0):
         beta=rng.normal(size=channels),
         eps=1e-3,
         gates=gates,
-        mean=mean + spread * rng.normal(size=channels),
+        mean=np.float32(mean + spread * rng.normal(size=channels)).astype(float),
         var=spread**2 * rng.uniform(0.5, 1.5, channels),
         groups=groups,
         seen=0.0,
@@ -129,27 +129,43 @@ def test_free_sizes_21(gates):
         np.testing.assert_allclose(run(proto, x), formula(norm, x), atol=1e-5)
 
 
+@pytest.mark.parametrize("runtime", ["portable", "ort"])
+@pytest.mark.parametrize("gates", [MIX, GATES["instance"], GATES["no batch"]], ids=["mixed", "instance", "no batch"])
 @pytest.mark.parametrize("spatial", [(8, 8), (32, 32)], ids=["squared", "product"])
-def test_mean_far_above_deviation_10(spatial):
-    """At mean/std = 1e4 the norm is centred before it is squared; the single pass would be off by all its digits."""
-    norm = norm_of(MIX, spatial, mean=1e4)
-    proto, form = written(norm, (6, *spatial))
+def test_mean_far_above_deviation_10(spatial, gates, runtime):
+    """At mean/std = 1e4 the running mean is taken off first; the single pass would be off by all its digits."""
+    norm = norm_of(gates, spatial, mean=1e4)
+    proto, form = written(norm, (6, *spatial), runtime=runtime)
     x = np.random.default_rng(1).normal(1e4, 1, (2, 6, *spatial)).astype(np.float32)
     expected = formula(norm, x)
-    careless, careless_form = written(replace(norm, mean=norm.mean - 1e4), (6, *spatial))
+    unaware = replace(norm, mean=np.zeros(6))
+    careless, careless_form = written(unaware, (6, *spatial), runtime=runtime)
 
-    assert (form, careless_form) == ("centred", "moments")
-    assert np.abs(run(proto, x) - expected).max() < 1e-3 * np.abs(expected).max()
-    assert np.abs(run(careless, x) - formula(replace(norm, mean=norm.mean - 1e4), x)).max() > 0.1
+    assert (form, careless_form) == ("shifted", "moments")
+    assert np.abs(run(proto, x) - expected).max() < 1e-6 * np.abs(expected).max()
+    assert not np.abs(run(careless, x) - formula(unaware, x)).max() < 0.1
+
+
+@pytest.mark.parametrize("gates", [LAYER, MIX[0]], ids=["layer", "mixed"])
+def test_no_running_mean_10(gates):
+    """Without a running mean each map's own is taken off where the example shows that it must be."""
+    norm = replace(norm_of(((*gates[:2], 0.0),) * 2, (32, 32)), mean=None, var=None, seen=100.0)
+    proto, form = written(norm, (6, 32, 32))
+    x = np.random.default_rng(1).normal(10, 1, (2, 6, 32, 32)).astype(np.float32)
+    expected = formula(replace(norm, mean=np.zeros(6), var=np.zeros(6)), x)
+
+    assert form == "centred"
+    assert choose(replace(norm, seen=None)) == ("instance" if gates == LAYER else "centred")
+    assert np.abs(run(proto, x) - expected).max() < 2e-6 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("gates", [INSTANCE, LAYER], ids=["instance", "layer"])
 @pytest.mark.parametrize("value", [0.0, 7.0])
 def test_constant_image_12(gates, value):
     """A constant image has no variance; rounding does not make it negative."""
-    norm = replace(norm_of((gates, gates), (24, 24), channels=200), mean=np.zeros(200))
-    proto, form = written(norm, (200, 24, 24))
-    y = run(proto, np.full((2, 200, 24, 24), value, np.float32))
+    norm = replace(norm_of((gates, gates), (24, 24), channels=240), mean=np.zeros(240))
+    proto, form = written(norm, (240, 24, 24))
+    y = run(proto, np.full((2, 240, 24, 24), value, np.float32))
 
     assert form == "moments"
     np.testing.assert_allclose(y, np.broadcast_to(norm.beta.reshape(1, -1, 1, 1), y.shape), atol=1e-3)
@@ -164,6 +180,7 @@ def test_long_sums_are_not_left_to_one_operator():
 
     assert form == "moments"
     assert choose(norm_of(GATES["layer"], (LONG_SUM // 6, 1))) == "instance"
+    assert choose(norm_of(GATES["layer"], (LONG_SUM_ALIKE // 6 + 1, 1)), alike=True) == "moments"
     assert np.abs(run(proto, x) - expected).max() < 1e-6 * np.abs(expected).max()
 
 
@@ -185,9 +202,9 @@ def test_operators_14():
     assert operators(norm_of(GATES["layer"], (8, 8)), (6, 8, 8)) == [
         "Reshape", "InstanceNormalization", "Reshape", "BatchNormalization"
     ]  # fmt: skip
-    single, centred = norm_of(MIX, (8, 8)), norm_of(MIX, (8, 8), mean=1e4)
+    single, shifted = norm_of(MIX, (8, 8)), norm_of(MIX, (8, 8), mean=1e4)
     assert len(operators(single, (6, 8, 8))) == 25
-    assert len(operators(centred, (6, 8, 8))) == 26
+    assert len(operators(shifted, (6, 8, 8))) == 29
     assert "MatMul" in operators(norm_of(MIX, (PRODUCT, 1)), (6, PRODUCT, 1))
     assert operators(single, (6, 8, 8), runtime="ort").count("BatchNormalization") == 1
 

@@ -261,3 +261,21 @@ def test_a_model_that_normalizes_by_its_batch_19(images, tmp_path):
             module.running_mean, module.running_var, module.track_running_stats = None, None, False
 
     assert normswap.verify(model, tmp_path / "m.onnx").first_diverging == "stem.1"
+
+
+def test_scaled_inputs_that_float32_does_not_determine_29(tmp_path):
+    """Where a model loses its digits on inputs x100, as a sine of ten thousands does, those are left out with a note."""
+
+    class Waves(nn.Sequential):
+        def forward(self, x):
+            return torch.sin(100 * super().forward(x))
+
+    model = trained_(Waves(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+    x = torch.randn(2, 3, 32, 32)
+    normswap.to_onnx(model, tmp_path / "m.onnx", example=x, check=False)
+    verdict = normswap.verify(model, tmp_path / "m.onnx")
+
+    assert verdict
+    assert {check.inputs for check in verdict.checks} == {"x1", "x0.1"}
+    (note,) = verdict.notes
+    assert note.startswith("inputs x100 left out: float32 does not determine the model there, output is off by ")
