@@ -128,10 +128,8 @@ class _Writer:
     def instance(self, x: ir.Value) -> ir.Value:
         """Write the statistics of each group as InstanceNormalization, γ and β as a BatchNormalization."""
         norm, groups = self.norm, self.norm.groups
-        one, zero = (
-            self.constant("one", np.ones(groups, np.float32)),
-            self.constant("zero", np.zeros(groups, np.float32)),
-        )
+        one = self.constant("one", np.ones(groups, np.float32))
+        zero = self.constant("zero", np.zeros(groups, np.float32))
         grouped = self.reshape("grouped", x, [0, groups, (norm.values or 0) * norm.channels // groups or -1])
         normalized = self.op("normalized", "InstanceNormalization", grouped, one, zero, epsilon=norm.eps)
         restored = self.restored(normalized, x)
@@ -143,10 +141,20 @@ class _Writer:
     def moments(self, x: ir.Value) -> ir.Value:
         """Write the norm by the moments of each map, or of each map less a mean."""
         norm = self.norm
-        rows = self.reshape("rows", x, [0, norm.channels, 1, norm.values or -1]) if norm.spatial else x
-        base, mean = self.moved(rows)
+        base = x  # of the rank of scale and shift, which are (N, C, 1, 1)
+        if len(norm.spatial) not in (0, 2):
+            base = self.reshape("whole_rows", x, [0, norm.channels, 1, norm.values or -1])
+        mean = None
+        if self.form == "centred":
+            mean = self.mean("mean", self.rows("rows_of_mean", base), [3])
+            base = self.op("centred", "Sub", base, mean)
+        elif self.form == "shifted":
+            running_mean = self.constant("running_mean", _float32(self.running_mean)[None, :, None, None])
+            base = self.op("shifted", "Sub", base, running_mean)
+        rows = self.rows("rows", base)
+        mean = mean or (self.mean("mean", rows, [3]) if norm.spatial else x)
         sampled = bool(norm.spatial) and norm.gates[1] != BATCH
-        squares = self.laid_out("squares", self.squares(base)) if sampled else None
+        squares = self.laid_out("squares", self.squares(rows)) if sampled else None
         mean = self.laid_out("mean", mean)
         layer_mean = self.mean("layer_mean", mean, [self.axis]) if norm.gates[0][1] or norm.gates[1][1] else None
         mixed_mean = self.mixed_mean(mean, layer_mean)
@@ -164,10 +172,8 @@ class _Writer:
                 self.reshape(f"{part}_of_maps", value, [0, norm.channels, *[1] * (2 if norm.spatial else 0)])
                 for part, value in (("scale", scale), ("shift", shift))
             )
-        if len(norm.spatial) == 2 and base is rows:  # not the rows: where x is needed as it is, they were a copy
-            base = x
-        y = self.op("shifted", "Add", self.op("scaled", "Mul", base, scale), shift)
-        return y if base is x else self.restored(y, x)
+        y = self.op("y", "Add", self.op("scaled", "Mul", base, scale), shift)
+        return y if len(norm.spatial) in (0, 2) else self.restored(y, x)
 
     def as_batch_norm(self, base: ir.Value, each: ir.Value, mean: ir.Value, var: ir.Value) -> ir.Value:
         """Return (base - mean) γ/√var + β as one BatchNormalization of N·C channels; ``each`` is (N, C, 1, 1)."""
@@ -181,21 +187,12 @@ class _Writer:
         maps = self.reshape("maps", base, [1, -1, norm.values or 0])
         return self.op("affine", "BatchNormalization", maps, *flat, epsilon=0.0)
 
-    def moved(self, rows: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Return ``rows`` less what the form takes off, and the mean of each row."""
-        if not self.norm.spatial:
-            return rows, rows
-        if self.form == "centred":
-            mean = self.mean("mean", rows, [3])
-            return self.op("centred", "Sub", rows, mean), mean
-        if self.form == "shifted":
-            rows = self.op(
-                "shifted_rows",
-                "Sub",
-                rows,
-                self.constant("running_mean", _float32(self.running_mean)[None, :, None, None]),
-            )
-        return rows, self.mean("mean", rows, [3])
+    def rows(self, part: str, maps: ir.Value) -> ir.Value:
+        """Return maps (N, C, H, W) as rows (N, C, 1, H·W), and what has no two axes, which is in rows, as it is."""
+        norm = self.norm
+        if len(norm.spatial) != 2:
+            return maps
+        return self.reshape(part, maps, [0, norm.channels, 1, norm.values or -1])
 
     def mixed_mean(self, mean: ir.Value, layer_mean: ir.Value | None) -> ir.Value:
         """Return Σ w μ over the statistics, less the running mean in the form `shifted`, in the layout of ``mean``."""

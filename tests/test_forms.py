@@ -204,7 +204,7 @@ def test_operators_14():
     ]  # fmt: skip
     single, shifted = norm_of(MIX, (8, 8)), norm_of(MIX, (8, 8), mean=1e4)
     assert len(operators(single, (6, 8, 8))) == 25
-    assert len(operators(shifted, (6, 8, 8))) == 29
+    assert len(operators(shifted, (6, 8, 8))) == 28
     assert "MatMul" in operators(norm_of(MIX, (PRODUCT, 1)), (6, PRODUCT, 1))
     assert operators(single, (6, 8, 8), runtime="ort").count("BatchNormalization") == 1
 

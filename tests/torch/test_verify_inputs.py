@@ -264,7 +264,7 @@ def test_a_model_that_normalizes_by_its_batch_19(images, tmp_path):
 
 
 def test_scaled_inputs_that_float32_does_not_determine_29(tmp_path):
-    """Where a model loses its digits on inputs x100, as a sine of ten thousands does, those are left out with a note."""
+    """Where a model loses its digits on inputs x100, as sines of ten thousands do, those are left out, noted."""
 
     class Waves(nn.Sequential):
         def forward(self, x):
