@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import normswap
+from normswap.errors import VerificationError
 from normswap.export.reading import read_model
 from normswap.export.runtime import session
 from normswap.export.verdict import TOLERANCE
@@ -121,11 +122,12 @@ def inject(model: Any, x: Any, row: Row) -> None:
     rng = random.Random(f"{row.name} {row.target}")
     with tempfile.TemporaryDirectory() as folder:
         good, bad = Path(folder) / "good.onnx", Path(folder) / "bad.onnx"
-        normswap.to_onnx(model, good, example=x, check=False)
-        verdict = normswap.verify(model, good)
-        row.max_rel = verdict.max_rel
-        if not verdict:
-            row.false_alarm, row.problem = True, verdict.explain(row.name)
+        try:
+            verdict = normswap.to_onnx(model, good, example=x).verdict
+            row.max_rel = verdict.max_rel if verdict is not None else row.max_rel
+        except VerificationError as error:
+            row.false_alarm, row.problem = True, str(error)
+            return
         for name, change in CHANGES.items():
             proto = onnx.load(good)
             where = change(proto, rng)
