@@ -75,7 +75,7 @@ def export(model: str, output: Path, weights: Path | None, as_json: bool, latenc
         metadata={} if settings is None else {"preprocessing": settings.to_dict()},
     )
     assert report.verdict is not None
-    facts = [{"file": str(output), "nodes": report.nodes, "MB": round(report.size / 1e6, 2)}]
+    facts = [_row(str(output), report)]
     if latency and opened.bundle is not None and example is not None:
         facts = _beside_original(opened.bundle.original(), facts[0], example, form)
     lines = [*(f"note: {note}" for note in report.notes)]
@@ -92,6 +92,10 @@ def _noise(zeros: Any) -> Any:
     return noise if isinstance(zeros, np.ndarray) else zeros.new_tensor(noise)
 
 
+def _row(name: str, report: Any) -> dict[str, Any]:
+    return {"file": name, "nodes": report.nodes, "MB": round(report.size / 1e6, 2)}
+
+
 def _beside_original(original: Any, file: dict[str, Any], example: Any, form: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the facts of a file and of its original's, which is written for that, with the time both take."""
     from tempfile import TemporaryDirectory
@@ -101,7 +105,7 @@ def _beside_original(original: Any, file: dict[str, Any], example: Any, form: di
 
     with TemporaryDirectory() as folder:
         report = to_onnx(original, Path(folder) / "original.onnx", example=example, **form, check=False)
-        rows = [{"file": "its original", "nodes": report.nodes, "MB": round(report.size / 1e6, 2)}, file]
+        rows = [_row("its original", report), file]
         paths = {"its original": report.output, str(file["file"]): Path(file["file"])}
         for name, times in latencies(paths, [tuple(example.shape[1:])]).items():
             row = next(row for row in rows if row["file"] == name)

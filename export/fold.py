@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir.passes import common as passes
+from onnxscript import optimizer
 
 Array = NDArray[np.float64]
 
@@ -42,6 +44,18 @@ def fold_batch_norms(model: ir.Model) -> list[Fold]:
             _fold(model.graph, way, node)
             folds.append(Fold(name, way[-1].op_type))
     return folds
+
+
+def simplify(model: ir.Model, **limits: int) -> None:
+    """Fold constants, those within ``limits`` of size, and drop what is dead: nothing that changes a norm."""
+    optimizer.fold_constants(model, onnx_shape_inference=True, **limits)
+    for each in (
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.IdentityEliminationPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+    ):
+        each(model)
 
 
 def folded_affine(gamma: Array, beta: Array, mean: Array, var: Array, eps: float) -> tuple[Array, Array]:

@@ -16,7 +16,7 @@ from ..layers.keras import BatchRenormalization, SwitchNormalization
 from ..patchers.keras import MARK
 from ..patchers.keras_walk import named_layers, watching
 from .keras_calls import is_symbolic
-from .norms import BATCH, LAYER, Gates, Norm
+from .norms import BATCH, LAYER, Gates, Norm, amplification_of, three
 
 Mark = Callable[[Any, int], Any]
 """Returns a tensor like the first argument, whose node in the traced graph is known by the second."""
@@ -47,7 +47,8 @@ class StandIns:
 
         def note(name: str, inputs: Any, outputs: Any) -> None:
             if not is_symbolic(inputs):
-                seen[name] = max(seen.get(name, 0.0), _amplification(self._norms[name], self._layers[name], inputs))
+                norm, x = self._norms[name], np.moveaxis(_double(inputs), self._layers[name].axis, 1)
+                seen[name] = max(seen.get(name, 0.0), amplification_of(x, norm.groups, norm.eps))
 
         plain = {name: self._layers[name] for name, norm in self._norms.items() if norm.mean is None}
         if plain:
@@ -83,10 +84,7 @@ class StandIns:
             last = rank > 2 and layer.axis != 1
             x = keras.ops.moveaxis(inputs, -1, 1) if last else inputs
             y = self._mark(x, len(self.calls))
-            number = 1 + sum(other.gamma is norm.gamma for other in self.calls)
-            called = norm.name if number == 1 else f"{norm.name}#{number}"
-            spatial = tuple(size if isinstance(size, int) else None for size in x.shape[2:])
-            self.calls.append(replace(norm, name=called, spatial=spatial))
+            self.calls.append(norm.call(x.shape, self.calls))
             return keras.ops.moveaxis(y, 1, -1) if last else y
 
         return stand_in
@@ -120,8 +118,8 @@ def _gates(layer: Any) -> tuple[Gates, Gates]:
         return LAYER, LAYER
     if not isinstance(layer, SwitchNormalization):
         return BATCH, BATCH
-    mean, var = ([*_double(gates).tolist(), 0.0][:3] for gates in layer.gates())
-    return (mean[0], mean[1], mean[2]), (var[0], var[1], var[2])
+    mean, var = layer.gates()
+    return three(_double(mean).tolist()), three(_double(var).tolist())
 
 
 def _statistics(layer: Any) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:
@@ -132,11 +130,3 @@ def _statistics(layer: Any) -> tuple[NDArray[np.float64] | None, NDArray[np.floa
 
 def _double(tensor: Any) -> NDArray[np.float64]:
     return np.asarray(keras.ops.convert_to_numpy(tensor), np.float64)
-
-
-def _amplification(norm: Norm, layer: Any, inputs: Any) -> float:
-    """Return the largest E[m²]/σ² of a sample's groups, m the means of the group's channels, σ² its variance."""
-    x = np.moveaxis(_double(inputs), layer.axis, 1)
-    grouped = x.reshape(len(x), norm.groups, x.shape[1] // norm.groups, -1)
-    squared = np.square(grouped.mean(3)).mean(2)
-    return float((squared / (grouped.var((2, 3)) + norm.eps)).max())

@@ -5,25 +5,14 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnx_ir.passes import common as passes
-from onnxscript import optimizer
 
-from ..errors import UnsupportedError
+from .fold import simplify
 from .keras_interface import Specs
-from .torch import quiet
+from .torch import export_module
 
 _SIZE = 64  # of the example, where the model leaves a size open
 
 _EVERY_SIZE = 2**62
-_PASSES: tuple[Callable[[ir.Model], Any], ...] = (
-    lambda model: optimizer.fold_constants(
-        model, onnx_shape_inference=True, input_size_limit=_EVERY_SIZE, output_size_limit=_EVERY_SIZE
-    ),
-    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-    passes.IdentityEliminationPass(),
-    passes.CommonSubexpressionEliminationPass(),
-    passes.RemoveUnusedNodesPass(),
-)
 
 
 def convert(
@@ -44,25 +33,15 @@ def convert(
         | {axis: torch.export.Dim(f"{name}_dim_{axis}") for axis, size in enumerate(shape, 1) if size is None}
         for name, shape in zip(specs, shapes, strict=True)
     )
-    try:
-        with quiet(), torch.no_grad():
-            program = torch.onnx.export(
-                _Function(function, model).eval(), tuple(tensor.cpu() for tensor in example), dynamo=True,
-                opset_version=opset, optimize=False, verbose=False, dynamic_shapes=(dynamic,),
-            )  # fmt: skip
-    except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise UnsupportedError(
-            f"expected a model torch.onnx.export can export, received {type(model).__name__} {model.name!r} on which "
-            f"it fails: {reason[0] if reason else type(error).__name__}"
-        ) from error
-    assert program is not None
-    converted = program.model
+    module = _Function(function, model).eval()
+    described = f"{type(model).__name__} {model.name!r}"
+    with torch.no_grad():
+        cpu = tuple(tensor.cpu() for tensor in example)
+        converted = export_module(module, cpu, dynamic, opset=opset, described=described)
     graph = converted.graph
     for value, name in zip([*graph.inputs, *graph.outputs], [*specs, *names()], strict=True):
         value.name = name
-    for simplify in _PASSES:
-        simplify(converted)
+    simplify(converted, input_size_limit=_EVERY_SIZE, output_size_limit=_EVERY_SIZE)
     return converted
 
 

@@ -10,6 +10,7 @@ its own.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,6 +80,12 @@ class Norm:
         left = instance * variances + layer * group_var + batch * variances + self.eps
         return float((cancelled / left).max())
 
+    def call(self, shape: Sequence[Any], earlier: Sequence["Norm"]) -> "Norm":
+        """Return the norm as called on (N, C, ...) of ``shape``, named "#2" where ``earlier`` calls have one of it."""
+        number = 1 + sum(other.gamma is self.gamma for other in earlier)
+        spatial = tuple(size if isinstance(size, int) else None for size in shape[2:])
+        return replace(self, name=self.name if number == 1 else f"{self.name}#{number}", spatial=spatial)
+
     def reduced(self) -> "Norm":
         """Return the same norm with gates only over what differs in its map.
 
@@ -88,6 +95,19 @@ class Norm:
         if not self.spatial:
             return replace(self, gates=_moved(self.gates, 0, 1))
         return replace(self, gates=_moved(self.gates, 1, 0), groups=1) if self.groups == self.channels else self
+
+
+def amplification_of(x: Array, groups: int, eps: float) -> float:
+    """Return the largest E[m²]/(σ²+ε) of a sample's groups, m the means of its channels; ``x`` is (N, C, ...)."""
+    grouped = x.reshape(len(x), groups, x.shape[1] // groups, -1)
+    squared = np.square(grouped.mean(3)).mean(2)
+    return float((squared / (grouped.var((2, 3)) + eps)).max())
+
+
+def three(gates: Sequence[float]) -> Gates:
+    """Return gates over instance, layer and, closed where a layer has none, batch."""
+    instance, layer, batch = [*gates, 0.0][:3]
+    return instance, layer, batch
 
 
 def _moved(gates: tuple[Gates, Gates], source: int, target: int) -> tuple[Gates, Gates]:

@@ -14,13 +14,13 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common as passes
-from onnxscript import optimizer, version_converter
+from onnxscript import version_converter
 
 from .. import __version__
 from ..errors import InputError, UnsupportedError, VerificationError
 from ..sources.files import staged
 from ..sources.framework import framework_of
-from .fold import Fold, fold_batch_norms
+from .fold import Fold, fold_batch_norms, simplify
 from .forms import RUNTIMES, Form, Runtime, choose, write_norm
 from .half import to_half
 from .traced import Traced
@@ -173,11 +173,11 @@ def _write(traced: Traced, runtime: Runtime, *, careful: bool) -> tuple[list[Fol
                 forms[norm.name] = write_norm(model, node, norm, runtime=runtime, careful=careful)
 
     write(constant=True)
-    _simplify(model)
+    simplify(model)
     _name_sites(traced)
     folds = fold_batch_norms(model)
     write(constant=False)
-    _simplify(model)
+    simplify(model)
     for domain in set(model.opset_imports) - {node.domain for node in model.graph}:
         del model.opset_imports[domain]
     alive = {value.name for node in model.graph for value in node.outputs}
@@ -217,18 +217,6 @@ def _record(path: Path, verdict: Mapping[str, Any]) -> None:
     entry = onnx.StringStringEntryProto(key="normswap.verdict", value=json.dumps(verdict, separators=(",", ":")))
     with path.open("ab") as file:
         file.write(onnx.ModelProto(metadata_props=[entry]).SerializeToString())
-
-
-def _simplify(model: ir.Model) -> None:
-    """Fold constants and drop what is dead: nothing that changes a BatchNormalization."""
-    optimizer.fold_constants(model, onnx_shape_inference=True)
-    for simplify in (
-        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        passes.IdentityEliminationPass(),
-        passes.CommonSubexpressionEliminationPass(),
-        passes.RemoveUnusedNodesPass(),
-    ):
-        simplify(model)
 
 
 def _name_sites(traced: Traced) -> None:

@@ -43,20 +43,8 @@ def trace(model: nn.Module, arrays: Sequence[Array], *, opset: int, dynamic: boo
     stand_ins.put()
     sizes = {rank: _open_sizes(rank) if dynamic else {} for rank in {tensor.dim() for tensor in example}}
     shapes = tuple({0: torch.export.Dim("batch"), **sizes[tensor.dim()]} for tensor in example)
-    try:
-        with quiet():
-            program = torch.onnx.export(
-                probe, example, dynamo=True, opset_version=opset, optimize=False, verbose=False,
-                dynamic_shapes=(shapes,),
-            )  # fmt: skip
-    except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise UnsupportedError(
-            f"expected a model torch.onnx.export can export, received {type(model).__name__} on which it fails: "
-            f"{reason[0] if reason else type(error).__name__}"
-        ) from error
-    assert program is not None
-    graph = program.model.graph
+    converted = export_module(probe, example, shapes, opset=opset, described=type(model).__name__)
+    graph = converted.graph
     for value, name in zip(graph.inputs, input_names(model, len(arrays)), strict=True):
         value.name = name
     for initializer in list(graph.initializers.values()):
@@ -68,7 +56,30 @@ def trace(model: nn.Module, arrays: Sequence[Array], *, opset: int, dynamic: boo
     while len(graph.outputs) > split:
         graph.outputs.pop()
     sites = {name: _copied(value) for name, value in zip(probe.site_names, outputs[split:], strict=True)}
-    return Traced(program.model, sites, dict(zip(stand_ins.marks(graph), stand_ins.calls, strict=True)))
+    return Traced(converted, sites, dict(zip(stand_ins.marks(graph), stand_ins.calls, strict=True)))
+
+
+def export_module(
+    module: nn.Module, example: tuple[Tensor, ...], shapes: tuple[Any, ...], *, opset: int, described: str
+) -> ir.Model:
+    """Return ``module`` as torch's exporter writes it, its open sizes named by ``shapes``.
+
+    Raises `UnsupportedError`, which calls the model ``described``, where the exporter fails.
+    """
+    try:
+        with quiet():
+            program = torch.onnx.export(
+                module, example, dynamo=True, opset_version=opset, optimize=False, verbose=False,
+                dynamic_shapes=(shapes,),
+            )  # fmt: skip
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise UnsupportedError(
+            f"expected a model torch.onnx.export can export, received {described} on which it fails: "
+            f"{reason[0] if reason else type(error).__name__}"
+        ) from error
+    assert program is not None
+    return program.model
 
 
 def run(model: nn.Module, arrays: Sequence[Array]) -> tuple[dict[str, Array], dict[str, Array]]:

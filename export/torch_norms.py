@@ -5,7 +5,6 @@ Traced like any other layer, a norm would be the operators that its forward happ
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from ..layers.torch.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from ..layers.torch.switch_norm import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d
-from .norms import BATCH, LAYER, Gates, Norm
+from .norms import BATCH, LAYER, Gates, Norm, amplification_of, three
 
 DOMAIN = "normswap"
 
@@ -36,9 +35,10 @@ class StandIns:
     def watching(self) -> Iterator[None]:
         """Note for each norm without running statistics how far its input's means are above its deviation."""
 
-        def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-                self._seen[name] = max(self._seen.get(name, 0.0), _amplification(module, inputs[0]))
+        def note(name: str) -> Callable[[Any, tuple[Any, ...]], None]:
+            def hook(module: Any, inputs: tuple[Any, ...]) -> None:
+                found = amplification_of(_double(inputs[0]), _groups(module), module.eps)
+                self._seen[name] = max(self._seen.get(name, 0.0), found)
 
             return hook
 
@@ -62,10 +62,7 @@ class StandIns:
 
     def _stand_in(self, norm: Norm) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
-            number = 1 + sum(call.gamma is norm.gamma for call in self.calls)
-            name = norm.name if number == 1 else f"{norm.name}#{number}"
-            spatial = tuple(size if isinstance(size, int) else None for size in x.shape[2:])
-            self.calls.append(replace(norm, name=name, spatial=spatial))
+            self.calls.append(norm.call(x.shape, self.calls))
             mark: Tensor = torch.onnx.ops.symbolic(
                 f"{DOMAIN}::Norm", (x,), {"number": len(self.calls) - 1}, dtype=x.dtype, shape=x.shape, version=1
             )
@@ -93,7 +90,7 @@ def _norm(name: str, module: Any, seen: float | None) -> Norm:
         gates=_gates(module),
         mean=mean,
         var=var,
-        groups=module.num_groups if isinstance(module, nn.GroupNorm) else 1,
+        groups=_groups(module),
         seen=seen,
     )
 
@@ -103,8 +100,12 @@ def _gates(module: Any) -> tuple[Gates, Gates]:
         return LAYER, LAYER
     if isinstance(module, _RENORM):
         return BATCH, BATCH
-    mean, var = ([*map(float, gates.detach()), 0.0][:3] for gates in module.gates())
-    return (mean[0], mean[1], mean[2]), (var[0], var[1], var[2])
+    mean, var = module.gates()
+    return three(mean.detach().tolist()), three(var.detach().tolist())
+
+
+def _groups(module: Any) -> int:
+    return module.num_groups if isinstance(module, nn.GroupNorm) else 1
 
 
 def _statistics(module: Any) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:
@@ -115,11 +116,3 @@ def _statistics(module: Any) -> tuple[NDArray[np.float64] | None, NDArray[np.flo
 
 def _double(tensor: Tensor) -> NDArray[np.float64]:
     return tensor.detach().cpu().double().numpy()
-
-
-def _amplification(module: Any, x: Tensor) -> float:
-    """Return the largest E[m²]/σ² of a sample's groups, m the means of the group's channels, σ² its variance."""
-    groups = module.num_groups if isinstance(module, nn.GroupNorm) else 1
-    grouped = x.detach().double().reshape(len(x), groups, x.shape[1] // groups, -1)
-    squared = grouped.mean(3).square().mean(2)
-    return float((squared / (grouped.var((2, 3), correction=0) + module.eps)).max())

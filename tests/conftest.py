@@ -3,6 +3,16 @@
 import pytest
 
 
+@pytest.fixture
+def folder(tmp_path):
+    """A folder for models, beside which a secret lies that no model may read."""
+    from .onnx_models import WEIGHT
+
+    (tmp_path / "secret.bin").write_bytes(WEIGHT.tobytes())
+    (tmp_path / "model").mkdir()
+    return tmp_path / "model"
+
+
 def pytest_collection_modifyitems(items):
     """Mark the tests of each framework's folder."""
     for item in items:

@@ -15,14 +15,6 @@ from normswap.export.runtime import session
 from .onnx_models import WEIGHT, external, refused, scores
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A folder for models, beside which a secret lies that no model may read."""
-    (tmp_path / "secret.bin").write_bytes(WEIGHT.tobytes())
-    (tmp_path / "model").mkdir()
-    return tmp_path / "model"
-
-
 class TestExternalData:
     def test_beside_the_file_32(self, folder):
         """Data in a plain file beside the model, or in a folder below, is read."""

@@ -20,14 +20,6 @@ from normswap.export.runtime import chosen_providers, session
 from .onnx_models import WEIGHT, external, refused, scores
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A folder for models, beside which a secret lies that no model may read."""
-    (tmp_path / "secret.bin").write_bytes(WEIGHT.tobytes())
-    (tmp_path / "model").mkdir()
-    return tmp_path / "model"
-
-
 class TestWholeFiles:
     def test_empty_49(self, folder):
         """An empty file is told as such: as a message it would be a valid model."""
