@@ -1,0 +1,1 @@
+"""Hooks in the training loops people have: one small class per ecosystem."""
