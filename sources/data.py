@@ -1,32 +1,43 @@
-"""Labelled images as a model takes them: folders, arrays, and random inputs for parity checks."""
+"""Labelled images as a model takes them, out of folders, arrays and what the `datasets` library loads."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from math import floor
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InputError, MissingDependencyError
+from ..errors import InputError
+from .augment import changed, generator, policies, random_box
 from .files import require_file
+from .folders import Folder
+from .hub import HubImages
+from .images import INTERPOLATIONS, Decoded, resized
 
 Array = NDArray[Any]
-IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
+
+CACHE_BYTES = 1 << 29
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes a model's input: resized, scaled to 0..1, then ``(x - mean) / std`` per channel.
+    """How an image becomes a model's input: resized, cropped, scaled to 0..1, then ``(x - mean) / std`` per channel.
 
     ``shape`` is one sample's shape as the model takes it: (C, H, W) for ``layout="channels_first"``, (H, W, C) for
-    ``"channels_last"``. ``mean`` and ``std`` have one value, or one per channel.
+    ``"channels_last"``. ``mean`` and ``std`` have one value, or one per channel. An image is resized by
+    ``interpolation`` until it just covers the input's size over ``crop`` (each side for itself with
+    ``crop_mode="squash"``), and its centre is taken, as timm and torchvision do.
     """
 
     shape: tuple[int, ...]
     layout: Literal["channels_first", "channels_last"]
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+    interpolation: str = "bilinear"
+    crop: float = 1.0
+    crop_mode: Literal["center", "squash"] = "center"
 
     def __post_init__(self) -> None:
         if len(self.shape) != 3 or any(size < 1 for size in self.shape):
@@ -36,6 +47,14 @@ class Preprocessing:
                 raise InputError(f"expected 1 or {self.channels} values, received {name}={values}")
         if min(self.std) <= 0:
             raise InputError(f"expected positive values, received std={self.std}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise InputError(
+                f"expected one of {', '.join(INTERPOLATIONS)}, received interpolation={self.interpolation}"
+            )
+        if not 0 < self.crop <= 1:
+            raise InputError(f"expected a share above 0 and up to 1, received crop={self.crop}")
+        if self.crop_mode not in ("center", "squash"):
+            raise InputError(f"expected center or squash, received crop_mode={self.crop_mode}")
 
     @property
     def channels(self) -> int:
@@ -47,13 +66,27 @@ class Preprocessing:
         """Height and width."""
         return self.shape[1:] if self.layout == "channels_first" else self.shape[:2]  # type: ignore[return-value]
 
+    def fit(self, image: Array) -> Array:
+        """Return an image (H, W, C) of any size at the model's."""
+        (height, width), (high, wide) = self.size, image.shape[:2]
+        rows, columns = floor(height / self.crop), floor(width / self.crop)
+        if self.crop_mode == "center":
+            whole = int if rows == columns else round  # torchvision's way, and timm's where that has none
+            if rows * wide >= columns * high:
+                columns = whole(rows * wide / high)
+            else:
+                rows = whole(columns * high / wide)
+        top, left = round((rows - height) / 2), round((columns - width) / 2)
+        return resized(image, (rows, columns), self.interpolation)[top : top + height, left : left + width]
+
     def apply(self, images: Array) -> NDArray[np.float32]:
         """Return images (N, H, W, C), uint8 in 0..255 or floating-point in 0..1, as the model's input."""
-        scaled = images.astype(np.float32) / (255 if images.dtype == np.uint8 else 1)
-        scaled = (scaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
-        if self.layout == "channels_first":
-            scaled = scaled.transpose(0, 3, 1, 2)
-        return np.ascontiguousarray(scaled)
+        scaled = np.ascontiguousarray(images.transpose(0, 3, 1, 2)).astype(np.float32)
+        if images.dtype == np.uint8:
+            scaled /= 255
+        scaled -= np.array(self.mean, np.float32)[:, None, None]  # along the rows: seven times as fast as across
+        scaled /= np.array(self.std, np.float32)[:, None, None]
+        return scaled if self.layout == "channels_first" else np.ascontiguousarray(scaled.transpose(0, 2, 3, 1))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the preprocessing as plain data."""
@@ -62,28 +95,60 @@ class Preprocessing:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Preprocessing":
         """Return the preprocessing `to_dict` wrote."""
-        return cls(tuple(data["shape"]), data["layout"], tuple(data["mean"]), tuple(data["std"]))
+        added_later = {name: data[name] for name in ("interpolation", "crop", "crop_mode") if name in data}
+        return cls(tuple(data["shape"]), data["layout"], tuple(data["mean"]), tuple(data["std"]), **added_later)
 
 
 class _Images(Protocol):
     labels: NDArray[np.int64]
 
-    def read(self, indices: Sequence[int], preprocessing: Preprocessing) -> Array: ...
+    def read(self, index: int) -> Array: ...
+
+    def check(self) -> None: ...
 
 
 class Data:
-    """Images and labels, read batch by batch in a model's own layout."""
+    """Images and labels, read batch by batch in a model's own layout.
 
-    def __init__(self, images: _Images, preprocessing: Preprocessing, classes: Sequence[str]) -> None:
-        self._images, self.preprocessing, self.classes = images, preprocessing, list(classes)
+    ``classes`` names the labels, or is None where they are plain integers.
+    """
+
+    def __init__(self, images: _Images, preprocessing: Preprocessing, classes: Sequence[str] | None = None) -> None:
+        self._images, self.preprocessing = images, preprocessing
+        self.classes = None if classes is None else list(classes)
 
     def __len__(self) -> int:
-        return len(self._images.labels)
+        return len(self.labels)
 
-    def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Return the preprocessed images and the labels at ``indices``."""
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """The label of every image (N,)."""
+        return self._images.labels
+
+    def batch(
+        self,
+        indices: Sequence[int] | NDArray[np.int64],
+        draw: tuple[int, int] | None = None,
+        augment: str = "none",
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return the preprocessed images and the labels at ``indices``.
+
+        With ``draw``, a seed and a step, each image is changed as ``augment`` says (see `sources.augment`), by random
+        numbers that depend on these two and its index alone.
+        """
         chosen = [int(index) for index in indices]
-        return self.preprocessing.apply(self._images.read(chosen, self.preprocessing)), self._images.labels[chosen]
+        images = [self._images.read(index) for index in chosen]
+        names = policies(augment)
+        if draw is None or not names:
+            images = [self.preprocessing.fit(image) for image in images]
+        else:
+            randoms = (generator(*draw, index) for index in chosen)
+            images = [self._augmented(*pair, names) for pair in zip(images, randoms, strict=True)]
+        return self.preprocessing.apply(np.stack(images)), self.labels[chosen]
+
+    def check(self) -> None:
+        """Raise `InputError`, naming the files, if images cannot be read."""
+        self._images.check()
 
     def batches(self, size: int) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
         """Yield everything in order, in batches of ``size``."""
@@ -94,29 +159,46 @@ class Data:
         """Return the indices of ``count`` images drawn without replacement."""
         return np.random.default_rng(seed).permutation(len(self))[:count]
 
+    def _augmented(self, image: Array, random: np.random.Generator, names: Sequence[str]) -> Array:
+        known = self.preprocessing
+        box = random_box(image, random) if "resized-crop" in names else None
+        image = known.fit(image) if box is None else resized(image, known.size, known.interpolation, box)
+        return changed(image, names, random)
 
-def open_data(spec: str, preprocessing: Preprocessing) -> Data:
-    """Open a folder with one subfolder of images per class, or an ``.npz`` with arrays ``x`` and ``y``.
 
-    ``x`` is (N, H, W) or (N, H, W, C), uint8 in 0..255 or floating-point in 0..1; ``y`` is (N,) of integers.
+def open_data(
+    spec: str, preprocessing: Preprocessing, *, labelled: bool = True, cache_bytes: int = CACHE_BYTES
+) -> Data:
+    """Open a folder with one subfolder of images per class, an ``.npz`` with arrays ``x`` and ``y``, or a data set.
+
+    ``x`` is (N, H, W) or (N, H, W, C), uint8 in 0..255 or floating-point in 0..1; ``y`` is (N,) of integers. A data
+    set is ``hf:NAME[:CONFIG][SPLIT]``, anything `datasets.load_dataset` takes without running code. Of decoded files
+    up to ``cache_bytes`` are kept in memory. With ``labelled=False`` labels may be missing, in a folder of images or an
+    ``.npz`` without ``y``; they are 0 then.
 
     Raises `InputError` if the data is empty, malformed or does not fit the preprocessing.
     """
     path = Path(spec)
     if path.suffix == ".npz":
-        return from_arrays(*_read_npz(path), preprocessing)
-    if path.is_dir():
-        folder = _Folder(path)
-        return Data(folder, preprocessing, folder.classes)
-    if spec == "random":
+        return from_arrays(*_read_npz(path, labelled=labelled), preprocessing)
+    if spec.startswith("hf:"):
+        files: Folder | HubImages = HubImages(spec)
+    elif path.is_dir():
+        files = Folder(path, labelled=labelled)
+    elif spec == "random":
         raise InputError("expected labelled images, received data=random, which serves `verify` alone")
-    raise InputError(f"expected a folder of class folders or an .npz file, received data={spec}")
+    else:
+        raise InputError(f"expected a folder of class folders, an .npz file or hf:NAME[SPLIT], received data={spec}")
+    images = Decoded(files, preprocessing.channels, cache_bytes)
+    return Data(images, preprocessing, files.classes)
 
 
 def from_arrays(images: Array, labels: Array, preprocessing: Preprocessing) -> Data:
     """Return images (N, H, W) or (N, H, W, C), uint8 or floating-point in 0..1, with integer labels (N,), as data.
 
-    Raises `InputError` if they are empty or do not fit each other or the preprocessing.
+    They are of the model's size, and are neither resized nor cropped.
+
+    Raises `InputError` if they are empty, not finite, or do not fit each other or the preprocessing.
     """
     images = images[..., None] if images.ndim == 3 else images
     wanted = (*preprocessing.size, preprocessing.channels)
@@ -124,65 +206,38 @@ def from_arrays(images: Array, labels: Array, preprocessing: Preprocessing) -> D
         raise InputError(f"expected `x` of shape (N, {', '.join(map(str, wanted))}), received {images.shape}")
     if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
         raise InputError(f"expected `x` of uint8 or floating-point, received dtype={images.dtype}")
+    if not np.isfinite(images).all():
+        bad = np.flatnonzero(~np.isfinite(images).all(axis=(1, 2, 3)))
+        raise InputError(
+            f"expected finite `x`, received NaN or infinity in {len(bad)} of {len(images)} images, first in x[{bad[0]}]"
+        )
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
         raise InputError(
             f"expected `y` of {len(images)} non-negative integers, received shape={labels.shape} "
             f"and dtype={labels.dtype}"
         )
-    classes = [str(label) for label in range(int(labels.max()) + 1)]
-    return Data(_Arrays(images, labels.astype(np.int64)), preprocessing, classes)
-
-
-class _Folder:
-    def __init__(self, path: Path) -> None:
-        self.classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
-        self.files: list[Path] = []
-        labels: list[int] = []
-        for label, name in enumerate(self.classes):
-            found = sorted(f for f in (path / name).iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
-            if not found:
-                raise InputError(f"expected images in every class folder, received none in {path / name}")
-            self.files += found
-            labels += [label] * len(found)
-        if len(self.classes) < 2:
-            raise InputError(f"expected at least two class folders in {path}, received {len(self.classes)}")
-        self.labels = np.array(labels, np.int64)
-
-    def read(self, indices: Sequence[int], preprocessing: Preprocessing) -> Array:
-        try:
-            from PIL import Image, ImageOps
-        except ModuleNotFoundError:
-            raise MissingDependencyError("reading images needs Pillow: pip install 'normswap[data]'") from None
-        height, width = preprocessing.size
-        mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(preprocessing.channels)
-        if mode is None:
-            raise InputError(f"expected 1, 3 or 4 channels to read images, received {preprocessing.channels}")
-        images = np.empty((len(indices), height, width, preprocessing.channels), np.uint8)
-        for row, index in enumerate(indices):
-            try:
-                with Image.open(self.files[index]) as file:
-                    image = file.convert(mode)
-            except OSError as error:
-                raise InputError(f"expected an image in {self.files[index]}, received: {error}") from None
-            if image.size != (width, height):
-                image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
-            images[row] = np.asarray(image).reshape(images.shape[1:])
-        return images
+    return Data(_Arrays(images, labels.astype(np.int64)), replace(preprocessing, crop=1.0))
 
 
 class _Arrays:
     def __init__(self, images: Array, labels: NDArray[np.int64]) -> None:
         self.images, self.labels = images, labels
 
-    def read(self, indices: Sequence[int], preprocessing: Preprocessing) -> Array:
-        return self.images[list(indices)]
+    def read(self, index: int) -> Array:
+        image: Array = self.images[index]
+        return image
+
+    def check(self) -> None:
+        """Whatever could be wrong was, when they became data."""
 
 
-def _read_npz(path: Path) -> tuple[Array, Array]:
+def _read_npz(path: Path, *, labelled: bool) -> tuple[Array, Array]:
     require_file(path)
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return archive["x"], archive["y"]
+            images = archive["x"]
+            known = labelled or "y" in archive
+            return images, archive["y"] if known else np.zeros(images.shape[:1], np.int64)
     except (KeyError, ValueError, OSError, EOFError) as error:
         raise InputError(f"expected arrays `x` and `y` in {path}, received: {error}") from None
     except Exception as error:  # zipfile's own errors are no OSError

@@ -61,8 +61,9 @@ def preprocessing_of(
 ) -> Preprocessing | None:
     """Return how images become the model's input, from the arguments or, where they are None, from the model.
 
-    A torch model tells through ``pretrained_cfg`` (timm's convention: ``input_size``, ``mean``, ``std``) or its traced
-    graph, a Keras model through its input shape. None if the input shape is not known or is not that of images.
+    A torch model tells through ``pretrained_cfg`` (timm's convention: ``input_size``, ``mean``, ``std``,
+    ``interpolation``, ``crop_pct``, ``crop_mode``) or its traced graph, a Keras model through its input shape. None if
+    the input shape is not known or is not that of images.
     """
     keras = framework_of(model) == "keras"
     if keras:
@@ -78,6 +79,9 @@ def preprocessing_of(
         "channels_last" if keras else "channels_first",
         tuple(mean or config.get("mean") or (0.0,)),
         tuple(std or config.get("std") or (1.0,)),
+        config.get("interpolation") or "bilinear",
+        config.get("crop_pct") or 1.0,
+        config.get("crop_mode") or "center",
     )
 
 

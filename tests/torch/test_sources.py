@@ -5,17 +5,15 @@ import pickle
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from PIL import Image
 from torch import nn
 
 import normswap
 from normswap.errors import InputError, MissingDependencyError, UnsupportedError
 from normswap.patchers import bundle
-from normswap.sources.data import Preprocessing, open_data
+from normswap.sources.data import Preprocessing
 from normswap.sources.models import absolute_spec, load_model, preprocessing_of, relative_spec
 from normswap.sources.weights import load_state_dict, read_state_dict
 
@@ -91,6 +89,14 @@ class TestModels:
         assert known == Preprocessing((3, 8, 8), "channels_first", (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
         assert preprocessing_of(model, input_shape=(3, 4, 4), mean=(0.0,)).shape == (3, 4, 4)
         assert preprocessing_of(nn.Linear(2, 2)) is None
+
+    def test_preprocessing_of_a_timm_model(self, network):
+        """How timm resizes and crops what it evaluates a model on goes with mean and std."""
+        model = load_model(network)
+        model.pretrained_cfg |= {"interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "squash"}
+        known = preprocessing_of(model)
+
+        assert (known.interpolation, known.crop, known.crop_mode) == ("bicubic", 0.875, "squash")
 
     def test_specs_move_with_a_bundle(self, tmp_path):
         """A file's path is kept relative to the bundle, other names as they are."""
@@ -194,92 +200,6 @@ class TestWeights:
         model = nn.BatchNorm2d(2)
         state = {k: v for k, v in model.state_dict().items() if "tracked" not in k}
         load_state_dict(model, state, "old.pt")
-
-
-class TestData:
-    PREPROCESSING = Preprocessing((3, 4, 6), "channels_first", (0.5,), (0.25,))
-
-    @pytest.fixture
-    def folder(self, tmp_path):
-        """Two classes of images, of several sizes and colour modes."""
-        for label, (name, colour) in enumerate({"a": 0, "b": 255}.items()):
-            (tmp_path / name).mkdir()
-            Image.new("RGB", (6, 4), (colour,) * 3).save(tmp_path / name / "0.png")
-            Image.new("L", (30, 20 + label), colour).save(tmp_path / name / "1.png")
-        (tmp_path / "a" / "notes.txt").write_text("not an image")
-        return tmp_path
-
-    def test_a_folder(self, folder):
-        """Classes are numbered by name; images are resized, converted and scaled."""
-        data = open_data(str(folder), self.PREPROCESSING)
-        x, y = data.batch(range(4))
-
-        assert (data.classes, y.tolist(), x.shape, x.dtype) == (["a", "b"], [0, 0, 1, 1], (4, 3, 4, 6), np.float32)
-        assert x[:2].max() == x[:2].min() == -2
-        assert x[2:].max() == x[2:].min() == 2
-
-    @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-    def test_an_npz(self, tmp_path, dtype):
-        """Arrays of bytes or of shares of one give the same images."""
-        images = np.full((3, 4, 6, 3), 255 if dtype == np.uint8 else 1, dtype)
-        np.savez(tmp_path / "d.npz", x=images, y=np.arange(3))
-        x, y = open_data(str(tmp_path / "d.npz"), self.PREPROCESSING).batch([2, 0])
-
-        assert (x.shape, float(x.max()), y.tolist()) == ((2, 3, 4, 6), 2.0, [2, 0])
-
-    def test_channels_last_and_grey(self, tmp_path):
-        """Keras's layout, and images without a channel axis."""
-        np.savez(tmp_path / "d.npz", x=np.zeros((3, 4, 6), np.uint8), y=np.zeros(3, int))
-        data = open_data(str(tmp_path / "d.npz"), Preprocessing((4, 6, 1), "channels_last"))
-
-        assert [x.shape for x, _ in data.batches(2)] == [(2, 4, 6, 1), (1, 4, 6, 1)]
-        assert sorted(data.sample(3).tolist()) == [0, 1, 2]
-
-    @pytest.mark.parametrize(
-        ("arrays", "message"),
-        [
-            ({"x": np.zeros((2, 4, 6, 3))}, "expected arrays `x` and `y` in .*, received: "),
-            ({"x": np.zeros((2, 9, 9, 3)), "y": np.zeros(2, int)}, r"expected `x` of shape \(N, 4, 6, 3\), received"),
-            ({"x": np.zeros((2, 4, 6, 3), int), "y": np.zeros(2, int)}, "expected `x` of uint8 or floating-point"),
-            ({"x": np.zeros((2, 4, 6, 3)), "y": np.zeros(2)}, "expected `y` of 2 non-negative integers, received"),
-            ({"x": np.zeros((2, 4, 6, 3)), "y": np.array([0, -1])}, "expected `y` of 2 non-negative integers"),
-            ({"x": np.array([{}, {}]), "y": np.zeros(2, int)}, "expected arrays `x` and `y` in .*, received: Object"),
-        ],
-    )
-    def test_arrays_that_do_not_fit(self, tmp_path, arrays, message):
-        """Shape, dtype and labels are checked before anything is computed; no pickle is read."""
-        np.savez(tmp_path / "d.npz", **arrays)
-        with pytest.raises(InputError, match=f"^{message}"):
-            open_data(str(tmp_path / "d.npz"), self.PREPROCESSING)
-
-    def test_folders_that_do_not_fit(self, folder):
-        """An empty class, a single class, and a file that is no image are named."""
-        (folder / "c").mkdir()
-        with pytest.raises(InputError, match="^expected images in every class folder, received none in .*c$"):
-            open_data(str(folder), self.PREPROCESSING)
-        (folder / "c" / "x.png").write_bytes(b"no image")
-        data = open_data(str(folder), self.PREPROCESSING)
-        with pytest.raises(InputError, match="^expected an image in .*x.png, received: "):
-            data.batch([4])
-        with pytest.raises(InputError, match="^expected at least two class folders in .*, received 0$"):
-            open_data(str(folder / "c"), self.PREPROCESSING)
-        with pytest.raises(
-            InputError, match="^expected a folder of class folders or an .npz file, received data=gone$"
-        ):
-            open_data("gone", self.PREPROCESSING)
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            (((3, 4), "channels_first"), "expected an input shape of three sizes for images, received shape=(3, 4)"),
-            (((3, 4, 4), "channels_first", (0.1, 0.2)), "expected 1 or 3 values, received mean=(0.1, 0.2)"),
-            (((3, 4, 4), "channels_first", (0.0,), (0.0,)), "expected positive values, received std=(0.0,)"),
-        ],
-    )
-    def test_preprocessing_that_cannot_be(self, arguments, message):
-        """Wrong shapes and scales are refused by name."""
-        with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
-            Preprocessing(*arguments)
 
 
 class TestBundle:
