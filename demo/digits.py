@@ -13,6 +13,7 @@ from ..export.inference import open_onnx
 from ..export.onnx import to_onnx
 from ..finetune.accuracy import accuracy
 from ..finetune.hooks import RenormLimits
+from ..finetune.training import Training
 from ..patchers.model import patch
 from ..sources.data import Data, Preprocessing, from_arrays
 
@@ -45,8 +46,8 @@ def run(framework: str, say: Callable[[str], None]) -> list[dict[str, Any]]:
     the BatchNorm network, without labels; ``max_rel`` is the largest difference between the ONNX file and the model,
     relative to the output's scale.
     """
-    engine = import_module(f"..finetune.{framework}", __package__)
-    sites = import_module(f"..finetune.{framework}_sites", __package__)
+    engine = import_module(f"..finetune.{framework}.engine", __package__)
+    sites = import_module(f"..finetune.{framework}.sites", __package__)
     network = import_module(f".{framework}", __package__)
     train, test = digits("channels_first" if framework == "torch" else "channels_last")
 
@@ -71,11 +72,9 @@ def run(framework: str, say: Callable[[str], None]) -> list[dict[str, Any]]:
         engine.train(
             model,
             train,
-            steps=STEPS,
-            batch_size=BATCH_SIZE,
-            lr=LEARNING_RATE,
+            Training(STEPS, BATCH_SIZE, LEARNING_RATE),
             teacher=original,
-            schedule=RenormLimits(engine.layers(model), STEPS),
+            hooks=[RenormLimits(model, STEPS)],
         )
         row["finetuned"] = top1(model)
         with tempfile.TemporaryDirectory() as folder:

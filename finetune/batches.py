@@ -1,5 +1,7 @@
 """Which images a step sees, as a function of the step alone."""
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,5 +14,9 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int) -> NDArray[
     """
     batch_size = min(batch_size, count)
     epoch, position = divmod(step, count // batch_size)
-    order = np.random.default_rng([seed, epoch]).permutation(count)
-    return order[position * batch_size : (position + 1) * batch_size]
+    return _order(count, epoch, seed)[position * batch_size : (position + 1) * batch_size]
+
+
+@lru_cache(maxsize=2)  # a permutation of a million takes as long as a step
+def _order(count: int, epoch: int, seed: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch]).permutation(count)

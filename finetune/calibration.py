@@ -46,7 +46,7 @@ def calibrate(model: Any, reference: Any, batches: Iterable[Any], *, refit: bool
     Raises `UnsupportedError` if the model has no replaced layers, `InputError` if the inputs are none, constant or not
     finite, or if ``reference`` lacks a layer of the model.
     """
-    adapter: ModuleType = import_module(f".{framework_of(model)}_sites", __package__)
+    adapter: ModuleType = import_module(f".{framework_of(model)}.sites", __package__)
     batches = list(batches) if isinstance(batches, Iterator) else batches
     first = next(iter(batches), None)
     if first is None:

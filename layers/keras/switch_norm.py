@@ -12,6 +12,9 @@ from .statistics import Moments, averaging, moments, per_channel, pooled, wide
 BatchStatistics = Literal["moving", "frozen", "none"]
 Compat = Literal["keras-switchnorm"]
 
+CLOSED = -120.0
+"""A logit that beside 0 gives a gate of exactly 0 in float32."""
+
 
 @keras.saving.register_keras_serializable(package="normswap")
 class SwitchNormalization(MovingNorm):
@@ -33,8 +36,8 @@ class SwitchNormalization(MovingNorm):
 
     ``temperature`` divides the gates' logits: towards 0 the largest gate takes all, and at 0 (hard gates) it is
     1, the first of equals, and the logits learn nothing. It is a variable, so `set_temperature` acts inside
-    compiled functions and the value is saved with the weights. ``zero_init=True`` starts gamma at 0, for the last
-    normalization of a residual branch (``final_gamma`` elsewhere).
+    compiled functions and the value is saved with the weights; `harden` takes the largest gate for good.
+    ``zero_init=True`` starts gamma at 0, for the last normalization of a residual branch (``final_gamma`` elsewhere).
 
     ``compat="keras-switchnorm"`` computes what titu1994/keras-switchnorm does: moving statistics start at mean 1
     and variance 0, and the moving variance takes in the batch's times m/(m - 1 - ε), with m the number of values
@@ -124,6 +127,13 @@ class SwitchNormalization(MovingNorm):
         self._temperature = float(temperature)
         if self.temperature is not None:
             self.temperature.assign(temperature)
+
+    def harden(self) -> None:
+        """Give each mix to its largest gate for good: that gate becomes 1 and the others 0, which export can fold."""
+        for logits in (self.mean_weight, self.var_weight):
+            taken = ops.one_hot(ops.argmax(logits), logits.shape[0], dtype=logits.dtype)
+            logits.assign((1 - taken) * CLOSED)
+        self.set_temperature(1.0)
 
     def gates(self) -> tuple[Any, Any]:
         """Return the gates of the mean and of the variance as weights, in the order instance, layer, batch."""

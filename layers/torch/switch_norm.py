@@ -37,7 +37,8 @@ class _SwitchNorm(RunningNorm):
 
     ``zero_init`` starts γ at 0, for the last norm of a residual branch. The attribute ``temperature`` (1.0) divides the
     logits before the softmax; 0 takes the largest gate alone. It is not in the state dict; `harden` takes the largest
-    gate for good.
+    gate for good. It may be a tensor, which a compiled layer reads anew at every call where a number is built in; that
+    has to be above 0.
 
     ``compat="switchablenorms"`` computes what switchablenorms/Switchable-Normalization does: the variance of a map is
     unbiased, and the layer's and batch's are mixed from it; for (N, C) input those over C and N are unbiased, and the
@@ -91,7 +92,7 @@ class _SwitchNorm(RunningNorm):
         )
         self.batch_statistics = batch_statistics
         self.compat = compat
-        self.temperature = 1.0
+        self.temperature: float | Tensor = 1.0
         gates = 3 if track else 2
         self.mean_weight = nn.Parameter(torch.ones(gates, device=device, dtype=dtype))
         self.var_weight = nn.Parameter(torch.ones(gates, device=device, dtype=dtype))
@@ -111,7 +112,7 @@ class _SwitchNorm(RunningNorm):
 
     def _gates(self, logits: Tensor) -> Tensor:
         logits = wide(logits)
-        if self.temperature == 0:
+        if not isinstance(self.temperature, Tensor) and self.temperature == 0:
             return F.one_hot(logits.argmax(), logits.numel()).to(logits.dtype)
         return (logits / self.temperature).softmax(0)
 
@@ -229,7 +230,8 @@ class _SwitchNorm(RunningNorm):
 
     def _d_logits(self, small: Small, gates: Array, d_gates: list[Array]) -> Array:
         d_gates = small.library.stack(d_gates)
-        return gates * (d_gates - (gates * d_gates).sum()) / (self.temperature or 1)  # a one-hot gate gives 0
+        # A one-hot gate gives 0.
+        return gates * (d_gates - (gates * d_gates).sum()) / (float(self.temperature) or 1.0)
 
     def _batch_statistics(
         self, small: Small, count: int, mean: Array, var: Array, correction: int

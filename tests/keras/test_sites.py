@@ -10,7 +10,7 @@ from keras import layers
 from normswap.convert.targets import BatchRenorm, GroupNorm, SwitchNorm
 from normswap.errors import InputError
 from normswap.finetune.calibration import calibrate
-from normswap.finetune.keras_sites import (
+from normswap.finetune.keras.sites import (
     get_affine,
     get_weights,
     linear_layers,

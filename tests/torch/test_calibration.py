@@ -12,7 +12,7 @@ from normswap import GroupNorm
 from normswap.errors import InputError, UnsupportedError
 from normswap.finetune.calibration import calibrate
 from normswap.finetune.least_squares import LinearFit, Moments
-from normswap.finetune.torch_sites import get_weights, linear_layers, observe, patches, set_weights
+from normswap.finetune.torch.sites import get_weights, linear_layers, observe, patches, set_weights
 
 from .conftest import exactly, fingerprint, trained_
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import normswap
 from normswap.errors import InputError, UnsupportedError
-from normswap.finetune.torch_helpers import convert_sync, param_groups, update_statistics
+from normswap.finetune.torch.helpers import convert_sync, param_groups, update_statistics
 from normswap.layers.torch import BatchRenorm2d, SwitchNorm2d
 
 from .conftest import filled
@@ -32,6 +32,21 @@ class TestParamGroups:
         assert [group["weight_decay"] for group in groups] == [0.1, 0, 0]
         assert groups[2]["lr"] == 1e-3
         torch.optim.SGD(groups, lr=0.1)
+
+    @pytest.mark.parametrize("wrapped", ["compiled", "distributed", "both"])
+    def test_wrapped_models(self, model, wrapped, tmp_path):
+        """A compiled or distributed model has the groups of the model in it."""
+        normswap.patch(model, "sn")
+        expected = [[id(p) for p in group["params"]] for group in param_groups(model, 0.1)]
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+        try:
+            outer = model if wrapped == "compiled" else nn.parallel.DistributedDataParallel(model)
+            outer = outer if wrapped == "distributed" else torch.compile(outer)
+            found = [[id(p) for p in group["params"]] for group in param_groups(outer, 0.1)]
+        finally:
+            dist.destroy_process_group()
+
+        assert found == expected
 
     def test_empty_groups_are_left_out(self):
         """A model without norms has no group for gates."""
@@ -85,14 +100,16 @@ def work(rank, path, layers, x, weights, splits, results):
         y, dx, gradients = step(convert_sync(layer), x[part], weights[part])
         for gradient in gradients:
             dist.all_reduce(gradient)
-        found.append((y, dx, gradients, layer.running_mean, layer.running_var))
+        moved = layer.running_mean.clone(), layer.running_var.clone()
+        update_statistics(layer, [x[part], x[part] + 1])
+        found.append((y, dx, gradients, *moved, layer.running_mean, layer.running_var))
     results[rank] = found
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("splits", [(3, 3), (5, 1)])
 def test_two_processes_are_one_on_the_whole_batch(splits, tmp_path):
-    """Outputs, gradients of input, parameters and gates, and running statistics agree to 1e-10, uneven shares too."""
+    """Outputs, gradients, running statistics and those re-estimated agree to 1e-10, uneven shares too."""
     torch.manual_seed(0)
     layers = [filled(cls, 4, dtype=torch.float64).train() for cls in (SwitchNorm2d, BatchRenorm2d)]
     x = torch.randn(6, 4, 3, 5, dtype=torch.float64) * 2 + 1
@@ -102,6 +119,9 @@ def test_two_processes_are_one_on_the_whole_batch(splits, tmp_path):
     alone = copy.deepcopy(layers)
     for layer in alone:
         layer(x)
+    estimated = copy.deepcopy(layers)
+    for layer in estimated:
+        update_statistics(layer, [x, x + 1])
     with mp.Manager() as manager:
         results = manager.dict()
         mp.spawn(work, (tmp_path / "rendezvous", layers, x, weights, splits, results), nprocs=2)
@@ -116,6 +136,8 @@ def test_two_processes_are_one_on_the_whole_batch(splits, tmp_path):
             torch.testing.assert_close(share[2], gradients, **close)
             torch.testing.assert_close(share[3], alone[index].running_mean, **close)
             torch.testing.assert_close(share[4], alone[index].running_var, **close)
+            torch.testing.assert_close(share[5], estimated[index].running_mean, **close)
+            torch.testing.assert_close(share[6], estimated[index].running_var, **close)
 
 
 def test_sync_without_processes_changes_nothing():

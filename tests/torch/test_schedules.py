@@ -10,7 +10,7 @@ from torch import nn
 
 from normswap.finetune.hooks import RenormLimits
 from normswap.finetune.schedules import renorm_limits
-from normswap.finetune.torch_helpers import update_statistics
+from normswap.finetune.torch.helpers import update_statistics
 from normswap.layers.torch import BatchRenorm1d, BatchRenorm2d
 
 SCHEDULES = [
@@ -77,7 +77,7 @@ class TestCurves:
         """A loop's preset over a run is the layer's schedule over as many steps."""
         layer = BatchRenorm1d(2, schedule=preset, schedule_steps=100, t_delta=0.1)
         other = BatchRenorm1d(2)
-        hook = RenormLimits([other], 100, preset)
+        hook = RenormLimits(other, 100, preset)
         for step, expected in zip(range(0, 100, 7), limits_of(layer, range(0, 100, 7)), strict=True):
             hook.on_step(step)
             np.testing.assert_allclose([float(other.r_max), float(other.d_max)], expected, rtol=1e-5, atol=1e-6)
@@ -154,7 +154,7 @@ class TestLife:
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             layer.set_limits(2.0, 1.0)
 
-        assert RenormLimits([layer, BatchRenorm2d(3)], 10).layers[0] is not layer
+        assert RenormLimits(nn.Sequential(layer, BatchRenorm2d(3)), 10).layers[0] is not layer
 
 
 def test_shown():

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..convert.targets import BatchRenorm
-from ..patchers.torch_sites import MARK, call, eager, inference, named_modules, normalized
-from .least_squares import WIDEST, Array
+from ...convert.targets import BatchRenorm
+from ...patchers.torch_sites import MARK, call, eager, inference, named_modules, normalized
+from ..least_squares import WIDEST, Array
 
 See = Callable[[str, NDArray[Any], NDArray[Any]], bool]
 

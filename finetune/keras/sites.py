@@ -8,12 +8,12 @@ import numpy as np
 from keras import ops
 from numpy.typing import NDArray
 
-from ..convert.targets import BatchRenorm
-from ..layers.keras import SwitchNormalization
-from ..layers.keras.statistics import wide
-from ..patchers.keras import MARK
-from ..patchers.keras_walk import call, named_layers, watching
-from .least_squares import WIDEST, Array
+from ...convert.targets import BatchRenorm
+from ...layers.keras import SwitchNormalization
+from ...layers.keras.statistics import wide
+from ...patchers.keras import MARK
+from ...patchers.keras_walk import call, named_layers, watching
+from ..least_squares import WIDEST, Array
 
 See = Callable[[str, NDArray[Any], NDArray[Any]], bool]
 

@@ -4,12 +4,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from ..errors import InputError, UnsupportedError
-from ..layers.torch.norm import RunningNorm
-from ..patchers.torch import call, inference
-from .least_squares import Moments
+from ...errors import InputError, UnsupportedError
+from ...layers.torch.norm import RunningNorm
+from ...patchers.torch import call, inference
+from ..least_squares import Moments
 
 _NORMS = (RunningNorm, nn.GroupNorm, nn.LayerNorm, nn.modules.batchnorm._NormBase)
 _GATES = ("mean_weight", "var_weight")
@@ -53,18 +54,23 @@ def convert_sync(model: nn.Module, *, sync: bool = True, process_group: Any = No
     return model
 
 
+def moving_layers(model: nn.Module) -> list[Any]:
+    """Return every SN and BRN that keeps moving statistics."""
+    layers = [m for m in model.modules() if isinstance(m, RunningNorm) and "running_mean" in m._buffers]
+    return [m for m in layers if getattr(m, "batch_statistics", "moving") == "moving"]
+
+
 def update_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
     """Re-estimate the running statistics of every SN and BRN on ``batches``, in place of their moving averages.
 
     Mean and variance become those of all the values a layer saw, each batch weighted by its count, while the layers
     normalize by the batch as in training; all else runs as at inference. ``batches`` are inputs as the model takes
     them, or pairs whose first part is. It does for these layers what `torch.optim.swa_utils.update_bn` does for
-    BatchNorm.
+    BatchNorm. Layers that synchronize count the batches of all their processes, which have to have as many each.
 
     Raises `UnsupportedError` if the model has no such layer, `InputError` if there are no batches.
     """
-    layers = [m for m in model.modules() if isinstance(m, RunningNorm) and "running_mean" in m._buffers]
-    layers = [m for m in layers if getattr(m, "batch_statistics", "moving") == "moving"]
+    layers = moving_layers(model)
     if not layers:
         raise UnsupportedError(
             "expected a model with SN or BRN layers that keep moving statistics, received one without"
@@ -75,7 +81,8 @@ def update_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
     def see(m: Any, inputs: Any) -> None:
         rows = inputs[0].detach().movedim(1, -1).flatten(0, -2).double()
         mean = rows.mean(0)
-        seen[m].merge(len(rows), *(part.cpu().numpy() for part in (mean, (rows - mean).square().mean(0))))
+        for count, *moments in _of_all_processes(m, len(rows), mean, (rows - mean).square().mean(0)):
+            seen[m].merge(count, *(part.cpu().numpy() for part in moments))
 
     handles = [m.register_forward_pre_hook(see) for m in layers]
     try:
@@ -95,3 +102,13 @@ def update_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
     for m, moments in seen.items():
         m.running_mean.copy_(torch.from_numpy(moments.mean))
         m.running_var.copy_(torch.from_numpy(moments.var))
+
+
+def _of_all_processes(layer: RunningNorm, count: int, mean: Tensor, var: Tensor) -> list[tuple[int, Tensor, Tensor]]:
+    """Return a batch's count, mean and variance, and with ``sync`` those of the other processes' batches too."""
+    if not (layer.sync and dist.is_available() and dist.is_initialized()):
+        return [(count, mean, var)]
+    own = torch.stack([torch.full_like(mean, count), mean, var])
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(layer.process_group))]
+    dist.all_gather(parts, own, group=layer.process_group)
+    return [(int(part[0, 0]), part[1], part[2]) for part in parts]

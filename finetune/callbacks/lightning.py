@@ -1,0 +1,48 @@
+"""Hooks in Lightning's Trainer."""
+
+from typing import Any
+
+import lightning
+
+from ..hooks import Hook, Hooks
+
+
+class NormswapCallback(lightning.Callback):
+    """Tell ``hooks`` of the steps of a Lightning `Trainer`, in the order given; a step is one of the optimizer.
+
+    Losses are seen before their backward pass, divided by the number of batches that are accumulated, so a step with a
+    NaN is not taken. Hooks take the network before it is compiled. Distillation is the step of the module::
+
+        def training_step(self, batch, index):  # with self.distillation = Distillation(self.net, original)
+            return self.distillation(batch[0], self.net(batch[0]))
+
+    `Distillation` is no module: the original stays out of the saved weights, and has to be moved to the device.
+    """
+
+    def __init__(self, *hooks: Hook) -> None:
+        self.hooks = Hooks(*hooks)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Prepare the step."""
+        self.hooks.on_step(trainer.global_step)
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        """Look at the loss."""
+        self.hooks.on_loss(trainer.global_step, loss)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Prepare the evaluation, but for the one before training that only looks whether it runs."""
+        if not trainer.sanity_checking:
+            self.hooks.on_evaluate()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Leave a plain model behind."""
+        self.hooks.on_end()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the hooks' state."""
+        return self.hooks.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore it."""
+        self.hooks.load_state_dict(state_dict)

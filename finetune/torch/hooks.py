@@ -1,0 +1,122 @@
+"""What the hooks do to a PyTorch model."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...errors import InputError, UnsupportedError
+from ...patchers.torch_sites import MARK, named_modules
+from .helpers import moving_layers, update_statistics
+
+__all__ = ["Gates", "blend", "layers", "moving_layers", "replaced", "set_limits", "update_statistics"]
+
+
+class Gates:
+    """The gates of every SN of a model, while a schedule holds and tempers them."""
+
+    def __init__(self, model: nn.Module, *, held: bool, tempered: bool) -> None:
+        self.layers: list[Any] = [module for module in model.modules() if hasattr(module, "harden")]
+        logits = [gates for layer in self.layers for gates in (layer.mean_weight, layer.var_weight)]
+        self._held = held
+        learning = [gates for gates in logits if held and gates.requires_grad]
+        self._handles = [gates.register_hook(self._pass) for gates in learning]
+        self._handles += [gates.register_post_accumulate_grad_hook(self._drop) for gates in learning]
+        self._temperature = torch.ones(())  # one tensor for all, which compiled code reads anew
+        if tempered:
+            for layer in self.layers:
+                layer.temperature = self._temperature
+
+    def _pass(self, gradient: Tensor) -> Tensor:
+        return torch.zeros_like(gradient) if self._held else gradient
+
+    def _drop(self, gates: Tensor) -> None:
+        if self._held:
+            gates.grad = None  # so that the optimizer passes them over, unless DistributedDataParallel writes its zeros
+
+    def hold(self, held: bool) -> None:
+        """Let gradients reach the gates, or not."""
+        self._held = held
+
+    def temper(self, temperature: float) -> None:
+        """Set the temperature."""
+        self._temperature.fill_(temperature)
+
+    def close(self) -> None:
+        """Leave plain gates of the same values."""
+        for handle in self._handles:
+            handle.remove()
+        for layer in self.layers:
+            if layer.temperature is self._temperature:
+                with torch.no_grad():
+                    layer.mean_weight.div_(self._temperature)
+                    layer.var_weight.div_(self._temperature)
+                layer.temperature = 1.0
+
+
+class _Mix:
+    """A forward hook that mixes a frozen BatchNorm into a layer's output."""
+
+    def __init__(self, layer: nn.Module, norm: Any) -> None:
+        constants = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        self._constants = [None if part is None else part.detach().clone() for part in constants]
+        self._eps = norm.eps
+        self._share = torch.ones(())  # a tensor, which compiled code reads anew
+        # First of all hooks: before the one that activates where the BatchNorm did.
+        self._handle = layer.register_forward_hook(self._mix, prepend=True)
+
+    def _mix(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = inputs[0]
+        mean, var, weight, bias = (None if part is None else part.to(x.device) for part in self._constants)
+        before = F.batch_norm(x, mean, var, weight, bias, False, 0.0, self._eps)
+        return (1 - self._share) * output + self._share * before.to(output.dtype)
+
+    def set(self, share: float) -> None:
+        """Set the BatchNorm's share."""
+        self._share.fill_(share)
+
+    def close(self) -> None:
+        """Take the BatchNorm out."""
+        self.set(0.0)
+        self._handle.remove()
+
+
+def blend(model: nn.Module, reference: nn.Module) -> list[_Mix]:
+    """Return what mixes the reference's BatchNorm into each replaced layer, in the order of the model."""
+    found, known = replaced(model), dict(named_modules(reference))
+    if not found:
+        raise UnsupportedError("expected a patched model to blend, received one without replaced layers")
+    norms = {name: known.get(name) for name in found}
+    unfit = [name for name, norm in norms.items() if getattr(norm, "running_mean", None) is None or _is_replaced(norm)]
+    if unfit:
+        raise InputError(
+            "expected a reference with the BatchNorms and running statistics of the model before the patch, "
+            f"received one without them at {', '.join(unfit)}"
+        )
+    return [_Mix(layer, norms[name]) for name, layer in found.items()]
+
+
+def layers(model: nn.Module) -> Iterator[nn.Module]:
+    """Return every module of ``model`` once."""
+    return model.modules()
+
+
+def set_limits(renorms: Iterable[Any], r_max: float, d_max: float) -> None:
+    """Set the limits of every BRN."""
+    for layer in renorms:
+        layer.set_limits(r_max, d_max)
+
+
+def replaced(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the replaced layers, each by the first of its names."""
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for name, module in named_modules(model):
+        if _is_replaced(module):
+            found.setdefault(id(module), (name, module))
+    return dict(found.values())
+
+
+def _is_replaced(module: Any) -> bool:
+    return MARK in module.__dict__

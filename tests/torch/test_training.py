@@ -1,0 +1,327 @@
+"""Training a PyTorch model: losses, what learns, hooks, precision, and what a step tells."""
+
+import copy
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import normswap
+from normswap import GroupNorm
+from normswap.errors import InputError, UnsupportedError, VerificationError
+from normswap.finetune.accuracy import Accuracy, accuracy
+from normswap.finetune.batch_size import largest_batch
+from normswap.finetune.hooks import Hook, RenormLimits
+from normswap.finetune.torch.engine import blocks, predict, train
+from normswap.finetune.training import Training
+from normswap.sources.data import Preprocessing, from_arrays
+
+PREPROCESSING = Preprocessing((3, 12, 12), "channels_first", mean=(0.5,), std=(0.3,))
+
+
+@pytest.fixture
+def data():
+    """Images whose class is the colour that is brightest, which a few steps can learn."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 96)
+    images = rng.uniform(0, 0.6, (96, 12, 12, 3)).astype(np.float32)
+    images[np.arange(96), :, :, labels] += 0.4
+    return from_arrays(images, labels, PREPROCESSING)
+
+
+def steps_taken(model, data, *, teacher=None, hooks=(), **settings):
+    """Train and return what is told of each step."""
+    found = []
+    training = Training(**{"steps": 12, "batch_size": 16, **settings})
+    train(model, data, training, teacher=teacher, hooks=hooks, on_step=found.append)
+    return found
+
+
+def losses(model, data, **settings):
+    """Train and return the loss of each step."""
+    return [taken.loss for taken in steps_taken(model, data, **settings)]
+
+
+class TestTrain:
+    @pytest.mark.parametrize("target", ["sn", "brn", "gn"])
+    def test_labels(self, model, data, target):
+        """Cross-entropy with the labels goes down, and accuracy up."""
+        normswap.patch(model, target)
+        before = accuracy(lambda x: predict(model, x), data).top1
+        found = losses(model, data, steps=40)
+
+        assert np.mean(found[-5:]) < 0.5 * np.mean(found[:5])
+        assert accuracy(lambda x: predict(model, x), data).top1 > before
+        assert not model.training
+
+    def test_distillation(self, model, data):
+        """The model comes closer to its teacher, which does not change; labels play no part."""
+        teacher = copy.deepcopy(model)
+        normswap.patch(model, GroupNorm(groups=4))
+        state = copy.deepcopy(teacher.state_dict())
+        other = from_arrays(data._images.images, np.zeros(96, np.int64), PREPROCESSING)
+        twin = copy.deepcopy(model)
+        found = losses(model, data, teacher=teacher, steps=30)
+
+        assert np.mean(found[-5:]) < 0.5 * np.mean(found[:5])
+        assert all(torch.equal(state[k], v) for k, v in teacher.state_dict().items())
+        assert losses(twin, other, teacher=teacher, steps=30) == found
+
+    def test_norms_alone(self, model, data):
+        """train="norm" moves the normalization layers' parameters and nothing else; flags are put back."""
+        normswap.patch(model, "sn")
+        before = copy.deepcopy(model.state_dict())
+        losses(model, data, train="norm")
+        moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+
+        assert {k.rsplit(".", 1)[0] for k in moved} == {"stem.1", "bn"}
+        assert {"bn.weight", "bn.bias", "bn.mean_weight", "bn.var_weight"} <= moved
+        assert all(p.requires_grad for p in model.parameters())
+
+    def test_frozen_parameters_stay(self, model, data):
+        """A parameter the user froze does not learn."""
+        model.stem.requires_grad_(False)
+        normswap.patch(model, "gn")
+        before = model.stem[1].weight.clone()
+        losses(model, data)
+
+        assert torch.equal(model.stem[1].weight, before)
+
+    def test_a_frozen_stem_before_group_norm_does_not_crash(self, model, data):
+        """A GroupNorm of the model's own is guarded too, for as long as it trains (see `guard`)."""
+        model.stem[1] = nn.GroupNorm(2, 8)
+        normswap.patch(model, "gn")
+        model.to(memory_format=torch.channels_last)
+
+        assert np.isfinite(losses(model, data, train="norm")).all()
+        assert not model.stem[1]._forward_pre_hooks
+
+    def test_the_same_seed_gives_the_same_run(self, model, data):
+        """A run is a function of its seed; another seed sees the data in another order."""
+        normswap.patch(model, "sn")
+        twin, other = copy.deepcopy(model), copy.deepcopy(model)
+
+        assert losses(model, data) == losses(twin, data)
+        assert losses(other, data, seed=1) != losses(twin, data)
+
+    def test_a_loss_that_is_not_finite(self, model, data):
+        """NaN stops the run with the step, and the weights are those before it."""
+        normswap.patch(model, "gn")
+        with torch.no_grad():
+            model.head.weight[0, 0] = torch.nan
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(
+            VerificationError, match="^expected a finite loss, received loss=nan at step=0; lower --lr$"
+        ):
+            losses(model, data)
+
+        assert all(
+            torch.equal(
+                before[k],
+                v,
+            )
+            or before[k].isnan().any()
+            for k, v in model.state_dict().items()
+        )
+
+
+class TestOptions:
+    def test_accumulation_is_a_larger_batch(self, data):
+        """Two batches of eight to a step are one of sixteen: gradients are those of all their images."""
+        one = nn.Sequential(nn.Flatten(), nn.Linear(432, 3))
+        other = copy.deepcopy(one)
+        whole = steps_taken(one, data, steps=6, batch_size=16)
+        parts = steps_taken(other, data, steps=6, batch_size=8, accumulate=2)
+
+        np.testing.assert_allclose([t.loss for t in parts], [t.loss for t in whole], rtol=1e-5)
+        assert [t.accuracy for t in parts] == [t.accuracy for t in whole]
+        torch.testing.assert_close(one[1].weight, other[1].weight)
+
+    def test_decay_and_gate_rate(self, model, data):
+        """Weight decay pulls weights alone, and gates learn at their multiple of the rate, here not at all."""
+        normswap.patch(model, "sn")
+        twin = copy.deepcopy(model)
+        gates = model.bn.mean_weight.detach().clone()
+        steps_taken(model, data, steps=3, weight_decay=0.5, gate_lr=0.0)
+        steps_taken(twin, data, steps=3)
+
+        assert torch.equal(model.bn.mean_weight, gates)
+        assert not torch.equal(twin.bn.mean_weight, gates)
+        assert model.head.weight.norm() < twin.head.weight.norm()
+
+    @pytest.mark.parametrize("decay", ["cosine", "constant"])
+    def test_the_rate(self, model, data, decay):
+        """It is told with each step: up in the warm-up, then falling to nothing or staying."""
+        normswap.patch(model, "gn")
+        rates = [t.lr for t in steps_taken(model, data, steps=10, lr=0.1, warmup=0.2, decay=decay)]
+
+        assert rates[:2] == pytest.approx([0.05, 0.1])
+        assert rates[2:] == (sorted(rates[2:], reverse=True) if decay == "cosine" else [0.1] * 8)
+        assert rates[-1] < 0.01 or decay == "constant"
+
+    def test_the_last_blocks(self, model, data):
+        """last:N trains the last blocks; those before stay as they are, running statistics and all."""
+        normswap.patch(model, "sn")
+        before = copy.deepcopy(model.state_dict())
+        losses(model, data, train="last:1")
+        moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+
+        assert moved == {"head.weight", "head.bias"}
+        assert blocks(model)[-1] is model.head
+        with pytest.raises(
+            InputError,
+            match=f"^expected last:N with N up to the model's {len(blocks(model))} blocks, received train='last:99'$",
+        ):
+            losses(model, data, train="last:99")
+
+    def test_nothing_to_train(self, model, data):
+        """A model that is frozen altogether is refused."""
+        model.requires_grad_(False)
+        with pytest.raises(
+            UnsupportedError, match="^expected a model with parameters to train, received none with train='all'$"
+        ):
+            losses(model, data)
+
+    def test_the_moving_average(self, model, data):
+        """Within averaged() the weights are w' = 0.5 w' + 0.5 w over the steps, and afterwards the trained ones."""
+        normswap.patch(model, "gn")
+        expected, found = model.head.weight.detach().clone(), []
+
+        def look(taken):
+            nonlocal expected
+            weight = model.head.weight.detach().clone()
+            expected = 0.5 * expected + 0.5 * weight
+            with taken.averaged():
+                found.append((model.head.weight.detach().clone(), expected))
+            assert torch.equal(model.head.weight, weight)
+
+        train(model, data, Training(steps=4, batch_size=16, ema=0.5), on_step=look)
+
+        for average, wanted in found:
+            torch.testing.assert_close(average, wanted)
+
+    def test_bf16(self, model, data):
+        """Mixed precision learns as float32 does, to its own digits, and leaves float32 weights and evaluations."""
+        normswap.patch(model, "sn")
+        twin = copy.deepcopy(model)
+        narrow, wide = losses(model, data, precision="bf16"), losses(twin, data)
+
+        assert narrow != wide
+        np.testing.assert_allclose(narrow, wide, rtol=0.05)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        x = data.batch(range(4))[0]
+        np.testing.assert_allclose(predict(model, x), model(torch.from_numpy(x)).detach(), rtol=1e-4, atol=1e-6)
+
+    def test_features(self, model, data):
+        """The distance of the replaced layers' outputs adds to the loss, and is learned down."""
+        teacher = copy.deepcopy(model)
+        normswap.patch(model, GroupNorm(groups=4))
+        twin = copy.deepcopy(model)
+        plain, both = losses(twin, data, teacher=teacher), losses(model, data, teacher=teacher, features=1.0, steps=30)
+
+        assert both[0] > plain[0]
+        assert np.mean(both[-5:]) < np.mean(both[:5])
+        assert not teacher.bn._forward_hooks
+
+    def test_workers_change_nothing(self, model, data):
+        """A run whose images are read ahead, and changed at random, is the run that reads them in time."""
+        normswap.patch(model, "gn")
+        twin = copy.deepcopy(model)
+
+        assert losses(model, data, augment="crop,flip", workers=2, steps=4) == losses(
+            twin, data, augment="crop,flip", steps=4
+        )
+
+    def test_hooks_and_the_end(self, model, data):
+        """Hooks are told every step of the longer run this is part of, and a true answer ends the training."""
+        seen = []
+
+        class Seen(Hook):
+            def on_step(self, step):
+                seen.append(step)
+
+        training = Training(steps=12, batch_size=16)
+        train(model, data, training, hooks=[Seen()], first=100, start=2, on_step=lambda taken: taken.step == 5)
+
+        assert seen == [102, 103, 104]
+
+    def test_limits(self, model, data):
+        """BatchRenorm's limits follow the preset to its end."""
+        normswap.patch(model, "brn")
+        seen = []
+        hook = RenormLimits(model, 10)
+        train(
+            model,
+            data,
+            Training(steps=10, batch_size=16),
+            hooks=[hook],
+            on_step=lambda _: seen.append(model.bn.r_max.item()),
+        )
+
+        assert seen[0] == 1
+        assert seen[5] == pytest.approx(1.125)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"steps": 0}, "expected `steps` above 0, received steps=0"),
+            ({"batch_size": 0}, "expected `batch_size` above 0, received batch_size=0"),
+            ({"lr": float("nan")}, "expected `lr` above 0, received lr=nan"),
+            ({"ema": 1.0}, "expected `ema` from 0 to below 1, received ema=1.0"),
+            ({"warmup": 2.0}, "expected `warmup` from 0 to 1, received warmup=2.0"),
+            ({"workers": -1}, "expected `workers` of at least 0, received workers=-1"),
+            ({"precision": "int8"}, "expected `precision` out of no, fp16, bf16, received 'int8'"),
+            ({"decay": "step"}, "expected `decay` out of cosine, constant, received 'step'"),
+            ({"train": "last:0"}, "expected `train` to be all, norm or last:N, received train='last:0'"),
+        ],
+    )
+    def test_values_out_of_range(self, changes, message):
+        """A setting that cannot be is refused by name."""
+        with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+            Training(**changes)
+
+
+class TestBatchSize:
+    def test_doubles_until_memory_runs_out(self, model, data, monkeypatch):
+        """The largest size that trains is found, and the model is as it was."""
+        import normswap.finetune.torch.engine as engine
+
+        normswap.patch(model, "sn")
+        before, sizes = copy.deepcopy(model.state_dict()), []
+
+        class Engine:
+            snapshot, processes = staticmethod(engine.snapshot), staticmethod(engine.processes)
+
+            @staticmethod
+            def train(model, data, training, teacher=None):
+                sizes.append(training.batch_size)
+                if training.batch_size > 16:
+                    raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+                engine.train(model, data, training, teacher=teacher)
+
+        assert largest_batch(Engine, model, data, Training()) == 16
+        assert sizes == [1, 2, 4, 8, 16, 32]
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    def test_is_at_most_the_data(self, model, data):
+        """No more images than there are."""
+        import normswap.finetune.torch.engine as engine
+
+        normswap.patch(model, "gn")
+        assert largest_batch(engine, model, data, Training()) == 64
+
+
+def test_accuracy_counts_ties_as_wrong(data):
+    """A constant output scores no better than a wrong one, and NaN is an error."""
+    assert accuracy(lambda x: np.zeros((len(x), 10)), data).top1 == 0
+    perfect = accuracy(lambda x: np.eye(10)[data.labels[: len(x)]], data)
+    assert (perfect.top1, perfect.top5, perfect.n) == (100, 100, 96)
+    with pytest.raises(VerificationError, match="^expected finite scores, received NaN or infinity$"):
+        accuracy(lambda x: np.full((len(x), 10), np.nan), data)
+    parts = [accuracy(lambda x: np.zeros((len(x), 10)), data, batch_size=10, share=(rank, 3)) for rank in range(3)]
+    assert [part.n for part in parts] == [36, 30, 30]
+    assert Accuracy.merged(parts).n == 96
+    with pytest.raises(InputError, match=r"^expected scores of shape \(N, classes\) for labels up to 2, received"):
+        accuracy(lambda x: np.zeros((len(x), 2)), data)
