@@ -8,6 +8,7 @@ from .commands.demo import demo
 from .commands.exporting import evaluate, export, verify
 from .commands.finetuning import finetune
 from .commands.patching import inspect, patch
+from .commands.plotting import plot
 from .console import Group
 
 
@@ -15,7 +16,7 @@ from .console import Group
 @click.version_option(package_name="normswap")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
-    r"""Take the BatchNorm out of a trained network without ruining it.
+    """Take the BatchNorm out of a trained network without ruining it.
 
     \b
     MODEL is timm:NAME, torchvision:NAME, keras:NAME, file.py:callable, package.module:callable,
@@ -29,5 +30,5 @@ def main(debug: bool) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
-for command in (inspect, patch, finetune, evaluate, export, verify, demo):
+for command in (inspect, patch, finetune, evaluate, export, verify, plot, demo):
     main.add_command(command)

@@ -5,16 +5,26 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from datetime import timedelta
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .errors import explain
+from .errors import EXIT_INTERRUPTED, explain
 
 if TYPE_CHECKING:
     from .patchers.plan import Decision
 
 SCHEMA_VERSION = 1
+_FIGURES = {
+    "loss": "loss {:.4g}",
+    "accuracy": "accuracy {:.1f} %",
+    "eval_top1": "top-1 {:.2f} %",
+    "images_per_second": "{:.0f} images/s",
+}
+"""What a bar shows of a training, and how; other figures it leaves to the journal."""
+
 WIDTH_OF_A_FILE = 100
 EXPECTED = "expected change of the layer's output, as a share of its root mean square"
 
@@ -31,6 +41,9 @@ class Group(click.Group):
             return super().invoke(context)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
+        except KeyboardInterrupt:
+            click.echo("stopped", err=True)
+            raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
         except Exception as error:
             if context.find_root().params.get("debug"):
                 raise
@@ -177,19 +190,50 @@ def _percent(share: float | None) -> str:
 
 
 @contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """Yield ``advance(done, note)``; a bar is drawn only on a terminal."""
+def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
+    """Yield ``advance(done, note="", **figures)``, which shows how far the work is and the last of each figure.
+
+    On a terminal that is a bar with the time left, elsewhere a line every tenth of the way; both go to stderr.
+    """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    columns = (
-        TextColumn(title),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    known: dict[str, float] = {}
+    with (_bar if console.is_terminal else _lines)(title, total, console) as tell:
+
+        def advance(done: int, note: str = "", **figures: float | None) -> None:
+            known.update({name: value for name, value in figures.items() if value is not None})
+            shown = [text.format(known[name]) for name, text in _FIGURES.items() if name in known]
+            tell(done, ", ".join([*filter(None, [note]), *shown]))
+
+        yield advance
+
+
+@contextmanager
+def _bar(title: str, total: int, console: Any) -> Iterator[Callable[[int, str], None]]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn(title, markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, TextColumn("{task.fields[note]}", markup=False), console=console) as bar:
         task = bar.add_task("", total=total, note="")
         yield lambda done, note: bar.update(task, completed=done, note=note)
+
+
+@contextmanager
+def _lines(title: str, total: int, console: Any) -> Iterator[Callable[[int, str], None]]:
+    tenth, first, begin = -1, 0, 0.0
+
+    def tell(done: int, note: str) -> None:
+        nonlocal tenth, first, begin
+        now = monotonic()
+        if tenth < 0:
+            first, begin = done, now
+        elif 10 * done // total == tenth:
+            return
+        tenth = 10 * done // total
+        left = ""
+        if first < done < total:
+            left = f"{timedelta(seconds=round((total - done) * (now - begin) / (done - first)))} left"
+        click.echo(", ".join(filter(None, [f"{title}: {done}/{total}", note, left])), err=True)
+
+    yield tell

@@ -39,17 +39,20 @@ class MissingDependencyError(NormswapError, ModuleNotFoundError):
 
 EXIT_MISSING = MissingDependencyError.exit_code
 EXIT_IO = 7
+EXIT_INTERRUPTED = 130
 
 _EXTRAS = {
     "PIL": "data",
     "accelerate": "torch",
     "h5py": "keras",
     "keras": "keras",
+    "matplotlib": "plot",
     "onnx": "onnx",
     "onnx_ir": "onnx",
     "onnxruntime": "onnx",
     "onnxscript": "onnx",
     "sklearn": "demo",
+    "tensorboardX": "plot",
     "tensorflow": "keras",
     "tf2onnx": "keras",
     "torch": "torch",

@@ -144,7 +144,7 @@ def verify(
     as_json: bool,
     **options: Any,
 ) -> None:
-    r"""Prove that an ONNX FILE computes what MODEL or a bundle computes; exits 5 if it does not.
+    """Prove that an ONNX FILE computes what MODEL or a bundle computes; exits 5 if it does not.
 
     \b
     Examples: normswap verify net-gn net-gn.onnx --data val/
@@ -169,7 +169,7 @@ def verify(
         opened = Opened(model, weights, options)
         batches = []
         if data is not None and data != "random":
-            images = open_data(data, opened.require_preprocessing())
+            images = open_data(data, opened.require_preprocessing(), labelled=False)
             batches = [images.batch(images.sample(16))[0]]
         saved = {"save_reference": save_reference, "overwrite": options["overwrite"]}
         verdict = prove(opened.model, file, data=batches, providers=providers, **saved)

@@ -42,7 +42,7 @@ def measure(model: str, data: str, batch_size: int, weights: Path | None, option
             answers.append(scores.argmax(axis=-1))
             return scores
 
-        found = accuracy(answer, images, batch_size=batch_size, on_batch=lambda _: advance(sum(map(len, answers)), ""))
+        found = accuracy(answer, images, batch_size=batch_size, on_batch=lambda _: advance(sum(map(len, answers))))
     return Measured(found, np.concatenate(answers))
 
 
@@ -53,5 +53,5 @@ def _opened(model: str, weights: Path | None, options: dict[str, Any]) -> tuple[
 
         return open_onnx(Path(model), options)
     opened = Opened(model, weights, options)
-    engine = import_module(f"..finetune.{opened.framework}", __package__)
+    engine = import_module(f"..finetune.{opened.framework}.engine", __package__)
     return partial(engine.predict, opened.model), opened.require_preprocessing()

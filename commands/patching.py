@@ -71,7 +71,7 @@ def inspect(model: str, weights: Path | None, as_json: bool, **shape: Any) -> No
 @overwrite_option
 @json_option
 def patch(model: str, target: str | None, output: Path | None, **options: Any) -> None:
-    r"""Replace the BatchNorms of MODEL, weights carried over, and write a bundle.
+    """Replace the BatchNorms of MODEL, weights carried over, and write a bundle.
 
     \b
     Examples:
@@ -156,7 +156,7 @@ def _calibrate(opened: "Opened", original: Any, options: Mapping[str, Any]) -> l
     from ..finetune.calibration import calibrate
     from ..sources.data import open_data
 
-    data = open_data(options["calibrate"], opened.require_preprocessing())
+    data = open_data(options["calibrate"], opened.require_preprocessing(), labelled=False)
     chosen = data.sample(options["calibration_size"])
     batches = [data.batch(chosen[start : start + 64])[0] for start in range(0, len(chosen), 64)]
     residuals = calibrate(opened.model, original, batches, refit=options["refit"])
@@ -167,6 +167,6 @@ def _drift(opened: "Opened", original: Any, names: list[str], spec: str) -> list
     from ..patchers.drift import drift_between
     from ..sources.data import open_data
 
-    data = open_data(spec, opened.require_preprocessing())
+    data = open_data(spec, opened.require_preprocessing(), labelled=False)
     chosen = data.sample(len(data))[-16:]  # the last that --calibrate would take
     return [vars(found) for found in drift_between(opened.model, original, names, data.batch(chosen)[0])]

@@ -1,60 +1,66 @@
-"""A fine-tuning run from bundle to bundle: training, evaluation, checkpoints and resuming."""
+"""A fine-tuning run from bundle to bundle: stages, evaluation, checkpoints and resuming."""
 
+import hashlib
 import json
-import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
 
-from ..errors import InputError
-from ..layers.schedules import Schedule
+from ..errors import InputError, VerificationError
 from ..patchers import bundle as bundles
+from ..sources.checks import check_labels, same_classes
 from ..sources.data import Data
-from ..sources.files import require_absent
 from .accuracy import Accuracy, accuracy
-from .hooks import RenormLimits
+from .calibration import calibrate
+from .figures import Clipping, drift, gates
+from .folder import Progress, RunFolder, fingerprint
+from .hooks import Blend, GateSchedule, Hook, RenormLimits, Statistics
+from .interruption import StoppedError, signals
+from .journal import ORIGINAL, Journal
+from .settings import Settings
+from .stages import Stage
+from .training import Taken
 
-STATE = "training.safetensors"
-LOG = "training.json"
+STATE = "state.safetensors"
+PICTURE = "curves.png"
 
-
-@dataclass(frozen=True)
-class Settings:
-    """How a run trains; a resumed run must use the same, but for a larger number of steps."""
-
-    steps: int = 100
-    batch_size: int = 64
-    lr: float = 0.05
-    train: Literal["all", "norm"] = "all"
-    distill: bool = False
-    limits: Schedule = "pretrained"
-    seed: int = 0
-    checkpoint_every: int = 100
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "lr", "checkpoint_every"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"expected `{name}` above 0, received {name}={getattr(self, name)}")
+OnStep = Callable[[int, Mapping[str, float | None]], None]
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to: steps taken, the mean loss of the last ten, and the accuracy of the model kept."""
+    """What a run came to: steps taken, the mean loss of the last ten, the accuracy of the model kept and original."""
 
     output: Path
     steps: int
     loss: float | None
     evaluation: Accuracy | None
+    original: Accuracy | None
+    rank: int = 0
+
+    def __str__(self) -> str:
+        parts = [f"{self.steps} steps"]
+        if self.loss is not None:
+            parts.append(f"loss {self.loss:.4f}")
+        if self.evaluation is not None:
+            known = "" if self.original is None else f" (original {self.original.top1:.2f} %)"
+            parts.append(f"top-1 {self.evaluation.top1:.2f} %{known}")
+        return ", ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain data."""
-        evaluation = None if self.evaluation is None else self.evaluation.to_dict()
-        return {"output": str(self.output), "steps": self.steps, "loss": self.loss, "eval": evaluation}
+        found = {"eval": self.evaluation, "original": self.original}
+        told = {name: None if value is None else value.to_dict() for name, value in found.items()}
+        return {"output": str(self.output), "steps": self.steps, "loss": self.loss, **told}
 
 
 def finetune(
@@ -67,116 +73,322 @@ def finetune(
     resume: bool = False,
     overwrite: bool = False,
     trust: bool = False,
-    on_step: Callable[[int, float], None] | None = None,
+    record: Mapping[str, Any] | None = None,
+    draw: bool = True,
+    on_step: OnStep | None = None,
 ) -> Result:
     """Fine-tune the bundle ``source`` on ``data`` and write the bundle ``output``.
 
-    The output is written at every checkpoint and at the end. Its model is the best one seen on ``eval_data``, or
-    the last where there is none; the last one is always kept for resuming. With ``resume`` a run found in
-    ``output`` goes on, and one is started where there is none. ``trust`` is that of `normswap.load`.
+    Its model is the best one seen on ``eval_data``, or the last where there is none or its gates are hardened. The
+    folder ``run`` in the output has the settings as ``run.toml`` with ``record`` beside them, the curves as
+    ``metrics.csv``, for TensorBoard and (unless ``draw=False``, or without matplotlib) as ``curves.png``, and
+    checkpoints. With ``resume`` a run found there goes on, bit for bit as if
+    it had not stopped, and one is started where there is none. ``trust`` is that of `normswap.load`. ``on_step`` is
+    told the number of steps taken and their figures, in the process of rank 0.
 
-    Raises `InputError` if there is no original to distill from or the run found used other settings,
-    `OutputExistsError` if ``output`` exists, `VerificationError` if the loss is not finite; the last checkpoint
-    then remains.
+    Raises `InputError` if there is no original to distil from, if the run found used other settings or data, or if
+    processes that train together disagree; `OutputExistsError` if ``output`` exists; `VerificationError` if the loss
+    is not finite, in which case the last checkpoint's model is the output; `StoppedError` after Ctrl-C or SIGTERM, once
+    the step is done and saved.
     """
-    output = Path(output)
-    bundle = bundles.read(source, trust=trust)
-    run = _Run(bundle, output, settings, eval_data)
-    if resume and output.exists():
-        run.resume()
-    else:
-        require_absent(output, overwrite=overwrite)
-    engine = run.engine
-
-    def after_step(step: int, loss: float, state: Callable[[], dict[str, Any]]) -> None:
-        run.losses.append(loss)
-        if on_step is not None:
-            on_step(step, loss)
-        if step % settings.checkpoint_every == 0 or step == settings.steps:
-            run.checkpoint(step, state())
-
-    engine.train(
-        bundle.model,
-        data,
-        steps=settings.steps,
-        batch_size=settings.batch_size,
-        lr=settings.lr,
-        teacher=bundle.original() if settings.distill else None,
-        train=settings.train,
-        schedule=RenormLimits(engine.layers(bundle.model), settings.steps, settings.limits),
-        seed=settings.seed,
-        state=run.state,
-        start=run.step,
-        on_step=after_step,
-    )
-    loss = float(np.mean(run.losses[-10:])) if run.losses else None
-    return Result(output, settings.steps, loss, run.best)
+    run = _Run(bundles.read(source, trust=trust), Path(output), data, settings, eval_data, on_step, draw)
+    run.begin(record or {}, resume=resume, overwrite=overwrite)
+    return run.go()
 
 
 class _Run:
-    """The state of a run beside the model's: what a checkpoint holds."""
+    """A run's model, with all that is known of it besides."""
 
-    def __init__(self, bundle: bundles.Bundle, output: Path, settings: Settings, eval_data: Data | None) -> None:
-        self.bundle, self.output, self.settings, self.eval_data = bundle, output, settings, eval_data
-        self.engine = import_module(f".{bundle.recipe.framework}", __package__)
-        self.step = 0
-        self.state: dict[str, Any] | None = None
-        self.best: Accuracy | None = None
-        self.losses: list[float] = []
-        suffix = ".keras" if bundle.recipe.framework == "keras" else ".safetensors"
-        self.model_file, self.last_file = f"model{suffix}", f"last{suffix}"
+    def __init__(
+        self,
+        bundle: bundles.Bundle,
+        output: Path,
+        data: Data,
+        settings: Settings,
+        eval_data: Data | None,
+        on_step: OnStep | None,
+        draw: bool,
+    ) -> None:
+        self.draws = draw and find_spec("matplotlib") is not None
+        self.bundle, self.model, self.settings = bundle, bundle.model, settings
+        self.data, self.eval_data, self.tell = data, eval_data, on_step
+        self.engine = import_module(f".{bundle.recipe.framework}.engine", __package__)
+        self.rank, self.world = self.engine.processes()
+        self.folder = RunFolder(output, writes=self.rank == 0)
+        self.suffix = bundles.SUFFIX[bundle.recipe.framework]
+        self.calibrates, self.stages = settings.plan()
+        distils = settings.teacher == "original"
+        wanted = distils or self.calibrates or settings.blend or (eval_data is not None and bundle.has_original)
+        self.original = bundle.original() if wanted else None
+        self.teacher = self.original if distils else None
+        self.data_seen = fingerprint(data, eval_data)
+        # Until the gates are hardened, what is evaluated is not what the bundle will hold.
+        self.tracks_best = eval_data is not None and not settings.harden
+        self.progress: Progress | None = None
+        self.saved = 0
+        self.state: dict[str, Any] = {}
+        self.journal: Journal | None = None
+        self.clipping = Clipping(self.model, passes=self.settings.accumulate)
+        self.hooks: list[Hook] = []
+        self.stopped: Callable[[], int] = int
+        self.signal = 0
+        self.clock = time.perf_counter()
 
-    def resume(self) -> None:
-        log = _read_log(self.output)
-        before, now = Settings(**log["settings"]), self.settings
-        if replace(before, steps=now.steps) != now or before.steps > now.steps:
-            raise InputError(
-                f"expected the settings of the run in {self.output}, {asdict(before)}, received {asdict(now)}; "
-                "repeat them, with as many steps or more"
-            )
-        last = self.output / self.last_file
-        bundles.load_weights(self.bundle, last if last.exists() else self.output / self.model_file)
-        self.state = safetensors.numpy.load_file(self.output / STATE)
-        self.step, self.losses = log["step"], log["losses"]
-        self.best = None if log["best"] is None else Accuracy(**log["best"])
+    def begin(self, record: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
+        """Make room for the run, or take up the one that is there."""
+        self.folder.require_free(resume=resume, overwrite=overwrite)
+        self._check_data()
+        self._agree()
+        found = self.folder.begin(self.settings, record, self.data_seen, resume=resume)
+        if found is not None:
+            self.progress, checkpoint = found
+            self.saved = self.progress.step
+            bundles.load_weights(self.bundle, checkpoint.folder / f"model{self.suffix}")
+            self.state = safetensors.numpy.load_file(checkpoint.folder / STATE)
 
-    def checkpoint(self, step: int, state: dict[str, Any]) -> None:
-        """Write the output anew; its model stays the old one if that was better."""
-        better = True
+    def _check_data(self) -> None:
+        """Raise `InputError` for data that could only fail later, or teach nothing."""
+        self.data.check()
         if self.eval_data is not None:
-            found = accuracy(lambda x: self.engine.predict(self.bundle.model, x), self.eval_data)
-            better = self.best is None or found.top1 > self.best.top1
-            self.best = found if better else self.best
-        log = {
-            "settings": asdict(self.settings),
-            "step": step,
-            "losses": self.losses,
-            "best": None if self.best is None else self.best.to_dict(),
-        }
+            self.eval_data.check()
+            same_classes(self.data, self.eval_data)
+        classes = self.engine.predict(self.model, self.data.batch([0])[0]).shape[-1]
+        for part in (None if self.teacher else self.data, self.eval_data):
+            if part is not None:
+                check_labels(part, classes)
 
-        def add(folder: Path) -> None:
-            if not better:
-                (folder / self.model_file).rename(folder / self.last_file)
-                shutil.copy2(self.output / self.model_file, folder / self.model_file)
-            if self.bundle.has_original:
-                original = self.model_file.replace("model", "original")
-                shutil.copy2(self.bundle.directory / original, folder / original)
-            safetensors.numpy.save_file({k: np.asarray(v, order="C") for k, v in state.items()}, folder / STATE)
-            (folder / LOG).write_text(json.dumps(log))
+    def _agree(self) -> None:
+        """Raise `InputError` on every process unless all train the same model in the same way on the same data."""
+        shapes = {name: list(shape) for name, shape in self.engine.shapes(self.model).items()}
+        said = [asdict(self.settings), self.bundle.recipe.to_dict(), shapes, self.data_seen]
+        own = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+        if len(set(found := self.engine.gathered(own))) > 1:
+            raise InputError(
+                f"expected the same model, settings and data in all {len(found)} processes, "
+                f"received {len(set(found))} different ones; start all with one command"
+            )
 
-        bundles.save(
-            self.bundle,
-            self.output,
-            source=self.bundle.source,
-            preprocessing=self.bundle.preprocessing,
-            overwrite=True,
-            add=add,
+    def go(self) -> Result:
+        """Train what is left of the stages and write the output."""
+        with signals() as self.stopped, self.folder.journal(self.progress) as self.journal:
+            self.hooks = self._hooks()
+            try:
+                self._train()
+            except Exception as error:
+                if not self.saved:
+                    self.folder.discard()
+                    raise
+                if not isinstance(error, VerificationError):
+                    raise
+                self._finish()
+                raise VerificationError(f"{error}; the model of step {self._kept} is in {self.folder.output}") from None
+            return self._finish()
+
+    def _hooks(self) -> list[Hook]:
+        settings = self.settings
+        found: list[Hook] = [RenormLimits(self.model, settings.steps, settings.limits)]
+        if settings.harden:
+            found.append(GateSchedule(self.model, settings.steps, temperature=(1.0, 0.1), harden=True))
+        if settings.blend:
+            found.append(Blend(self.model, self.original, round(settings.blend * settings.steps)))
+        return found
+
+    def _train(self) -> None:
+        progress = self._start() if self.progress is None else self.progress
+        for stage in self.stages:
+            if progress.step >= stage.end or progress.done:
+                continue
+            self.clock = time.perf_counter()
+            self.engine.train(
+                self.model,
+                self.data,
+                self.settings.training(stage),
+                teacher=self.teacher,
+                hooks=[*self.hooks, _Before(self._save_after, self.clipping)],
+                first=stage.first,
+                start=progress.step - stage.first,
+                state=self.state if progress.step > stage.first else None,
+                on_step=partial(self._after_step, progress, stage),
+            )
+            if self.signal:
+                raise StoppedError(self.signal, progress.step)
+
+    def _start(self) -> Progress:
+        """Do what comes before the first step: see how good the original is, and calibrate."""
+        progress = self.progress = Progress(data=self.data_seen)
+        if self.eval_data is not None and self.original is not None:
+            found = self._evaluated(self.original)
+            progress.original = found.to_dict()
+            if self.journal is not None:
+                self.journal.row(0, stage=ORIGINAL, eval_top1=found.top1, eval_top5=found.top5)
+        if self.calibrates:
+            self._calibrate()
+        figures = self._checkpoint(progress, None)
+        if self.journal is not None:
+            self.journal.row(0, stage="start", **figures)
+        return progress
+
+    def _calibrate(self) -> None:
+        """Calibrate, unless that takes the model further from the original, as it can one that starts there."""
+        chosen = self.data.sample(2 * self.settings.calibration_size)
+        half = (len(chosen) + 1) // 2
+        batches = [self.data.batch(chosen[begin : min(begin + 64, half)])[0] for begin in range(0, half, 64)]
+        others = self.data.batch(chosen[half:] if half < len(chosen) else chosen)[0]
+        before, restore = self._drift(others), self.engine.snapshot(self.model)
+        if before > 0:
+            calibrate(self.model, self.original, batches)
+            if not self._drift(others) < before:
+                restore()
+
+    def _after_step(self, progress: Progress, stage: Stage, taken: Taken) -> bool:
+        """Note a step, save where one is to be saved, and return whether training ends here."""
+        progress.step = stage.first + taken.step
+        progress.losses = [*progress.losses, taken.loss][-10:]
+        now = time.perf_counter()
+        images = self.settings.batch_size * self.settings.accumulate
+        figures: dict[str, Any] = {"loss": taken.loss, "accuracy": taken.accuracy, "learning_rate": taken.lr}
+        figures["images_per_second"] = images / (now - self.clock)
+        self.signal = max(self.engine.gathered(self.stopped()))
+        if taken.step == stage.steps or self._save_after(progress.step):
+            figures["clipped"] = self.clipping.share() if self._save_after(progress.step) else None
+            figures |= self._checkpoint(progress, taken)
+        elif self.signal:
+            self._checkpoint(progress, taken, evaluate=False)  # else a run that was stopped would differ
+        if self.journal is not None:
+            self.journal.row(progress.step, stage=stage.train, **figures)
+        if self.tell is not None and self.rank == 0:
+            self.tell(progress.step, figures)
+        self.clock = time.perf_counter()
+        return bool(self.signal or progress.done)
+
+    def _save_after(self, step: int) -> bool:
+        return step % self.settings.checkpoint_every == 0
+
+    def _checkpoint(self, progress: Progress, taken: Taken | None, *, evaluate: bool = True) -> dict[str, Any]:
+        """Save the model and what going on needs, and measure and save it as it would be deployed; return figures."""
+        checkpoints, figures = self.folder.checkpoints, dict[str, Any]()
+        with checkpoints.writing(progress.step, progress) if self.folder.writes else nullcontext() as folder:
+            if folder is not None:
+                bundles.write_weights(self.model, folder / f"model{self.suffix}")
+                state = {} if taken is None else taken.state()
+                safetensors.numpy.save_file({k: np.asarray(v, order="C") for k, v in state.items()}, folder / STATE)
+            if evaluate:
+                with self._deployed(taken):
+                    figures = self._evaluate(progress)
+                    if folder is not None and self._deploys_others and taken is not None:
+                        bundles.write_weights(self.model, folder / f"deployed{self.suffix}")
+        self.saved = progress.step
+        if self.folder.writes:
+            checkpoints.prune(keep=progress.best_step)
+        return figures
+
+    @property
+    def _deploys_others(self) -> bool:
+        """Whether the weights to deploy are not those that are trained on."""
+        return bool(self.settings.ema or self.settings.reestimate)
+
+    @contextmanager
+    def _deployed(self, taken: Taken | None) -> Iterator[None]:
+        """Give the model the weights to deploy for a while: averaged, its statistics re-estimated."""
+        for hook in self.hooks:
+            hook.on_evaluate()
+        if taken is None:
+            yield
+            return
+        with taken.averaged():
+            if not self.settings.reestimate:
+                yield
+                return
+            restore = self.engine.snapshot(self.model)
+            chosen = self.data.sample(self.settings.reestimate)
+            size = min(64, len(chosen))
+            parts = [chosen[begin : begin + size] for begin in range(0, len(chosen), size)]
+            Statistics(self.model, (self.data.batch(part)[0] for part in parts)).on_evaluate()
+            try:
+                yield
+            finally:
+                restore()
+
+    def _evaluate(self, progress: Progress) -> dict[str, Any]:
+        """Measure the model as it is, note whether it is the best so far and whether it is good enough."""
+        figures: dict[str, Any] = {}
+        if self.original is not None:
+            figures["drift"] = self._drift(self.data.batch(range(min(64, len(self.data))))[0])
+        if self.journal is not None and (layers := gates(self.model)):
+            self.journal.gates(progress.step, layers)
+        if self.eval_data is None:
+            return figures
+        found = self._evaluated(self.model)
+        if self.tracks_best and (progress.best is None or found.top1 > progress.best["top1"]):
+            progress.best, progress.best_step = found.to_dict(), progress.step
+        if self.settings.early_stop and self.teacher is not None and self.tracks_best:
+            assert progress.original is not None
+            progress.done = found.top1 >= progress.original["top1"]
+        return {**figures, "eval_top1": found.top1, "eval_top5": found.top5}
+
+    def _evaluated(self, model: Any) -> Accuracy:
+        """Return the accuracy on all the data to evaluate on, of which each process sees its share."""
+        assert self.eval_data is not None
+        own = accuracy(partial(self.engine.predict, model), self.eval_data, share=(self.rank, self.world))
+        return Accuracy.merged(self.engine.gathered(own))
+
+    def _drift(self, x: Any) -> float:
+        """Return how far the model is from the original on ``x``; see `drift`."""
+        found, wanted = (_logits(self.engine.predict(model, x)) for model in (self.model, self.original))
+        return drift(found, wanted)
+
+    @property
+    def _kept(self) -> int:
+        assert self.progress is not None
+        best = self.progress.best_step
+        return best if self.tracks_best and best is not None else self.saved
+
+    def _finish(self) -> Result:
+        """Write the output's bundle from a checkpoint, so that a run killed here can do it again."""
+        assert self.progress is not None
+        self.engine.gathered(None)  # until the process that writes has done so
+        chosen, best = self.folder.checkpoints.at(self._kept).folder, self.progress.best
+        deployed = chosen / f"deployed{self.suffix}"
+        bundles.load_weights(self.bundle, deployed if deployed.exists() else chosen / f"model{self.suffix}")
+        for hook in self.hooks:
+            hook.on_end()
+        if self.eval_data is not None and not self.tracks_best:
+            best = self._evaluated(self.model).to_dict()
+        if self.folder.writes:
+            bundles.save_into(self.bundle, self.folder.output)
+            if self.draws:
+                self._draw()
+        self.engine.gathered(None)
+        losses, original = self.progress.losses, self.progress.original
+        return Result(
+            self.folder.output,
+            self.progress.step,
+            float(np.mean(losses)) if losses else None,
+            None if best is None else Accuracy(**best),
+            None if original is None else Accuracy(**original),
+            self.rank,
         )
 
+    def _draw(self) -> None:
+        """Draw the curves and the gates."""
+        plots = import_module(".plots", __package__)
+        plots.save(plots.picture(self.folder.output, gates(self.model)), self.folder.path / PICTURE)
 
-def _read_log(directory: Path) -> dict[str, Any]:
-    try:
-        log: dict[str, Any] = json.loads((directory / LOG).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"expected a fine-tuning run to resume in {directory}, received none: {error}") from None
-    return log
+
+class _Before(Hook):
+    """Lets `Clipping` look before each step after which its share is asked for."""
+
+    def __init__(self, asked_after: Callable[[int], bool], clipping: Clipping) -> None:
+        self.asked_after, self.clipping = asked_after, clipping
+
+    def on_step(self, step: int) -> None:
+        if self.asked_after(step + 1):
+            self.clipping.on_step(step)
+
+
+def _logits(scores: Any) -> Any:
+    """Return scores as logits, which they are but for probabilities."""
+    wide = np.asarray(scores, np.float64)
+    if (wide >= 0).all() and np.allclose(wide.sum(axis=-1), 1, atol=1e-3):
+        return np.log(np.maximum(wide, 1e-30))
+    return wide

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+import shutil
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -19,7 +19,7 @@ from .model import as_module
 
 MANIFEST = "normswap.json"
 SCHEMA_VERSION = 1
-_SUFFIX = {"torch": ".safetensors", "keras": ".keras"}
+SUFFIX = {"torch": ".safetensors", "keras": ".keras"}
 
 
 class Patched(Protocol):
@@ -52,7 +52,7 @@ class Bundle:
             raise InputError(
                 f"expected a bundle saved with its original, received {self.directory}; make it with `normswap patch`"
             )
-        weights = self.directory / f"original{_SUFFIX[self.recipe.framework]}"
+        weights = self.directory / f"original{SUFFIX[self.recipe.framework]}"
         if self.recipe.framework == "keras":
             return _load_keras(weights, self.source, self.preprocessing)[0]
         return _load_torch(_build(self.directory, self.source, trust=self.trusted), weights)
@@ -66,13 +66,12 @@ def save(
     original: Any = None,
     preprocessing: Preprocessing | None = None,
     overwrite: bool = False,
-    add: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a patched model (a report or bundle) as a bundle.
 
     ``source`` says where the architecture comes from (see `normswap.sources.models`); without it a torch bundle
     can only be loaded into a model given to `load`. ``original`` is the model before the patch, which distillation
-    learns from. ``add`` may put further files into the folder it is given, or replace some, before it is final.
+    learns from.
 
     Raises `OutputExistsError` if ``directory`` exists, unless it may be overwritten.
     """
@@ -80,21 +79,41 @@ def save(
     framework = framework_of(patched.model)
     with staged(directory, overwrite=overwrite) as temporary:
         temporary.mkdir()
-        _write(patched.model, temporary / f"model{_SUFFIX[framework]}")
+        write_weights(patched.model, temporary / f"model{SUFFIX[framework]}")
         if original is not None:
-            _write(original, temporary / f"original{_SUFFIX[framework]}")
-        if add is not None:
-            add(temporary)
-        manifest = {
-            "schema_version": SCHEMA_VERSION,
-            "normswap": __version__,
-            "framework": framework,
-            "source": None if source is None else relative_spec(source, directory),
-            "recipe": patched.recipe.to_dict(),
-            "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
-            "sha256": {file.name: _sha256(file) for file in sorted(temporary.iterdir())},
-        }
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+            write_weights(original, temporary / f"original{SUFFIX[framework]}")
+        (temporary / MANIFEST).write_text(_manifest_of(patched, temporary, directory, source, preprocessing))
+
+
+def save_into(bundle: Bundle, directory: Path) -> None:
+    """Write the bundle's model and its original as a bundle among what else is in ``directory``.
+
+    Files of an older bundle there are replaced one by one, the manifest last.
+    """
+    framework = bundle.recipe.framework
+    with staged(directory / MANIFEST, overwrite=True) as manifest:
+        write_weights(bundle.model, manifest.with_name(f"model{SUFFIX[framework]}"))
+        if bundle.has_original:
+            original = f"original{SUFFIX[framework]}"
+            shutil.copy2(bundle.directory / original, manifest.with_name(original))
+        text = _manifest_of(bundle, manifest.parent, directory, bundle.source, bundle.preprocessing)
+        manifest.write_text(text)
+
+
+def _manifest_of(
+    patched: Patched, folder: Path, directory: Path, source: str | None, preprocessing: Preprocessing | None
+) -> str:
+    """Return the manifest of the weights in ``folder``, which are to lie in ``directory``."""
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "normswap": __version__,
+        "framework": framework_of(patched.model),
+        "source": None if source is None else relative_spec(source, directory),
+        "recipe": patched.recipe.to_dict(),
+        "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
+        "sha256": {file.name: _sha256(file) for file in sorted(folder.iterdir())},
+    }
+    return json.dumps(manifest, indent=2) + "\n"
 
 
 def load(directory: str | Path, *, model: Any = None, trust: bool = False) -> Any:
@@ -118,7 +137,7 @@ def read(directory: str | Path, *, model: Any = None, trust: bool = False) -> Bu
     source = None if manifest["source"] is None else absolute_spec(manifest["source"], directory)
     settings = manifest.get("preprocessing")
     preprocessing = None if settings is None else Preprocessing.from_dict(settings)
-    weights = directory / f"model{_SUFFIX[framework]}"
+    weights = directory / f"model{SUFFIX[framework]}"
     adapter = import_module(f".{framework}", __package__)
     if framework == "keras":
         model, recipe = _load_keras(weights, source, preprocessing, model, recipe)
@@ -132,7 +151,7 @@ def read(directory: str | Path, *, model: Any = None, trust: bool = False) -> Bu
         recipe=recipe,
         source=source,
         preprocessing=preprocessing,
-        has_original=(directory / f"original{_SUFFIX[framework]}").exists(),
+        has_original=(directory / f"original{SUFFIX[framework]}").exists(),
         trusted=trust,
     )
 
@@ -156,7 +175,7 @@ def _manifest(directory: Path) -> dict[str, Any]:
         version = manifest["schema_version"]
         if version != SCHEMA_VERSION:
             raise InputError(f"expected a bundle of schema_version={SCHEMA_VERSION}, received schema_version={version}")
-        if manifest["framework"] not in _SUFFIX:
+        if manifest["framework"] not in SUFFIX:
             raise InputError(f"expected a framework out of torch, keras, received {manifest['framework']!r}")
         hashes = dict(manifest["sha256"])
         manifest["recipe"], manifest["source"]
@@ -180,7 +199,8 @@ def _build(directory: Path, source: str | None, *, trust: bool) -> Any:
     return load_model(source, pretrained=False, trust=trust)
 
 
-def _write(model: Any, path: Path) -> None:
+def write_weights(model: Any, path: Path) -> None:
+    """Write the weights of a bundle's model to ``path``, which ends in its framework's suffix."""
     if framework_of(model) == "keras":
         model.save(path)
     else:

@@ -120,7 +120,8 @@ def test_verify_names_the_layer(run, tmp_path):
 def test_resuming_gives_the_uninterrupted_run(run, tmp_path):
     """Three steps and three more are six, bit for bit."""
     run("patch", "net.keras", "--to", "brn", "-o", tmp_path / "b")
-    common = ["finetune", tmp_path / "b", "--data", "data.npz", "--batch-size", 16, "--checkpoint-every", 3]
+    common = ["finetune", tmp_path / "b", "--data", "data.npz", "--batch-size", 16, "--checkpoint-every", 3,
+              "--lr", 0.05, "--train", "all", "--teacher", "none"]  # fmt: skip
     run(*common, "--steps", 6, "-o", tmp_path / "whole")
 
     from normswap.finetune import run as runs

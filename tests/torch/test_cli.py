@@ -156,26 +156,6 @@ class TestCommands:
         assert f" {layer['rms']:.2f} " in table
         assert f"output: off by {100 * output['rms']:.1f} % of its root mean square, " in table
 
-    def test_finetune(self, run, tmp_path):
-        """A run reports steps, loss and accuracy; --resume goes on with more steps."""
-        common = ["finetune", "gn", "--data", "data.npz", "--batch-size", 16, "-o", tmp_path / "t", "--json"]
-        code, out, err = run(*common, "--steps", 4, "--distill", "--eval-data", "data.npz")
-        assert code == 0, err
-        result = json.loads(out)
-        assert (result["steps"], result["output"], result["eval"]["n"]) == (4, str(tmp_path / "t"), 48)
-        code, out, err = run(*common, "--steps", 6, "--distill", "--eval-data", "data.npz", "--resume")
-
-        assert code == 0, err
-        assert json.loads(out)["steps"] == 6
-
-    def test_epochs(self, run, tmp_path):
-        """--epochs counts passes over the data."""
-        code, out, err = run(
-            "finetune", "gn", "--data", "data.npz", "--batch-size", 16, "--epochs", 2, "-o", tmp_path / "t", "--json"
-        )
-        assert code == 0, err
-        assert json.loads(out)["steps"] == 6
-
     def test_verify(self, run):
         """A good file passes, on data too."""
         code, out, _ = run("verify", "gn", "gn.onnx", "--data", "data.npz", "--json")
@@ -203,7 +183,7 @@ class TestCommands:
         code, out, _ = run(command, "--help")
 
         assert code == 0
-        assert f"normswap {command}" in out
+        assert f"\n    normswap {command} " in out or f"Example: normswap {command}" in out
 
 
 class TestRefusals:
@@ -223,7 +203,7 @@ class TestRefusals:
             (["patch", "gn", "--to", "sn", "-o", "new"], 4, "already patched to gn"),
             (["patch", "gn", "--to", "gn", "-o", "new"], 4, "received a bundle patched already"),
             (["finetune", "net.py:build", "--data", "data.npz", "-o", "new"], 3, "expected a bundle in net.py:build"),
-            (["finetune", "gn", "--data", "gone", "-o", "new"], 3, "expected a folder of class folders or an .npz"),
+            (["finetune", "gn", "--data", "gone", "-o", "new"], 3, "expected a folder of class folders, an .npz"),
             (["evaluate", "gn", "--data", "random"], 3, "received data=random, which serves `verify` alone"),
             (["evaluate", "gone.onnx", "--data", "data.npz"], 3, "expected a file at gone.onnx"),
             (["export", "gn", "-o", "gn.onnx"], 2, "expected an output path that does not exist"),

@@ -1,0 +1,119 @@
+"""The folder a run keeps in its output: settings, curves and checkpoints."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..sources.data import Data
+from ..sources.files import require_absent, staged
+from .checkpoints import Checkpoint, Checkpoints
+from .journal import Journal
+from .settings import Settings
+
+NAME = "run"
+SETTINGS = "run.toml"
+
+
+@dataclass
+class Progress:
+    """How far a run has come: what its checkpoints tell beside weights."""
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    original: dict[str, Any] | None = None
+    best: dict[str, Any] | None = None
+    best_step: int | None = None
+    done: bool = False
+    data: str = ""
+
+
+class RunFolder:
+    """The folder ``run`` in ``output``; only the process of rank 0 (``writes``) changes it."""
+
+    def __init__(self, output: Path, *, writes: bool) -> None:
+        self.output, self.path, self.writes = output, output / NAME, writes
+        self.checkpoints = Checkpoints(self.path / "checkpoints")
+
+    def require_free(self, *, resume: bool, overwrite: bool) -> None:
+        """Raise `OutputExistsError` or `InputError` unless a run may begin in the output, or go on there."""
+        if not resume:
+            require_absent(self.output, overwrite=overwrite)
+        elif not self._holds_a_run() and not self._is_empty():
+            raise InputError(f"expected a fine-tuning run to resume in {self.output}, received none")
+
+    def begin(
+        self, settings: Settings, record: Mapping[str, Any], data: str, *, resume: bool
+    ) -> tuple[Progress, Checkpoint] | None:
+        """Start the folder, or return how far the run in it has come, if it got to a checkpoint.
+
+        Raises `InputError` if that run has other settings or other data (see `fingerprint`).
+        """
+        if resume and self._holds_a_run():
+            self._compare(Settings.from_toml(self.path / SETTINGS), settings)
+            if self.writes:
+                self.checkpoints.clean()
+            found = self.checkpoints.newest()
+            if found is None:
+                return None
+            progress = Progress(**found.log)
+            if progress.data != data:
+                raise InputError(
+                    f"expected the data of the run in {self.output}, received other images, labels or preprocessing; "
+                    "repeat them, or write to another output"
+                )
+            return progress, found
+        if self.writes:
+            shutil.rmtree(self.path, ignore_errors=True)
+            with staged(self.path) as temporary:
+                temporary.mkdir()
+                (temporary / SETTINGS).write_text(settings.to_toml(record))
+        return None
+
+    def journal(self, progress: Progress | None) -> AbstractContextManager[Journal | None]:
+        """Return the run's journal, which goes on from there; processes that do not write have none."""
+        if not self.writes:
+            return nullcontext()
+        journal = Journal(self.path, tensorboard=find_spec("tensorboardX") is not None)
+        journal.rewind(-1 if progress is None else progress.step)
+        return journal
+
+    def discard(self) -> None:
+        """Leave nothing of a run that came to nothing."""
+        if self.writes:
+            shutil.rmtree(self.path, ignore_errors=True)
+            if self._is_empty():
+                shutil.rmtree(self.output, ignore_errors=True)
+
+    def _compare(self, before: Settings, now: Settings) -> None:
+        one, other = asdict(before), asdict(now)
+        if changed := [name for name in one if one[name] != other[name]]:
+            expected, received = (", ".join(f"{name}={each[name]!r}" for name in changed) for each in (one, other))
+            raise InputError(
+                f"expected the settings of the run in {self.output}, {expected}, received {received}; "
+                "repeat them, or write to another output"
+            )
+
+    def _holds_a_run(self) -> bool:
+        return (self.path / SETTINGS).is_file()
+
+    def _is_empty(self) -> bool:
+        """Return whether there is nothing in the output but what a killed writer left."""
+        entries = self.output.iterdir() if self.output.is_dir() else ()
+        return all(entry.name.startswith(".") and ".tmp-" in entry.name for entry in entries)
+
+
+def fingerprint(*parts: Data | None) -> str:
+    """Return a hash that tells a run's data from another's: labels, classes, and how images are read."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if part is not None:
+            digest.update(json.dumps([part.classes, part.preprocessing.to_dict()]).encode())
+            digest.update(part.labels.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,86 @@
+"""Training in two processes that meet over gloo is training in one."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from normswap.finetune.journal import read
+from normswap.finetune.settings import Settings
+
+from .runs import bundled, coloured, quick
+
+pytestmark = pytest.mark.torch
+
+SETTINGS = {
+    "steps": 8, "batch_size": 11, "accumulate": 2, "lr": 0.05, "checkpoint_every": 3, "stages": "norm=2,all",
+    "teacher": "original", "early_stop": False, "ema": 0.5,
+}  # fmt: skip
+SCRIPT = """
+import json, os, signal, sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from normswap.errors import NormswapError
+from normswap.finetune.run import finetune
+from normswap.finetune.settings import Settings
+from normswap.sources.data import Preprocessing, from_arrays
+
+folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+found = np.load(folder / "data.npz")
+data = from_arrays(found["x"], found["y"], Preprocessing((3, 12, 12), "channels_first", mean=(0.5,), std=(0.3,)))
+settings = Settings(**json.loads(sys.argv[2]))
+
+
+def shoot(step, figures):
+    if step == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+said = []
+for target in ("sn", "brn", "gn"):
+    finetune(folder / f"in-{target}", folder / f"two-{target}", data, settings, eval_data=data, draw=False)
+for output, changes, on_step in (
+    ("disagree", {"seed": rank}, None), ("stopped", {}, shoot), ("small", {"batch_size": 1}, None)
+):
+    try:
+        finetune(folder / "in-gn", folder / output, data, replace(settings, **changes), on_step=on_step, draw=False)
+    except NormswapError as error:
+        said.append([str(error), error.exit_code])
+(folder / f"{rank}.json").write_text(json.dumps(said))
+"""
+
+
+def test_two_processes(tmp_path):
+    """Losses and accuracies are those of one process with the same batches, uneven ones; all agree or all refuse."""
+    data = coloured()
+    np.savez(tmp_path / "data.npz", x=data._images.images, y=data.labels)
+    for target in ("sn", "brn", "gn"):
+        path = bundled(tmp_path, target, dropout=0.0)
+        quick(path, tmp_path / f"one-{target}", data, Settings(**SETTINGS), eval_data=data)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "script.py"), str(tmp_path)]
+    subprocess.run([sys.executable, *command, json.dumps(SETTINGS)], check=True, timeout=300)
+
+    for target in ("sn", "brn", "gn"):
+        one, two = (read(tmp_path / f"{name}-{target}/run/metrics.csv") for name in ("one", "two"))
+        for figure in ("loss", "eval_top1", "drift", "clipped"):
+            ours, theirs = ([row[figure] or 0.0 for row in rows] for rows in (two, one))
+            assert ours == pytest.approx(theirs, abs=1e-5), (target, figure)
+    said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert said[0] == said[1]
+    assert said[0] == [
+        [
+            "expected the same model, settings and data in all 2 processes, received 2 different ones; "
+            "start all with one command",
+            3,
+        ],
+        ["stopped by SIGTERM after step 4, which is saved; go on with --resume", 143],
+        ["expected a batch of at least 2 images, one for each process, received batch_size=1", 3],
+    ]
+    assert not (tmp_path / "disagree").exists()
+    assert not (tmp_path / "small").exists()

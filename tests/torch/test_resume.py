@@ -1,0 +1,167 @@
+"""Resuming a run: bit for bit what it would have been, whatever ended it."""
+
+import json
+import multiprocessing
+import random
+import re
+import time
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import safetensors.numpy
+
+from normswap.errors import InputError
+from normswap.finetune.journal import read
+from normswap.sources.data import from_arrays
+
+from .runs import EVERYTHING, PREPROCESSING, SETTINGS, HaltError, bundled, checkpoints, coloured, halt_at, same, weights
+from .runs import quick as finetune
+
+
+@pytest.fixture
+def data():
+    return coloured()
+
+
+@pytest.fixture
+def source(tmp_path):
+    return partial(bundled, tmp_path)
+
+
+class TestResume:
+    @pytest.mark.parametrize("target", ["sn", "brn", "gn"])
+    @pytest.mark.parametrize("changes", [{}, EVERYTHING], ids=["plain", "everything"])
+    @pytest.mark.parametrize("step", [2, 5])
+    def test_gives_the_uninterrupted_run(self, source, data, tmp_path, target, changes, step):
+        """A run that is halted and resumed ends in the same weights, bit for bit, dropout and all."""
+        settings = replace(SETTINGS, **changes)
+        finetune(source(target), tmp_path / "whole", data, settings, eval_data=data)
+        with pytest.raises(HaltError):
+            finetune(source(target), tmp_path / "parts", data, settings, eval_data=data, on_step=halt_at(step))
+        steps = []
+        finetune(
+            source(target), tmp_path / "parts", data, settings, eval_data=data, resume=True,
+            on_step=lambda now, _: steps.append(now),
+        )  # fmt: skip
+
+        assert steps == ([1, 2, 3, 4, 5, 6] if step == 2 and not changes else steps)
+        assert steps[-1] == 6
+        assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+        for name in checkpoints(tmp_path / "whole"):
+            one, other = (tmp_path / run / "run/checkpoints" / name for run in ("whole", "parts"))
+            assert same(weights(one), weights(other))
+            states = [safetensors.numpy.load_file(each / "state.safetensors") for each in (one, other)]
+            assert same(*states)
+
+        def curve(output):
+            kept = ("step", "stage", "loss", "learning_rate", "eval_top1", "drift", "clipped")
+            return [[row[name] for name in kept] for row in read(output / "run/metrics.csv")]
+
+        assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+
+    def test_starts_where_there_is_none(self, source, data, tmp_path):
+        """--resume without a run to resume is a fresh run, and so is one beside what a killed writer left."""
+        assert finetune(source(), tmp_path / "out", data, SETTINGS, resume=True).steps == 6
+        (tmp_path / "new" / ".run.tmp-1").mkdir(parents=True)
+        assert finetune(source(), tmp_path / "new", data, SETTINGS, resume=True).steps == 6
+
+    def test_a_folder_that_is_no_run(self, source, data, tmp_path):
+        """A folder with other things in it is left alone."""
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.txt").write_text("precious")
+        with pytest.raises(
+            InputError, match=f"^{re.escape(f'expected a fine-tuning run to resume in {tmp_path}/out, received none')}$"
+        ):
+            finetune(source(), tmp_path / "out", data, SETTINGS, resume=True)
+
+    def test_other_settings(self, source, data, tmp_path):
+        """A run cannot go on with another learning rate."""
+        finetune(source(), tmp_path / "out", data, SETTINGS)
+        message = (
+            f"expected the settings of the run in {tmp_path}/out, lr=0.05, received lr=1.0; "
+            "repeat them, or write to another output"
+        )
+        with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+            finetune(source(), tmp_path / "out", data, replace(SETTINGS, lr=1.0), resume=True)
+
+    def test_other_data(self, source, data, tmp_path):
+        """A run cannot go on with other labels."""
+        finetune(source(), tmp_path / "out", data, SETTINGS)
+        other = from_arrays(data._images.images, data.labels[::-1], PREPROCESSING)
+        with pytest.raises(
+            InputError, match="^expected the data of the run in .*, received other images, labels or pre"
+        ):
+            finetune(source(), tmp_path / "out", other, SETTINGS, resume=True)
+
+    @pytest.mark.parametrize("harm", ["truncated", "changed", "no log"])
+    def test_a_damaged_checkpoint(self, source, data, tmp_path, harm):
+        """The one before it is taken, with a warning, and the run ends as if nothing had been."""
+        finetune(source(), tmp_path / "whole", data, SETTINGS)
+        with pytest.raises(HaltError):
+            finetune(source(), tmp_path / "out", data, replace(SETTINGS, checkpoint_every=2), on_step=halt_at(5))
+        newest = tmp_path / "out/run/checkpoints/step-000004"
+        file = newest / ("checkpoint.json" if harm == "no log" else "model.safetensors")
+        if harm == "truncated":
+            file.write_bytes(file.read_bytes()[:-8])
+        elif harm == "changed":
+            content = bytearray(file.read_bytes())
+            content[-1] ^= 1
+            file.write_bytes(bytes(content))
+        else:
+            file.unlink()
+        steps = []
+        with pytest.warns(UserWarning, match=r"step-000004.*; going on from the checkpoint before it$"):
+            finetune(
+                source(), tmp_path / "out", data, replace(SETTINGS, checkpoint_every=2), resume=True,
+                on_step=lambda step, _: steps.append(step),
+            )  # fmt: skip
+
+        assert steps == [3, 4, 5, 6]
+        assert same(weights(tmp_path / "whole"), weights(tmp_path / "out"))
+
+    def test_only_damaged_checkpoints(self, source, data, tmp_path):
+        """Without a whole one there is nothing to go on from."""
+        finetune(source(), tmp_path / "out", data, SETTINGS)
+        for name in checkpoints(tmp_path / "out"):
+            (tmp_path / "out/run/checkpoints" / name / "checkpoint.json").write_text("{}")
+        with (
+            pytest.warns(UserWarning, match="going on from the checkpoint before it$"),
+            pytest.raises(InputError, match="^expected a checkpoint to resume from in .*, rec"),
+        ):
+            finetune(source(), tmp_path / "out", data, SETTINGS, resume=True)
+
+    @pytest.mark.slow
+    def test_kills_at_any_moment(self, source, data, tmp_path):
+        """Twenty kills at random moments of a run of 60 steps, each resumed: the weights are those of no kill."""
+        settings = replace(SETTINGS, steps=60, checkpoint_every=7, ema=0.9)
+        path = source("sn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["normswap.finetune.torch.engine", "normswap.finetune.run", "tensorboardX"])
+
+        def start(output):
+            options = {"eval_data": data, "resume": True, "draw": False}
+            process = context.Process(target=finetune.func, args=(path, output, data, settings), kwargs=options)
+            process.start()
+            return process
+
+        whole = tmp_path / "whole"
+        start(whole).join()
+        begin = time.perf_counter()
+        start(tmp_path / "timed").join()
+        duration = time.perf_counter() - begin
+        expected, moments = weights(whole), random.Random(0)
+        for kill in range(20):
+            output = tmp_path / str(kill)
+            process = start(output)
+            process.join(moments.uniform(0.1, 1.0) * duration)
+            process.kill()
+            process.join()
+            again = start(output)
+            again.join()
+            assert again.exitcode == 0
+            assert same(weights(output), expected)
+            assert json.loads((output / "normswap.json").read_text())["sha256"].keys() == {
+                "model.safetensors",
+                "original.safetensors",
+            }
