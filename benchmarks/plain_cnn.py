@@ -34,7 +34,7 @@ def trained(train: Data, cache: Path) -> nn.Sequential:
         model = _train(train)
         with staged(path) as temporary:
             torch.save(model.state_dict(), temporary)
-    model = plain_cnn(len(train.classes))
+    model = plain_cnn()
     model.load_state_dict(torch.load(path, weights_only=True))
     return model.eval()
 
@@ -43,7 +43,7 @@ def _train(data: Data) -> nn.Sequential:
     """Train by SGD with one cycle of the rate, on images flipped and shifted at random."""
     torch.manual_seed(SEED)
     images, labels = (torch.from_numpy(array) for array in data.batch(range(len(data))))
-    model = plain_cnn(len(data.classes)).train()
+    model = plain_cnn().train()
     steps = EPOCHS * (len(images) // BATCH)
     optimizer = torch.optim.SGD(model.parameters(), PEAK_RATE, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=steps, pct_start=0.25)

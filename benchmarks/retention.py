@@ -26,8 +26,8 @@ from torch import nn
 import normswap
 from normswap import BatchRenorm, GroupNorm, SwitchNorm
 from normswap.convert.targets import Target
-from normswap.finetune.torch import predict
-from normswap.finetune.torch_sites import get_affine, set_affine, site_layers
+from normswap.finetune.torch.engine import predict
+from normswap.finetune.torch.sites import get_affine, set_affine, site_layers
 from normswap.sources.data import Data, open_data
 from normswap.sources.models import load_model, preprocessing_of
 
