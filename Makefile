@@ -11,7 +11,7 @@ demo: $(FILES)
 	$(BIN)/normswap demo
 
 test: $(FILES)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(FILES)
 	$(BIN)/ruff check .

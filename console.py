@@ -1,6 +1,7 @@
 """How the command line reads numbers and shows results and errors: tables, bars, and one JSON object."""
 
 import json
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .errors import EXIT_INTERRUPTED, explain
+from .errors import EXIT_INTERRUPTED, NormswapWarning, explain
 
 if TYPE_CHECKING:
     from .patchers.plan import Decision
@@ -38,7 +39,9 @@ class Group(click.Group):
     def invoke(self, context: click.Context) -> Any:
         """Run a command; an error ends it with its message and code, told as JSON too where that was asked for."""
         try:
-            return super().invoke(context)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                return super().invoke(context)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except KeyboardInterrupt:
@@ -52,6 +55,14 @@ class Group(click.Group):
                 show_json({"error": message, "exit_code": code})
             click.echo(f"error: {message}", err=True)
             raise click.exceptions.Exit(code) from None
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """Tell of a warning without the place in the code, which is of no use to whoever runs a command."""
+    if issubclass(category, NormswapWarning):
+        click.echo(f"warning: {message}", err=True)
+    else:
+        click.echo(warnings.formatwarning(message, category, *where[:2]), err=True)
 
 
 def numbers(convert: type) -> Callable[[click.Context, click.Parameter, str | None], tuple[Any, ...] | None]:

@@ -37,6 +37,10 @@ class MissingDependencyError(NormswapError, ModuleNotFoundError):
     exit_code = 6
 
 
+class NormswapWarning(UserWarning):
+    """Something the user should know of a result that is given nevertheless."""
+
+
 EXIT_MISSING = MissingDependencyError.exit_code
 EXIT_IO = 7
 EXIT_INTERRUPTED = 130

@@ -153,12 +153,11 @@ def _target(name: str, options: Mapping[str, Any]) -> Any:
 
 
 def _calibrate(opened: "Opened", original: Any, options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    from ..finetune.calibration import calibrate
+    from ..finetune.calibration import calibrate, sample
     from ..sources.data import open_data
 
     data = open_data(options["calibrate"], opened.require_preprocessing(), labelled=False)
-    chosen = data.sample(options["calibration_size"])
-    batches = [data.batch(chosen[start : start + 64])[0] for start in range(0, len(chosen), 64)]
+    batches = sample(data, options["calibration_size"])
     residuals = calibrate(opened.model, original, batches, refit=options["refit"])
     return [vars(residual) for residual in residuals]
 

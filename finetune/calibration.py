@@ -1,5 +1,6 @@
 """Calibration: re-solve each replacement, and the weights behind it, on unlabelled inputs, layer by layer."""
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InputError, UnsupportedError
+from ..errors import InputError, NormswapWarning, UnsupportedError, VerificationError
+from ..sources.data import Data
 from ..sources.framework import framework_of
 from .least_squares import Array, LinearFit, Moments
 
@@ -43,8 +45,8 @@ def calibrate(model: Any, reference: Any, batches: Iterable[Any], *, refit: bool
     iterator is held in memory, anything else is iterated over again and may be of any length. Sums are float64, and
     the outputs of one layer for one batch are all that is held. Returns the residual of each layer.
 
-    Raises `UnsupportedError` if the model has no replaced layers, `InputError` if the inputs are none, constant or not
-    finite, or if ``reference`` lacks a layer of the model.
+    Raises `UnsupportedError` if the model has no replaced layers, `InputError` if the inputs are none or not finite, or
+    if ``reference`` lacks a layer of the model, `VerificationError` if they are constant at a layer.
     """
     adapter: ModuleType = import_module(f".{framework_of(model)}.sites", __package__)
     batches = list(batches) if isinstance(batches, Iterator) else batches
@@ -72,6 +74,18 @@ def calibrate(model: Any, reference: Any, batches: Iterable[Any], *, refit: bool
         elif changed:
             residuals.append(_refit(paired, linear[name]))
     return residuals
+
+
+def sample(data: Data, count: int) -> list[NDArray[np.float32]]:
+    """Return ``count`` images drawn from ``data`` in batches of 64; warns if there are fewer."""
+    if len(data) < count:
+        warnings.warn(
+            f"expected {count} images to calibrate on, received {len(data)}; see what the residuals say",
+            NormswapWarning,
+            stacklevel=2,
+        )
+    chosen = data.sample(count)
+    return [data.batch(chosen[start : start + 64])[0] for start in range(0, len(chosen), 64)]
 
 
 @dataclass(frozen=True)
@@ -119,7 +133,7 @@ def _match(paired: _Paired, layer: Any) -> Residual:
         raise InputError(f"expected finite inputs and outputs, received batches on which {paired.name} has others")
     constant = plain.deviation == 0
     if constant.all():
-        raise InputError(f"expected inputs that differ, received batches on which {paired.name} is constant")
+        raise VerificationError(f"expected inputs that differ, received batches on which {paired.name} is constant")
     alive = (gamma != 0) & ~constant
     safe = np.where(alive, plain.deviation, 1.0)
     new_gamma = np.where(alive, np.sign(gamma) * wanted.deviation / safe, gamma)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, NormswapWarning
 from ..sources.files import staged
 
 KEPT = 2
@@ -61,7 +61,7 @@ class Checkpoints:
             try:
                 return self._read(path)
             except InputError as error:
-                warnings.warn(f"{error}; going on from the checkpoint before it", stacklevel=2)
+                warnings.warn(f"{error}; going on from the checkpoint before it", NormswapWarning, stacklevel=2)
         if paths:
             raise InputError(f"expected a checkpoint to resume from in {self.folder}, received damaged ones alone")
         return None

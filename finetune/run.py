@@ -20,7 +20,7 @@ from ..patchers import bundle as bundles
 from ..sources.checks import check_labels, same_classes
 from ..sources.data import Data
 from .accuracy import Accuracy, accuracy
-from .calibration import calibrate
+from .calibration import calibrate, sample
 from .figures import Clipping, drift, gates
 from .folder import Progress, RunFolder, fingerprint
 from .hooks import Blend, GateSchedule, Hook, RenormLimits, Statistics
@@ -230,10 +230,8 @@ class _Run:
 
     def _calibrate(self) -> None:
         """Calibrate, unless that takes the model further from the original, as it can one that starts there."""
-        chosen = self.data.sample(2 * self.settings.calibration_size)
-        half = (len(chosen) + 1) // 2
-        batches = [self.data.batch(chosen[begin : min(begin + 64, half)])[0] for begin in range(0, half, 64)]
-        others = self.data.batch(chosen[half:] if half < len(chosen) else chosen)[0]
+        batches = sample(self.data, self.settings.calibration_size)
+        others = self.data.batch(self.data.sample(len(self.data))[-self.settings.calibration_size :])[0]
         before, restore = self._drift(others), self.engine.snapshot(self.model)
         if before > 0:
             calibrate(self.model, self.original, batches)

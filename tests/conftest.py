@@ -1,6 +1,11 @@
 """What every test gets: fixed seeds, and small models in `tests.torch` and `tests.keras`."""
 
+import os
+
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores are enough
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from torch import nn
 
 import normswap
 from normswap import GroupNorm
-from normswap.errors import InputError, UnsupportedError
+from normswap.errors import InputError, UnsupportedError, VerificationError
 from normswap.finetune.calibration import calibrate
 from normswap.finetune.least_squares import LinearFit, Moments
 from normswap.finetune.torch.sites import get_weights, linear_layers, observe, patches, set_weights
@@ -228,7 +228,7 @@ def test_refusals(model, images):
     nn.init.zeros_(model.stem[0].weight)
     before = model.stem[1].weight.clone()
     message = "expected inputs that differ, received batches on which stem.1 is constant"
-    with pytest.raises(InputError, match=exactly(message)):
+    with pytest.raises(VerificationError, match=exactly(message)):
         calibrate(model, original, [images])
 
     assert torch.equal(model.stem[1].weight, before)

@@ -51,6 +51,7 @@ class TestRecipes:
 
         assert code == 0, err
         assert result["steps"] == 5
+        assert err.startswith("warning: expected 256 images to calibrate on, received 96; see what the residuals say\n")
         kept = settings(tmp_path / "out")
         assert (kept["stages"], kept["teacher"], kept["lr"]) == ("calibrate,norm,all", "original", 0.0125)
         assert (kept["bundle"], kept["data"]) == ("in-gn", "data.npz")

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import safetensors.numpy
 
-from normswap.errors import InputError
+from normswap.errors import InputError, NormswapWarning
 from normswap.finetune.journal import read
 from normswap.sources.data import from_arrays
 
@@ -111,7 +111,7 @@ class TestResume:
         else:
             file.unlink()
         steps = []
-        with pytest.warns(UserWarning, match=r"step-000004.*; going on from the checkpoint before it$"):
+        with pytest.warns(NormswapWarning, match=r"step-000004.*; going on from the checkpoint before it$"):
             finetune(
                 source(), tmp_path / "out", data, replace(SETTINGS, checkpoint_every=2), resume=True,
                 on_step=lambda step, _: steps.append(step),
@@ -126,7 +126,7 @@ class TestResume:
         for name in checkpoints(tmp_path / "out"):
             (tmp_path / "out/run/checkpoints" / name / "checkpoint.json").write_text("{}")
         with (
-            pytest.warns(UserWarning, match="going on from the checkpoint before it$"),
+            pytest.warns(NormswapWarning, match="going on from the checkpoint before it$"),
             pytest.raises(InputError, match="^expected a checkpoint to resume from in .*, rec"),
         ):
             finetune(source(), tmp_path / "out", data, SETTINGS, resume=True)
