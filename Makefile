@@ -19,7 +19,7 @@ lint: $(FILES)
 	$(BIN)/mypy
 
 bench: $(FILES) $(PEERS)
-	for name in layers keras_layers retention patching export; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in layers keras_layers retention patching export hooks loading; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python benchmarks/zoo_keras.py MobileNetV2 EfficientNetB0
 	$(BIN)/python benchmarks/faults.py --models 8
 

@@ -108,7 +108,7 @@ _PANELS: tuple[tuple[str, tuple[_Line, ...]], ...] = (
     ("top-1 accuracy, %", (("accuracy", "training", SKY), ("eval_top1", "evaluation", VERMILION))),
     ("learning rate", (("learning_rate", "", GREEN),)),
     ("clipped channels, %", (("clipped", "", ORANGE),)),
-    ("drift to the teacher", (("drift", "", GREY),)),
+    ("drift from the original", (("drift", "", GREY),)),
 )
 _FEW, _MANY = 25, 60  # points, up to which each is marked, and from which on a running mean is drawn
 _STEEP = 20  # ratio of the highest to the lowest loss, from which on its axis is logarithmic

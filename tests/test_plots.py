@@ -77,7 +77,7 @@ class TestCurves:
         (line,) = panel(figure, "clipped channels, %").lines
 
         assert line.get_ydata()[0] == 50
-        assert panel(figure, "drift to the teacher").lines[0].get_ydata()[0] == 0.25
+        assert panel(figure, "drift from the original").lines[0].get_ydata()[0] == 0.25
         assert len(figure.axes) == 5
 
     def test_the_original(self, tmp_path):

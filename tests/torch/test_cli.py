@@ -187,6 +187,15 @@ class TestCommands:
 
 
 class TestRefusals:
+    def test_ctrl_c(self, run, monkeypatch):
+        """Ctrl-C ends any command with the shell's code for it, without a traceback."""
+
+        def interrupt(*_, **__):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("normswap.patchers.opening.load_model", interrupt)
+        assert run("inspect", *MODEL) == (130, "", "stopped\n")
+
     @pytest.mark.parametrize(
         ("arguments", "code", "message"),
         [
