@@ -147,9 +147,10 @@ def verify(
     """Prove that an ONNX FILE computes what MODEL or a bundle computes; exits 5 if it does not.
 
     \b
-    Examples: normswap verify net-gn net-gn.onnx --data val/
-              normswap verify net-gn net-gn.onnx --save-reference net-gn.npz
-              normswap verify net-gn.onnx --against net-gn.npz
+    Examples:
+      normswap verify net-gn net-gn.onnx --data val/
+      normswap verify net-gn net-gn.onnx --save-reference net-gn.npz
+      normswap verify net-gn.onnx --against net-gn.npz
     """
     if (file is None) == (against is None):
         raise click.UsageError("expected MODEL and FILE, or FILE and --against")

@@ -1,4 +1,4 @@
-"""Figures that say how a fine-tuning goes: gates, how often Batch Renormalization is clipped, drift from the original."""
+"""Figures that say how a fine-tuning goes: gates, how often BRN is clipped, drift from the original."""
 
 from collections.abc import Callable
 from importlib import import_module

@@ -13,6 +13,9 @@ from ..layers.schedules import Schedule
 from .stages import Stage, parse
 from .training import Training
 
+NORM_RATE = 0.2
+"""The share of the rate at which norms learn by themselves before others do: calibrated, they have more to lose."""
+
 
 @dataclass(frozen=True)
 class Settings(Training):
@@ -56,8 +59,9 @@ class Settings(Training):
 
     def training(self, stage: Stage) -> Training:
         """Return how one stage trains."""
-        values = {field.name: getattr(self, field.name) for field in fields(Training)}
-        return replace(Training(**values), steps=stage.steps, train=stage.train)
+        training = Training(**{field.name: getattr(self, field.name) for field in fields(Training)})
+        leads = stage.train == "norm" and stage.end < self.steps
+        return replace(training, steps=stage.steps, train=stage.train, lr=self.lr * (NORM_RATE if leads else 1))
 
     def to_toml(self, record: Mapping[str, Any]) -> str:
         """Return the settings as TOML, with what else is to be recorded of the run before them."""

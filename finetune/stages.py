@@ -29,7 +29,8 @@ def parse(text: str, steps: int) -> tuple[bool, list[Stage]]:
     """Return whether to calibrate first, and the stages that train, out of ``text``.
 
     ``text`` lists what learns, separated by commas: ``norm``, ``all`` or ``last:N``, each with ``=STEPS`` if it is to
-    take just so many; the others share what is left of ``steps``, of which ``norm`` takes a part and any other four.
+    take just so many; the others share what is left of ``steps``, of which ``norm`` takes a part and any other four, or
+    none of very few.
     ``calibrate`` may come first and takes none.
 
     Raises `InputError` for any other text, or if a stage is left without steps.
@@ -42,7 +43,8 @@ def parse(text: str, steps: int) -> tuple[bool, list[Stage]]:
     stages: list[Stage] = []
     for name, count in asked:
         taken = shares.pop(0) if count is None else count
-        stages.append(Stage(name, stages[-1].end if stages else 0, taken))
+        if taken or count is not None or not shares:  # a share too small for a step is left out
+            stages.append(Stage(name, stages[-1].end if stages else 0, taken))
     if (total := sum(stage.steps for stage in stages)) != steps * bool(stages) or any(s.steps < 1 for s in stages):
         raise InputError(
             f"expected stages of one step or more that take {steps} together, received stages={text!r}, which take "
@@ -64,5 +66,5 @@ def _asked(name: str, text: str) -> tuple[str, int | None]:
 def _shares(names: Sequence[str], steps: int) -> list[int]:
     """Divide ``steps`` by weight; the last takes what rounding leaves."""
     weights = [_NORM_WEIGHT if name == "norm" else _OTHER_WEIGHT for name in names]
-    shares = [max(1, steps * weight // sum(weights)) for weight in weights[:-1]]
+    shares = [steps * weight // sum(weights) for weight in weights[:-1]]
     return [*shares, steps - sum(shares)] if names else []

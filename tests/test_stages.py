@@ -17,7 +17,8 @@ from normswap.finetune.stages import Stage, parse
         ("calibrate,norm,all", 100, (True, [Stage("norm", 0, 20), Stage("all", 20, 80)])),
         ("norm=30, all", 100, (False, [Stage("norm", 0, 30), Stage("all", 30, 70)])),
         ("norm,last:2,all=50", 100, (False, [Stage("norm", 0, 10), Stage("last:2", 10, 40), Stage("all", 50, 50)])),
-        ("norm,all", 3, (False, [Stage("norm", 0, 1), Stage("all", 1, 2)])),
+        ("norm,all", 5, (False, [Stage("norm", 0, 1), Stage("all", 1, 4)])),
+        ("norm,all", 4, (False, [Stage("all", 0, 4)])),
     ],
 )
 def test_stages(text, steps, expected):
@@ -56,11 +57,14 @@ class TestSettings:
         assert "eval_data" not in (tmp_path / "run.toml").read_text()
 
     def test_of_one_stage(self):
-        """A stage trains what it names for its own steps, with all else of the run."""
+        """A stage trains what it names for its own steps, norms before others at a fifth of the rate."""
         settings = Settings(steps=10, stages="norm=4,all", lr=0.3, batch_size=5)
-        norm = settings.training(settings.plan()[1][0])
+        norm, everything = (settings.training(stage) for stage in settings.plan()[1])
 
-        assert (norm.train, norm.steps, norm.lr, norm.batch_size) == ("norm", 4, 0.3, 5)
+        assert (norm.train, norm.steps, norm.lr, norm.batch_size) == ("norm", 4, pytest.approx(0.06), 5)
+        assert (everything.train, everything.steps, everything.lr) == ("all", 6, 0.3)
+        alone = Settings(train="norm", lr=0.3)
+        assert alone.training(alone.plan()[1][0]).lr == 0.3
 
     @pytest.mark.parametrize(
         ("changes", "message"),

@@ -183,7 +183,7 @@ class TestCommands:
         code, out, _ = run(command, "--help")
 
         assert code == 0
-        assert f"\n    normswap {command} " in out or f"Example: normswap {command}" in out
+        assert f"\n    normswap {command} " in out or f"Example: normswap {command} " in out
 
 
 class TestRefusals:

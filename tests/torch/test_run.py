@@ -188,7 +188,7 @@ class TestStopping:
 
     def test_a_loss_that_is_not_finite(self, source, data, tmp_path, monkeypatch):
         """The run ends with the last checkpoint's model as the output, and says so."""
-        from normswap.finetune import torch as engine
+        from normswap.finetune.torch import engine
 
         gradients, calls = engine._gradients, []
 
