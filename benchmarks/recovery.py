@@ -8,6 +8,7 @@ seeds, beside the BatchNorm network itself and what it comes to when it is train
 
 import argparse
 import copy
+import fnmatch
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -19,6 +20,7 @@ from torch import nn
 import normswap
 from normswap import BatchRenorm, GroupNorm, SwitchNorm
 from normswap.finetune.accuracy import accuracy
+from normswap.finetune.calibration import sample
 from normswap.finetune.hooks import RenormLimits
 from normswap.finetune.torch.engine import predict, train
 from normswap.finetune.training import Training
@@ -31,8 +33,9 @@ TARGETS = {
     "sn, anchored": SwitchNorm(batch_statistics="frozen"),
     "brn": BatchRenorm(),
     "gn auto": GroupNorm(),
+    "gn auto, calibrated": GroupNorm(),
 }
-BATCH, STEPS = 64, 100
+BATCH, STEPS, CALIBRATION = 64, 100, 256
 
 
 def top1(model: nn.Module, data: Data) -> float:
@@ -51,6 +54,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", nargs="?", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--targets", default="*", metavar="GLOB", help="the targets whose names match")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--distill-lr", type=float, default=0.05)
     parser.add_argument("--label-lr", type=float, default=0.01)
@@ -71,7 +75,11 @@ def main() -> None:
         title=f"ResNet-20, batch {BATCH}, rates {options.distill_lr} and {options.label_lr}, {options.seeds} seeds",
     )  # fmt: skip
     for name, target in TARGETS.items():
+        if not fnmatch.fnmatch(name, options.targets):
+            continue
         model = copy.deepcopy(original) if target is None else normswap.patch(original, target, inplace=False).model
+        if "calibrated" in name:
+            normswap.calibrate(model, original, sample(images, CALIBRATION))
         cells = []
         for lr, steps, teacher in ((options.distill_lr, STEPS, original), (options.label_lr, epoch, None)):
             runs = [
