@@ -174,6 +174,28 @@ class GateSchedule(Hook):
                 layer.harden()
 
 
+class Freeze(Hook):
+    """Let only a part of the model learn until the end: ``"norm"``, or ``"last:N"`` for its last N blocks.
+
+    Norms are the normalization layers' own parameters. Blocks are a PyTorch model's children with parameters, those of
+    a container one by one, and a Keras model's layers with weights; those before the last N keep their statistics too.
+    What is frozen already stays so. Make it before the optimizer, and before `compile` in Keras.
+
+    Raises `InputError` for another text, and for more blocks than the model has.
+    """
+
+    def __init__(self, model: Any, train: str) -> None:
+        self._learning = _adapter(model).Learning(model, train)
+
+    def on_step(self, step: int) -> None:
+        """Keep frozen what is."""
+        self._learning.keep()
+
+    def on_end(self) -> None:
+        """Let learn what did before."""
+        self._learning.close()
+
+
 class Blend(Hook):
     r"""Fade every replaced layer in, in training, and the BatchNorm that ``reference`` has in its place out.
 

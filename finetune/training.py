@@ -69,8 +69,7 @@ class Training:
             if getattr(self, name) not in known:
                 raise InputError(f"expected `{name}` out of {', '.join(known)}, received {getattr(self, name)!r}")
         policies(self.augment)
-        if self.train not in ("all", "norm") and not LAST.fullmatch(self.train):
-            raise InputError(f"expected `train` to be all, norm or last:N, received train={self.train!r}")
+        check_train(self.train)
 
 
 @dataclass(frozen=True)
@@ -88,6 +87,12 @@ class Taken:
     lr: float
     state: Callable[[], dict[str, Array]]
     averaged: Callable[[], AbstractContextManager[None]]
+
+
+def check_train(which: str) -> None:
+    """Raise `InputError` unless ``which`` says what learns."""
+    if which not in ("all", "norm") and not LAST.fullmatch(which):
+        raise InputError(f"expected `train` to be all, norm or last:N, received train={which!r}")
 
 
 OnStep = Callable[[Taken], bool | None]

@@ -21,6 +21,7 @@ from ..training import OnStep, State, Taken, Training, not_finite
 from .distillation import logits
 from .parts import (
     Average,
+    Learning,
     Precision,
     assign,
     copied,
@@ -29,7 +30,6 @@ from .parts import (
     save_state,
     sgd,
     synchronized,
-    trainable,
 )
 
 Array = NDArray[Any]
@@ -69,7 +69,7 @@ def train(
     _check(data, training)
     batches = StepBatches(data, training, first=first + start, steps=training.steps - start)
     with (
-        trainable(model, training.train),
+        Learning(model, training.train),
         synchronized(model),
         _criterion(model, teacher, training) as criterion,
     ):

@@ -14,8 +14,9 @@ from ...patchers.keras import find_sites
 from ...patchers.keras_swap import BatchNorm
 from ...patchers.keras_walk import distinct_layers, named_layers
 from .helpers import moving_layers, override, update_statistics
+from .parts import Learning
 
-__all__ = ["Gates", "blend", "layers", "moving_layers", "replaced", "set_limits", "update_statistics"]
+__all__ = ["Gates", "Learning", "blend", "layers", "moving_layers", "replaced", "set_limits", "update_statistics"]
 
 
 class Gates:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import keras
 import numpy as np
@@ -13,7 +13,7 @@ from ...errors import InputError
 from ...layers.keras import BatchRenormalization, SwitchNormalization
 from ...layers.keras.norm import MovingNorm
 from ...patchers.keras_walk import distinct_layers
-from ..training import LAST, MAX_GRADIENT_NORM, MOMENTUM, State, Training
+from ..training import LAST, MAX_GRADIENT_NORM, MOMENTUM, State, Training, check_train
 
 Array = NDArray[Any]
 
@@ -162,39 +162,50 @@ class Average:
             assign(self.variables, kept)
 
 
-@contextmanager
-def trainable(model: keras.Model, which: str) -> Iterator[None]:
-    """Let only the chosen variables learn, those that are frozen already never; restore the flags afterwards.
+class Learning:
+    """Lets only the chosen variables learn, those that are frozen already never; restores the flags at the end.
 
     Layers before the last N are frozen as layers, statistics and all.
     """
-    flags = [(variable, variable.trainable) for variable in model.trainable_variables]
-    frozen: list[keras.Layer] = []
-    if which == "norm":
-        chosen = {
-            id(v) for layer in distinct_layers(model) if isinstance(layer, NORMS) for v in layer.trainable_variables
-        }
-    elif match := LAST.fullmatch(which):
-        parts, number = blocks(model), int(match[1])
-        if number > len(parts):
-            raise InputError(
-                f"expected last:N with N up to the model's {len(parts)} layers with weights, received train={which!r}"
-            )
-        frozen = [part for part in parts[: len(parts) - number] if part.trainable]
-        chosen = {id(v) for part in parts[len(parts) - number :] for v in part.trainable_variables}
-    else:
-        chosen = {id(variable) for variable, _ in flags}
-    for layer in frozen:
-        layer.trainable = False
-    for variable, _ in flags:
-        variable.trainable = id(variable) in chosen
-    try:
-        yield
-    finally:
-        for layer in frozen:
+
+    def __init__(self, model: keras.Model, which: str) -> None:
+        check_train(which)
+        self._flags = [(variable, variable.trainable) for variable in model.trainable_variables]
+        self._frozen: list[keras.Layer] = []
+        if which == "norm":
+            norms = [layer for layer in distinct_layers(model) if isinstance(layer, NORMS)]
+            chosen = {id(variable) for norm in norms for variable in norm.trainable_variables}
+        elif match := LAST.fullmatch(which):
+            parts, number = blocks(model), int(match[1])
+            if number > len(parts):
+                raise InputError(
+                    f"expected last:N with N up to the model's {len(parts)} layers with weights, "
+                    f"received train={which!r}"
+                )
+            self._frozen = [part for part in parts[: len(parts) - number] if part.trainable]
+            chosen = {id(v) for part in parts[len(parts) - number :] for v in part.trainable_variables}
+        else:
+            chosen = {id(variable) for variable, _ in self._flags}
+        for layer in self._frozen:
+            layer.trainable = False
+        for variable, _ in self._flags:
+            variable.trainable = id(variable) in chosen
+
+    def keep(self) -> None:
+        """Keep what is frozen so, which in Keras it is."""
+
+    def close(self) -> None:
+        """Let learn what did before."""
+        for layer in self._frozen:
             layer.trainable = True
-        for variable, flag in flags:
+        for variable, flag in self._flags:
             variable.trainable = flag
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def save_state(optimizer: Any, average: Average) -> dict[str, Array]:

@@ -22,8 +22,9 @@ from ..distillation import Distillation
 from ..hooks import Hook
 from ..loading import StepBatches
 from ..schedules import learning_rate
-from ..training import LAST, MAX_GRADIENT_NORM, MOMENTUM, Array, OnStep, State, Taken, Training, not_finite
-from .helpers import convert_sync, norm_parameters, param_groups
+from ..training import MAX_GRADIENT_NORM, MOMENTUM, Array, OnStep, State, Taken, Training, not_finite
+from .helpers import convert_sync, param_groups
+from .parts import Learning
 
 _CPU = not torch.accelerator.is_available()  # Accelerate does not see for itself that processes are to meet on CPUs
 Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -59,7 +60,8 @@ def train(
     accelerator = _accelerator(training, min(training.batch_size, len(data)))
     share = slice(accelerator.process_index, None, accelerator.num_processes)
     images = StepBatches(data, training, first=first + start, steps=training.steps - start, share=share)
-    with _trainable(model, training.train), _guarded(model), _synchronized(model, accelerator):
+    model.train()
+    with Learning(model, training.train), _guarded(model), _synchronized(model, accelerator):
         groups = param_groups(model, training.weight_decay, gate_lr=training.lr * training.gate_lr)
         parameters = [parameter for group in groups for parameter in group["params"]]
         if not parameters:
@@ -141,17 +143,6 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
     return restore
 
 
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the parts of ``model`` that have parameters, in order: its children, those of a container one by one."""
-    found: list[nn.Module] = []
-    for child in model.children():
-        if isinstance(child, nn.Sequential | nn.ModuleList):
-            found += blocks(child)
-        elif any(True for _ in child.parameters()):
-            found.append(child)
-    return found
-
-
 def _accelerator(training: Training, batch_size: int) -> accelerate.Accelerator:
     AcceleratorState._reset_state()  # else the first training of a process would choose the precision of all
     precision = None if training.precision == "no" else training.precision  # None leaves it to `accelerate launch`
@@ -214,34 +205,6 @@ def _criterion(
         return
     with Distillation(model, teacher.to(device), training.temperature, training.features) as distillation:
         yield lambda x, output, labels: distillation(x, output)
-
-
-@contextmanager
-def _trainable(model: nn.Module, which: str) -> Iterator[None]:
-    """Put the model in train mode and let only the chosen parameters learn; restore the flags afterwards.
-
-    Those that are frozen already never learn. Blocks before the last N stay in eval mode: nothing of them is to move.
-    """
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.train()
-    if which == "norm":
-        chosen = norm_parameters(model)
-    elif match := LAST.fullmatch(which):
-        parts, number = blocks(model), int(match[1])
-        if number > len(parts):
-            raise InputError(f"expected last:N with N up to the model's {len(parts)} blocks, received train={which!r}")
-        for part in parts[: len(parts) - number]:
-            part.eval()
-        chosen = {id(parameter) for part in parts[len(parts) - number :] for parameter in part.parameters()}
-    else:
-        chosen = {id(parameter) for parameter, _ in flags}
-    for parameter, flag in flags:
-        parameter.requires_grad_(flag and id(parameter) in chosen)
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 @contextmanager

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from ...errors import InputError, UnsupportedError
 from ...patchers.torch_sites import MARK, named_modules
 from .helpers import moving_layers, update_statistics
+from .parts import Learning
 
-__all__ = ["Gates", "blend", "layers", "moving_layers", "replaced", "set_limits", "update_statistics"]
+__all__ = ["Gates", "Learning", "blend", "layers", "moving_layers", "replaced", "set_limits", "update_statistics"]
 
 
 class Gates:

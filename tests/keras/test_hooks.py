@@ -12,7 +12,7 @@ import normswap
 from normswap.errors import InputError, UnsupportedError, VerificationError
 from normswap.finetune.callbacks.keras import NormswapCallback
 from normswap.finetune.distillation import Distillation
-from normswap.finetune.hooks import Blend, GateSchedule, Hook, RenormLimits, Statistics, StopAtNaN
+from normswap.finetune.hooks import Blend, Freeze, GateSchedule, Hook, RenormLimits, Statistics, StopAtNaN
 from normswap.finetune.keras.helpers import update_statistics
 
 pytestmark = [
@@ -120,6 +120,27 @@ def assert_same(model, other):
     """Both have the same weights, in the same order."""
     for one, two in zip(model.weights, other.weights, strict=True):
         np.testing.assert_allclose(one.numpy(), two.numpy(), rtol=1e-5, atol=1e-5, err_msg=one.path)
+
+
+class TestFreeze:
+    @pytest.mark.parametrize(("train", "moving"), [("last:1", {"scores"}), ("norm", {"bn1", "bn2"})])
+    def test_the_rest_stays(self, train, moving):
+        """In fit only the chosen part moves, statistics included, and afterwards all can learn as before."""
+        model, _ = network("sn")
+        before = {weight.path: weight.numpy() for weight in model.weights}
+        flags = [weight.trainable for weight in model.weights]
+        fitted(model, [Freeze(model, train)])
+        moved = {w.path.split("/")[0] for w in model.weights if not np.array_equal(w.numpy(), before[w.path])}
+
+        assert moved == moving
+        assert [weight.trainable for weight in model.weights] == flags
+
+    def test_refusals(self):
+        """More layers than there are."""
+        model, _ = network("gn")
+        message = "expected last:N with N up to the model's 5 layers with weights, received train='last:9'"
+        with pytest.raises(InputError, match=exactly(message)):
+            Freeze(model, "last:9")
 
 
 class TestGateSchedule:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import normswap
-from normswap.finetune.hooks import Blend, GateSchedule, Hook, RenormLimits, Statistics, StopAtNaN
+from normswap.finetune.hooks import Blend, Freeze, GateSchedule, Hook, RenormLimits, Statistics, StopAtNaN
 
 from .conftest import Residual, trained_
 
@@ -27,6 +27,7 @@ HOOKS = {
     "limits": ("brn", lambda model, original: RenormLimits(model, STEPS)),
     "gates": ("sn", lambda model, original: GateSchedule(model, STEPS, freeze=0.5, temperature=(1.0, 0.1))),
     "harden": ("sn", lambda model, original: GateSchedule(model, STEPS, harden=True)),
+    "freeze": ("sn", lambda model, original: Freeze(model, "last:2")),
     "blend": ("gn", lambda model, original: Blend(model, original, STEPS - 1)),
     "statistics": ("sn", lambda model, original: Statistics(model, batches(2, 8))),
     "nan": ("gn", lambda model, original: StopAtNaN()),

@@ -14,7 +14,8 @@ from normswap.errors import InputError, UnsupportedError, VerificationError
 from normswap.finetune.accuracy import Accuracy, accuracy
 from normswap.finetune.batch_size import largest_batch
 from normswap.finetune.hooks import Hook, RenormLimits
-from normswap.finetune.torch.engine import blocks, predict, train
+from normswap.finetune.torch.engine import predict, train
+from normswap.finetune.torch.parts import blocks
 from normswap.finetune.training import Training
 from normswap.sources.data import Preprocessing, from_arrays
 
