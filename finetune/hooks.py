@@ -196,6 +196,30 @@ class Freeze(Hook):
         self._learning.close()
 
 
+class Momentum(Hook):
+    r"""Let moving statistics average over as many images as with batches of ``images``, however small these are.
+
+    The weight m of a batch becomes, until the end,
+
+    .. math:: m' = 1 - (1 - m)^{b / \mathtt{images}}
+
+    for batches of b images; larger batches keep it. At m = 0.1 the statistics are those of the last ten batches or so,
+    which at two images a batch are too few to normalize by. SN, BRN and BatchNorm have it, unless they average over all
+    batches. Make it before `compile` in Keras.
+
+    Raises `InputError` for numbers below 1.
+    """
+
+    def __init__(self, model: Any, batch_size: int, images: int = 64) -> None:
+        self._undo = _adapter(model).scale_momentum(
+            model, _checked(batch_size, "batch_size") / max(_checked(images, "images"), batch_size)
+        )
+
+    def on_end(self) -> None:
+        """Give the layers their own momentum."""
+        self._undo()
+
+
 class Blend(Hook):
     r"""Fade every replaced layer in, in training, and the BatchNorm that ``reference`` has in its place out.
 
@@ -275,7 +299,7 @@ def _adapter(model: Any) -> ModuleType:
     return import_module(f".{framework_of(model)}.hooks", __package__)
 
 
-def _checked(steps: int) -> int:
+def _checked(steps: int, name: str = "steps") -> int:
     if not steps > 0:
-        raise InputError(f"expected `steps` above 0, received steps={steps}")
+        raise InputError(f"expected `{name}` above 0, received {name}={steps}")
     return steps

@@ -23,7 +23,7 @@ from .accuracy import Accuracy, accuracy
 from .calibration import calibrate, sample
 from .figures import Clipping, drift, gates
 from .folder import Progress, RunFolder, fingerprint
-from .hooks import Blend, GateSchedule, Hook, RenormLimits, Statistics
+from .hooks import Blend, GateSchedule, Hook, Momentum, RenormLimits, Statistics
 from .interruption import StoppedError, signals
 from .journal import ORIGINAL, Journal
 from .settings import Settings
@@ -186,7 +186,8 @@ class _Run:
 
     def _hooks(self) -> list[Hook]:
         settings = self.settings
-        found: list[Hook] = [RenormLimits(self.model, settings.steps, settings.limits)]
+        limits = RenormLimits(self.model, settings.steps, settings.limits)
+        found: list[Hook] = [limits, Momentum(self.model, settings.batch_size)]
         if settings.harden:
             found.append(GateSchedule(self.model, settings.steps, temperature=(1.0, 0.1), harden=True))
         if settings.blend:

@@ -9,6 +9,7 @@ from keras import ops
 
 from ...errors import InputError, UnsupportedError
 from ...layers.keras import SwitchNormalization
+from ...layers.keras.norm import MovingNorm
 from ...layers.keras.statistics import wide
 from ...patchers.keras import find_sites
 from ...patchers.keras_swap import BatchNorm
@@ -16,7 +17,17 @@ from ...patchers.keras_walk import distinct_layers, named_layers
 from .helpers import moving_layers, override, update_statistics
 from .parts import Learning
 
-__all__ = ["Gates", "Learning", "blend", "layers", "moving_layers", "replaced", "set_limits", "update_statistics"]
+__all__ = [
+    "Gates",
+    "Learning",
+    "blend",
+    "layers",
+    "moving_layers",
+    "replaced",
+    "scale_momentum",
+    "set_limits",
+    "update_statistics",
+]
 
 
 class Gates:
@@ -139,3 +150,17 @@ def _retracing(model: keras.Layer) -> Callable[[], None]:
 
     forget()
     return forget
+
+
+def scale_momentum(model: keras.Layer, share: float) -> Callable[[], None]:
+    """Let a batch weigh as the ``share`` of one in all moving statistics, and return what undoes it."""
+    found = [m for m in distinct_layers(model) if isinstance(m, MovingNorm | keras.layers.BatchNormalization)]
+    kept = [(layer, layer.momentum) for layer in found]
+    for layer, momentum in kept:
+        layer.momentum = momentum**share  # here the weight of the old value
+
+    def undo() -> None:
+        for layer, momentum in kept:
+            layer.momentum = momentum
+
+    return undo

@@ -1,18 +1,30 @@
 """What the hooks do to a PyTorch model."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...errors import InputError, UnsupportedError
+from ...layers.torch.norm import RunningNorm
 from ...patchers.torch_sites import MARK, named_modules
 from .helpers import moving_layers, update_statistics
 from .parts import Learning
 
-__all__ = ["Gates", "Learning", "blend", "layers", "moving_layers", "replaced", "set_limits", "update_statistics"]
+__all__ = [
+    "Gates",
+    "Learning",
+    "blend",
+    "layers",
+    "moving_layers",
+    "replaced",
+    "scale_momentum",
+    "set_limits",
+    "update_statistics",
+]
 
 
 class Gates:
@@ -121,3 +133,19 @@ def replaced(model: nn.Module) -> dict[str, nn.Module]:
 
 def _is_replaced(module: Any) -> bool:
     return MARK in module.__dict__
+
+
+def scale_momentum(model: nn.Module, share: float) -> Callable[[], None]:
+    """Let a batch weigh as the ``share`` of one in all moving statistics, and return what undoes it."""
+    found = [
+        m for m in model.modules() if isinstance(m, RunningNorm | _BatchNorm) and getattr(m, "compat", None) is None
+    ]
+    kept = [(module, module.momentum) for module in found if module.momentum is not None]
+    for module, momentum in kept:
+        module.momentum = 1 - (1 - momentum) ** share
+
+    def undo() -> None:
+        for module, momentum in kept:
+            module.momentum = momentum
+
+    return undo

@@ -12,7 +12,7 @@ import normswap
 from normswap.errors import InputError, UnsupportedError, VerificationError
 from normswap.finetune.callbacks.keras import NormswapCallback
 from normswap.finetune.distillation import Distillation
-from normswap.finetune.hooks import Blend, Freeze, GateSchedule, Hook, RenormLimits, Statistics, StopAtNaN
+from normswap.finetune.hooks import Blend, Freeze, GateSchedule, Hook, Momentum, RenormLimits, Statistics, StopAtNaN
 from normswap.finetune.keras.helpers import update_statistics
 
 pytestmark = [
@@ -141,6 +141,17 @@ class TestFreeze:
         message = "expected last:N with N up to the model's 5 layers with weights, received train='last:9'"
         with pytest.raises(InputError, match=exactly(message)):
             Freeze(model, "last:9")
+
+
+def test_momentum():
+    """Batches of two move the statistics as their share of one of 64, and in the end each layer has its own again."""
+    model, _ = network("brn")
+    layer = model.get_layer("bn1")
+    momentum = layer.momentum
+    hook = Momentum(model, 2)
+    assert layer.momentum == momentum ** (2 / 64)
+    hook.on_end()
+    assert layer.momentum == momentum
 
 
 class TestGateSchedule:
