@@ -1,6 +1,5 @@
 """Checkpoints of a run: written whole or not at all, checked when read, the damaged passed over."""
 
-import hashlib
 import json
 import shutil
 import warnings
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, NormswapWarning
-from ..sources.files import staged
+from ..sources.files import sha256, staged
 
 KEPT = 2
 """How many of the newest checkpoints stay, so that there is one to fall back to."""
@@ -42,7 +41,7 @@ class Checkpoints:
         with staged(self._path(step), overwrite=True) as temporary:
             temporary.mkdir()
             yield temporary
-            hashes = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
+            hashes = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
             (temporary / _LOG).write_text(json.dumps({"log": asdict(log), "sha256": hashes}))
 
     def prune(self, *, keep: int | None) -> None:
@@ -89,11 +88,6 @@ class Checkpoints:
             raise InputError(f"expected a checkpoint in {path}, received one without its log: {error}") from None
         for name, digest in hashes.items():
             file = path / Path(name).name
-            if not file.is_file() or _sha256(file) != digest:
+            if not file.is_file() or sha256(file) != digest:
                 raise InputError(f"expected {file} as it was saved, received a file that is missing or has changed")
         return Checkpoint(path, log)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

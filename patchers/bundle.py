@@ -1,6 +1,5 @@
 """A bundle: a folder that holds a patched model, how it was made, and the original it was made from."""
 
-import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from .. import __version__
 from ..convert.recipe import Recipe
 from ..errors import InputError
 from ..sources.data import Preprocessing
-from ..sources.files import staged
+from ..sources.files import sha256, staged
 from ..sources.framework import example_input, framework_of
 from ..sources.models import absolute_spec, load_keras_weights, load_model, relative_spec
 from .model import as_module
@@ -111,7 +110,7 @@ def _manifest_of(
         "source": None if source is None else relative_spec(source, directory),
         "recipe": patched.recipe.to_dict(),
         "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
-        "sha256": {file.name: _sha256(file) for file in sorted(folder.iterdir())},
+        "sha256": {file.name: sha256(file) for file in sorted(folder.iterdir())},
     }
     return json.dumps(manifest, indent=2) + "\n"
 
@@ -185,7 +184,7 @@ def _manifest(directory: Path) -> dict[str, Any]:
         raise InputError(f"expected a bundle in {directory}, received a folder without one: {error}") from None
     for name, digest in hashes.items():
         file = directory / Path(name).name
-        if not file.is_file() or _sha256(file) != digest:
+        if not file.is_file() or sha256(file) != digest:
             raise InputError(f"expected {file} as it was saved, received a file that is missing or has changed")
     return manifest  # type: ignore[no-any-return]
 
@@ -239,11 +238,3 @@ def _load_torch(model: Any, path: Path) -> Any:
     weights = import_module("..sources.weights", __package__)
     weights.load_state_dict(model, weights.read_state_dict(path), str(path))
     return model.eval()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

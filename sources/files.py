@@ -1,5 +1,6 @@
 """Reading that trusts nothing and writing that loses nothing."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -64,6 +65,12 @@ def require_file(path: Path) -> None:
         raise InputError(f"expected a model or weights in {path}, received a git-LFS pointer; run `git lfs pull`")
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         raise InputError(f"expected a model or weights in {path}, received a web page; download the file again")
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _remove(path: Path) -> None:
