@@ -113,11 +113,6 @@ def predict(model: keras.Model, x: Array, batch_size: int = 256) -> Array:
     return np.concatenate(parts)
 
 
-def layers(model: keras.Model) -> Iterator[keras.Layer]:
-    """Yield ``model`` and every layer below it once."""
-    return iter(distinct_layers(model))
-
-
 def processes() -> tuple[int, int]:
     """Return this process's rank and how many train together: Keras trains in one."""
     return 0, 1
@@ -226,7 +221,9 @@ class _Watch(keras.callbacks.Callback):  # type: ignore[misc]
         self._training, self._hooks, self._average = training, hooks, average
         self._first, self._step, self._on_step = first, start, on_step
         self._precision = Precision(model, training.precision)
-        self._generators = [(i, each) for i, layer in enumerate(layers(model)) for each in layer._seed_generators]
+        self._generators = [
+            (i, each) for i, layer in enumerate(distinct_layers(model)) for each in layer._seed_generators
+        ]
         self._metrics: list[Any] = []
         self._loss = self._rate = 0.0
         self._parts: list[tuple[float, float]] = []

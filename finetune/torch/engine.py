@@ -112,11 +112,6 @@ def predict(model: nn.Module, x: Array) -> Array:
         return model(torch.from_numpy(x).to(device)).float().cpu().numpy()  # type: ignore[no-any-return]
 
 
-def layers(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield every module of ``model`` once."""
-    return model.modules()
-
-
 def processes() -> tuple[int, int]:
     """Return this process's rank and how many train together."""
     state = accelerate.PartialState(cpu=_CPU)
