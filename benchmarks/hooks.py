@@ -132,6 +132,21 @@ def torch_rows(repetitions: int) -> dict[str, dict[str, float]]:
     return rows
 
 
+class Clock:
+    """The shortest time between two notes of a name, of which the first of its run is not counted."""
+
+    def __init__(self) -> None:
+        self.shortest: dict[str, float] = {}
+        self._last = ("", 0.0)
+
+    def note(self, name: str) -> None:
+        """Note that a step of this name has ended."""
+        now, (before, last) = time.process_time(), self._last
+        if before == name:
+            self.shortest[name] = min(self.shortest.get(name, float("inf")), now - last)
+        self._last = name, now
+
+
 def run_ratio(target: str, repetitions: int) -> float:
     """Return how much longer a step of a run takes than the same step in a bare loop."""
     import torch
@@ -149,32 +164,52 @@ def run_ratio(target: str, repetitions: int) -> float:
     preprocessing = preprocessing_of(model)
     assert preprocessing is not None
     x, y = np.random.default_rng(0).integers(0, 255, (64, 32, 32, 3), np.uint8), np.arange(64) % 10
-    data, times = from_arrays(x, y, preprocessing), {"bare": float("inf"), "run": float("inf")}
+    data, steps, clock = from_arrays(x, y, preprocessing), 8, Clock()
     report = normswap.patch(model, target)
     optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9)
     images, labels = (torch.from_numpy(part) for part in data.batch(range(BATCH)))
-    last = 0.0
-
-    def note(name: str) -> None:
-        nonlocal last
-        now = time.process_time()
-        times[name], last = min(times[name], now - last), now
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         bundle.save(report, path / "in", source=source, preprocessing=preprocessing)
-        settings = Settings(steps=8, batch_size=BATCH, checkpoint_every=100)
+        settings = Settings(steps=steps, batch_size=BATCH, checkpoint_every=100)
         for _ in range(max(3, repetitions // 4)):
-            finetune(path / "in", path / "out", data, settings, overwrite=True, on_step=lambda *_: note("run"))
+            finetune(path / "in", path / "out", data, settings, overwrite=True, on_step=lambda *_: clock.note("run"))
             model.train()
-            for _ in range(8):
-                last = time.process_time()
+            for _ in range(steps):
                 optimizer.zero_grad()
                 F.cross_entropy(model(images), labels).backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
-                note("bare")
-    return times["run"] / times["bare"]
+                clock.note("bare")
+    return clock.shortest["run"] / clock.shortest["bare"]
+
+
+def keras_run_ratio(model: Any, target: str, repetitions: int) -> float:
+    """Return how much longer a step of a run takes than the same step in a bare ``fit``."""
+    import keras
+
+    from normswap.finetune.run import finetune
+    from normswap.finetune.settings import Settings
+    from normswap.patchers import bundle
+    from normswap.sources.data import Preprocessing, from_arrays
+
+    preprocessing = Preprocessing((32, 32, 3), "channels_last")
+    x, y = np.random.default_rng(0).integers(0, 255, (64, 32, 32, 3), np.uint8), np.arange(64) % 10
+    data, steps, clock = from_arrays(x, y, preprocessing), 8, Clock()
+    report = normswap.patch(model, target)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(1e-4, momentum=0.9, global_clipnorm=1.0), loss, jit_compile=False)
+    images, labels = data.batch(range(BATCH))
+    images, labels = np.concatenate([images] * steps), np.concatenate([labels] * steps)
+    told = keras.callbacks.LambdaCallback(on_train_batch_end=lambda *_, **__: clock.note("bare"))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        bundle.save(report, path / "in", preprocessing=preprocessing)
+        settings = Settings(steps=steps, batch_size=BATCH, checkpoint_every=100)
+        for _ in range(max(3, repetitions // 4)):
+            finetune(path / "in", path / "out", data, settings, overwrite=True, on_step=lambda *_: clock.note("run"))
+            model.fit(images, labels, batch_size=BATCH, shuffle=False, verbose=0, callbacks=[told])
+    return clock.shortest["run"] / clock.shortest["bare"]
 
 
 def keras_rows(repetitions: int) -> dict[str, dict[str, float]]:
@@ -232,6 +267,7 @@ def keras_rows(repetitions: int) -> dict[str, dict[str, float]]:
         model = network()
         normswap.patch(model, target)
         rows[f"keras {target}"]["calls"] = share_of_calls(model, times["bare"] / batches)
+        rows[f"keras {target}"]["run"] = keras_run_ratio(network(), target, repetitions)
     return rows
 
 

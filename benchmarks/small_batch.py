@@ -40,10 +40,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from normswap.finetune.hooks import RenormLimits
+from normswap.finetune.hooks import Hooks, Momentum, RenormLimits
 from normswap.sources.data import Data
 
 SEEDS = (0, 1, 2)
+LASTING = " + Momentum"
+"""What follows the name of a method whose moving statistics average over as many images however small the batches."""
+NAMES = (*METHODS, *(name + LASTING for name in ("BN", "SN", "BRN")))
 MOMENTUM, WARMUP = 0.9, 0.05
 FALL = 2.0
 """By how many points a rate has to be worse than the best to be too high."""
@@ -111,13 +114,14 @@ def fine_tune(model: nn.Module, data: Data, run: Run) -> int | None:
     steps, batch = run.cell.steps, run.cell.batch
     parameters = list(model.parameters())
     optimizer = torch.optim.SGD(parameters, momentum=MOMENTUM)
-    limits = RenormLimits(model, steps)
+    lasting = [Momentum(model, batch)] if run.cell.method.endswith(LASTING) else []
+    hooks = Hooks(RenormLimits(model, steps), *lasting)
     model.train()
     for step in range(steps):
         epoch, position = divmod(step, len(data) // batch)
         order = np.random.default_rng([run.seed, epoch]).permutation(len(data))
         x, y = map(torch.from_numpy, data.batch(order[position * batch : (position + 1) * batch]))
-        limits.on_step(step)
+        hooks.on_step(step)
         optimizer.param_groups[0]["lr"] = rate(run.rung) * SCHEDULES[run.cell.schedule]((step + 0.5) / steps)
         loss = F.cross_entropy(model(x), y)
         if not isfinite(loss.item()):
@@ -156,7 +160,7 @@ def measure(run: Run) -> Outcome:
     begin = time.perf_counter()
     original, data = _bench.network(run.cell.network)
     model = copy.deepcopy(original)
-    METHODS[run.cell.method](model)
+    METHODS[run.cell.method.removesuffix(LASTING)](model)
     diverged = fine_tune(model, data, run)
     return Outcome(
         top1(model, _bench.selection), top1(model, _bench.test), diverged, round(time.perf_counter() - begin, 1)
@@ -334,7 +338,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print what FILE holds, measure nothing")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw what FILE holds, measure nothing")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--batches", nargs="+", type=int, default=[2, 1, 4, 8, 32])
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="of the rate, after a warm-up")

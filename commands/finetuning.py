@@ -232,13 +232,14 @@ def _largest_batch(chosen: dict[str, Any], opened: "Opened", data: "Data", outpu
     """Return the batch size that memory allows, or that of the run to resume."""
     from importlib import import_module
 
-    from ..finetune import folder
     from ..finetune.batch_size import largest_batch
+    from ..finetune.folder import SETTINGS
     from ..finetune.settings import Settings
     from ..finetune.training import Training
+    from ..patchers.bundle import RUN
 
     assert opened.bundle is not None
-    before = output / folder.NAME / folder.SETTINGS
+    before = output / RUN / SETTINGS
     if resume and before.exists():
         return Settings.from_toml(before).batch_size
     engine = import_module(f"..finetune.{opened.framework}.engine", __package__)

@@ -84,8 +84,7 @@ def sample(data: Data, count: int) -> list[NDArray[np.float32]]:
             NormswapWarning,
             stacklevel=2,
         )
-    chosen = data.sample(count)
-    return [data.batch(chosen[start : start + 64])[0] for start in range(0, len(chosen), 64)]
+    return [images for images, _ in data.batches(64, data.sample(count))]
 
 
 @dataclass(frozen=True)

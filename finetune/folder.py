@@ -3,22 +3,25 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from ..errors import InputError
+from ..patchers.bundle import RUN
 from ..sources.data import Data
 from ..sources.files import require_absent, staged
 from .checkpoints import Checkpoint, Checkpoints
 from .journal import Journal
 from .settings import Settings
 
-NAME = "run"
 SETTINGS = "run.toml"
+LOCK = ".lock"
 
 
 @dataclass
@@ -38,7 +41,7 @@ class RunFolder:
     """The folder ``run`` in ``output``; only the process of rank 0 (``writes``) changes it."""
 
     def __init__(self, output: Path, *, writes: bool) -> None:
-        self.output, self.path, self.writes = output, output / NAME, writes
+        self.output, self.path, self.writes = output, output / RUN, writes
         self.checkpoints = Checkpoints(self.path / "checkpoints")
 
     def require_free(self, *, resume: bool, overwrite: bool) -> None:
@@ -47,6 +50,29 @@ class RunFolder:
             require_absent(self.output, overwrite=overwrite)
         elif not self._holds_a_run() and not self._is_empty():
             raise InputError(f"expected a fine-tuning run to resume in {self.output}, received none")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs out of the output meanwhile; raises `InputError` if one is in it."""
+        if not self.writes:
+            yield
+            return
+        self.output.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.output / LOCK, blocking=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise InputError(
+                f"expected an output that no other run is writing, received {self.output}; "
+                "wait for that run to end, or write to another output"
+            ) from None
+        try:
+            yield
+        finally:
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+            if self._is_empty():
+                shutil.rmtree(self.output, ignore_errors=True)
 
     def begin(
         self, settings: Settings, record: Mapping[str, Any], data: str, *, resume: bool
@@ -88,8 +114,6 @@ class RunFolder:
         """Leave nothing of a run that came to nothing."""
         if self.writes:
             shutil.rmtree(self.path, ignore_errors=True)
-            if self._is_empty():
-                shutil.rmtree(self.output, ignore_errors=True)
 
     def _compare(self, before: Settings, now: Settings) -> None:
         one, other = asdict(before), asdict(now)
@@ -105,8 +129,8 @@ class RunFolder:
 
     def _is_empty(self) -> bool:
         """Return whether there is nothing in the output but what a killed writer left."""
-        entries = self.output.iterdir() if self.output.is_dir() else ()
-        return all(entry.name.startswith(".") and ".tmp-" in entry.name for entry in entries)
+        names = [entry.name for entry in self.output.iterdir()] if self.output.is_dir() else []
+        return all(name == LOCK or (name.startswith(".") and ".tmp-" in name) for name in names)
 
 
 def fingerprint(*parts: Data | None) -> str:

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import MaxNLocator
 
 from ..errors import InputError, UnsupportedError
+from ..patchers.bundle import RUN
 from .figures import Gates
-from .folder import NAME
 from .journal import GATES, METRICS, ORIGINAL, Row, read
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
@@ -40,7 +40,7 @@ def picture(bundle: Path, gates: Gates) -> Figure:
 
     Raises `UnsupportedError` if there is neither.
     """
-    rows = _rows(bundle / NAME / METRICS)
+    rows = _rows(bundle / RUN / METRICS)
     parts: list[tuple[float, Callable[[FigureBase, Any], None], Any]] = []
     if _panels(rows):
         parts.append((_curves_height(rows), _curves, rows))

@@ -86,14 +86,16 @@ def finetune(
     it had not stopped, and one is started where there is none. ``trust`` is that of `normswap.load`. ``on_step`` is
     told the number of steps taken and their figures, in the process of rank 0.
 
-    Raises `InputError` if there is no original to distil from, if the run found used other settings or data, or if
-    processes that train together disagree; `OutputExistsError` if ``output`` exists; `VerificationError` if the loss
-    is not finite, in which case the last checkpoint's model is the output; `StoppedError` after Ctrl-C or SIGTERM, once
-    the step is done and saved.
+    Raises `InputError` if there is no original to distil from, if the run found used other settings or data, if another
+    run is writing ``output``, or if processes that train together disagree; `OutputExistsError` if ``output`` exists;
+    `VerificationError` if the loss is not finite, in which case the last checkpoint's model is the output;
+    `StoppedError` after Ctrl-C or SIGTERM, once the step is done and saved.
     """
     run = _Run(bundles.read(source, trust=trust), Path(output), data, settings, eval_data, on_step, draw)
-    run.begin(record or {}, resume=resume, overwrite=overwrite)
-    return run.go()
+    run.check(resume=resume, overwrite=overwrite)
+    with run.folder.locked():
+        run.begin(record or {}, resume=resume)
+        return run.go()
 
 
 class _Run:
@@ -134,11 +136,14 @@ class _Run:
         self.signal = 0
         self.clock = time.perf_counter()
 
-    def begin(self, record: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
-        """Make room for the run, or take up the one that is there."""
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Raise before anything is written if the run could not begin, or could only fail later."""
         self.folder.require_free(resume=resume, overwrite=overwrite)
         self._check_data()
         self._agree()
+
+    def begin(self, record: Mapping[str, Any], *, resume: bool) -> None:
+        """Make room for the run, or take up the one that is there."""
         found = self.folder.begin(self.settings, record, self.data_seen, resume=resume)
         if found is not None:
             self.progress, checkpoint = found
@@ -299,10 +304,7 @@ class _Run:
                 yield
                 return
             restore = self.engine.snapshot(self.model)
-            chosen = self.data.sample(self.settings.reestimate)
-            size = min(64, len(chosen))
-            parts = [chosen[begin : begin + size] for begin in range(0, len(chosen), size)]
-            Statistics(self.model, (self.data.batch(part)[0] for part in parts)).on_evaluate()
+            Statistics(self.model, self.data.batches(64, self.data.sample(self.settings.reestimate))).on_evaluate()
             try:
                 yield
             finally:

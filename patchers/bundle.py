@@ -17,6 +17,8 @@ from ..sources.models import absolute_spec, load_keras_weights, load_model, rela
 from .model import as_module
 
 MANIFEST = "normswap.json"
+RUN = "run"
+"""The folder in a bundle that tells of the fine-tuning it came from; it is there before the rest."""
 SCHEMA_VERSION = 1
 SUFFIX = {"torch": ".safetensors", "keras": ".keras"}
 
@@ -181,6 +183,11 @@ def _manifest(directory: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, InputError):
             raise
+        if (directory / RUN).is_dir() and not (directory / MANIFEST).exists():
+            raise InputError(
+                f"expected a bundle in {directory}, received a fine-tuning run that has not ended; "
+                "repeat its command with --resume"
+            ) from None
         raise InputError(f"expected a bundle in {directory}, received a folder without one: {error}") from None
     for name, digest in hashes.items():
         file = directory / Path(name).name

@@ -150,10 +150,9 @@ class Data:
         """Raise `InputError`, naming the files, if images cannot be read."""
         self._images.check()
 
-    def batches(self, size: int) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
-        """Yield everything in order, in batches of ``size``."""
-        for start in range(0, len(self), size):
-            yield self.batch(range(start, min(start + size, len(self))))
+    def batches(self, size: int, indices: Sequence[int] | NDArray[np.int64] | None = None) -> "Batches":
+        """Return what is at ``indices``, without them everything in order, in batches of ``size``."""
+        return Batches(self, range(len(self)) if indices is None else indices, size)
 
     def sample(self, count: int, seed: int = 0) -> NDArray[np.int64]:
         """Return the indices of ``count`` images drawn without replacement."""
@@ -164,6 +163,19 @@ class Data:
         box = random_box(image, random) if "resized-crop" in names else None
         image = known.fit(image) if box is None else resized(image, known.size, known.interpolation, box)
         return changed(image, names, random)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Images and labels at ``indices`` in batches, read anew each time they are iterated over."""
+
+    data: Data
+    indices: Sequence[int] | NDArray[np.int64]
+    size: int
+
+    def __iter__(self) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+        for start in range(0, len(self.indices), self.size):
+            yield self.data.batch(self.indices[start : start + self.size])
 
 
 def open_data(

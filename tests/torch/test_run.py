@@ -13,7 +13,7 @@ import safetensors.numpy
 import torch
 
 import normswap
-from normswap.errors import OutputExistsError, VerificationError
+from normswap.errors import InputError, OutputExistsError, VerificationError
 from normswap.finetune.interruption import StoppedError
 from normswap.finetune.journal import read
 from normswap.patchers import bundle
@@ -170,7 +170,12 @@ class TestStopping:
 
         assert caught.value.exit_code == code
         assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
-        assert not bundle.is_bundle(tmp_path / "out")
+        unfinished = (
+            f"expected a bundle in {tmp_path}/out, received a fine-tuning run that has not ended; "
+            "repeat its command with --resume"
+        )
+        with pytest.raises(InputError, match=f"^{re.escape(unfinished)}$"):
+            normswap.load(tmp_path / "out")
         steps = []
         finetune(
             source("sn"), tmp_path / "out", data, SETTINGS, eval_data=data, resume=True,
@@ -178,6 +183,24 @@ class TestStopping:
         )  # fmt: skip
         assert steps == [5, 6]
         assert same(weights(tmp_path / "whole"), weights(tmp_path / "out"))
+
+    def test_two_runs_into_one_output(self, source, data, tmp_path):
+        """A run keeps others out of its output, whether they resume or overwrite, and ends as if there were none."""
+        message = (
+            f"expected an output that no other run is writing, received {tmp_path}/out; "
+            "wait for that run to end, or write to another output"
+        )
+
+        def intrude(step, figures):
+            for mode in ("resume", "overwrite"):
+                with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+                    finetune(source(), tmp_path / "out", data, SETTINGS, **{mode: True})
+
+        finetune(source(), tmp_path / "out", data, SETTINGS, on_step=intrude)
+        finetune(source(), tmp_path / "whole", data, SETTINGS)
+
+        assert same(weights(tmp_path / "whole"), weights(tmp_path / "out"))
+        assert not (tmp_path / "out" / ".lock").exists()
 
     def test_a_failing_run_leaves_no_output(self, source, data, tmp_path):
         """A run whose first step fails leaves nothing."""
