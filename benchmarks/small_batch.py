@@ -25,7 +25,7 @@ import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby, product
-from math import cos, inf, isfinite, log, pi
+from math import cos, isfinite, log, pi
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -99,7 +99,7 @@ LOOKS = {
     "GN copied": ("#56B4E9", "P"),
     "GN reset": ("#888888", "X"),
 }
-"""Each method's colour and marker; Okabe and Ito's colours, which are told apart without red or green, too."""
+"""Each method's colour and marker, dashed with `Momentum`; Okabe and Ito's, told apart without red or green, too."""
 SMALL = 2
 """The batch size that accuracy is drawn over the rate for."""
 Line = dict[float, list[float]]
@@ -281,12 +281,12 @@ def table(cells: list[Cell], found: Found) -> Table:
 def plot(path: Path, cells: list[Cell], found: Found) -> None:
     """Draw top-1 over the batch size, each at its chosen rate, and beside it over the rate with ``SMALL`` images."""
     networks = [name for name in NETWORKS if any(cell.network == name for cell in cells)]
-    figure = Figure(figsize=(11, 4.6 * len(networks)), layout="constrained")
+    figure = Figure(figsize=(12, 4.6 * len(networks)), layout="constrained")
     axes = figure.subplots(len(networks), 2, squeeze=False, sharey="row")
     for network, (left, right) in zip(networks, axes, strict=True):
         over_batch: dict[str, Line] = {}
         over_rate: dict[str, Line] = {}
-        for cell in sorted(cell for cell in cells if cell.network == network):
+        for cell in sorted((cell for cell in cells if cell.network == network), key=_order):
             rungs: Line = {}
             for run in found:
                 if run.cell == cell:
@@ -295,39 +295,37 @@ def plot(path: Path, cells: list[Cell], found: Found) -> None:
             if cell.batch == SMALL:
                 over_rate[cell.method] = rungs
         _draw(left, over_batch)
+        _draw(right, over_rate)
         left.set_xscale("log", base=2)
         left.xaxis.set_major_formatter("{x:g}")
         left.set(xlabel="images per batch", ylabel="top-1 in % of the test images")
-        left.set_title(f"{network}, at the chosen rate", loc="left")
-        low, high = (
-            pick(mean(values) for line in over_batch.values() for values in line.values()) for pick in (min, max)
-        )
-        left.set_ylim(low - 3, high + 2)
-        _name(left, over_batch)
-        _draw(right, over_rate)
+        left.set_title(f"{network}, each at its best rate", loc="left")
         right.set_xscale("log")
         right.set(xlabel="peak learning rate")
         right.set_title(f"{network}, {SMALL} images per batch", loc="left")
+        means = [mean(values) for line in over_batch.values() for values in line.values()]
+        left.set_yscale("function", functions=(lambda y: -np.log(100 - y), lambda v: 100 - np.exp(-v)))
+        left.set_yticks([10, 30, 50, 60, 70, 75, 80, 85, 90])
+        left.set_ylim(min(means) - 5, max(means) + 1)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=150)
+
+
+def _order(cell: Cell) -> tuple[int, int]:
+    return NAMES.index(cell.method), cell.batch
 
 
 def _draw(ax: Axes, lines: dict[str, Line]) -> None:
     """Draw the mean and the standard deviation at each line's points."""
     for method, line in lines.items():
-        colour, marker = LOOKS[method]
+        colour, marker = LOOKS[method.removesuffix(LASTING)]
+        style = "--" if method.endswith(LASTING) else "-"
         xs = sorted(line)
         means, errors = [mean(line[x]) for x in xs], [stdev(line[x]) if len(line[x]) > 1 else 0 for x in xs]
-        ax.errorbar(xs, means, errors, color=colour, marker=marker, markersize=4, capsize=2)
+        look = {"color": colour, "linestyle": style, "marker": marker, "markersize": 4, "capsize": 2}
+        ax.errorbar(xs, means, errors, label=method, **look)
     ax.spines[["top", "right"]].set_visible(False)
-
-
-def _name(ax: Axes, lines: dict[str, Line]) -> None:
-    """Write each line's name to the right of its end, none over another."""
-    at, (low, high) = -inf, ax.get_ylim()
-    for y, method in sorted((mean(line[max(line)]), method) for method, line in lines.items()):
-        at = max(y, at + (high - low) / 20)
-        place = {"xycoords": ("axes fraction", "data"), "color": LOOKS[method][0], "va": "center"}
-        ax.annotate(method, (1.02, at), annotation_clip=False, **place)
+    ax.grid(axis="y", alpha=0.3)
 
 
 def main() -> None:

@@ -25,8 +25,8 @@ def update_statistics(model: keras.Layer, batches: Iterable[Any]) -> None:
     """Re-estimate the moving statistics of every SN and BRN on ``batches``, in place of their moving averages.
 
     Mean and variance become those of all the values a layer saw, each batch weighted by its count, while the layers
-    normalize by the batch as in training; all else runs as at inference. Masked positions take no part. ``batches``
-    are inputs as the model takes them, or pairs whose first part is.
+    normalize by the batch, without BRN's correction towards what is to be replaced; all else runs as at inference.
+    Masked positions take no part. ``batches`` are inputs as the model takes them, or pairs whose first part is.
 
     Raises `UnsupportedError` if the model has no such layer, `InputError` if there are no batches.
     """
@@ -35,23 +35,24 @@ def update_statistics(model: keras.Layer, batches: Iterable[Any]) -> None:
         raise UnsupportedError(
             "expected a model with SN or BRN layers that keep moving statistics, received one without"
         )
-    kept = [[(variable, np.array(ops.convert_to_numpy(variable))) for variable in m.variables] for m in layers]
+    kept = [tuple(np.array(ops.convert_to_numpy(part)) for part in (m.moving_mean, m.moving_variance)) for m in layers]
     seen = [Moments() for _ in layers]
-    undo = [override(m, "call", _training(m, moments)) for m, moments in zip(layers, seen, strict=True)]
+    undo = [override(m, "call", _by_the_batch(m, moments)) for m, moments in zip(layers, seen, strict=True)]
     try:
         for batch in batches:
             call(model, batch[0] if isinstance(batch, tuple) else batch)
+        if any(moments.count == 0 for moments in seen):
+            raise InputError("expected batches that reach every layer, received none for some")
+    except BaseException:
+        for m, (mean, var) in zip(layers, kept, strict=True):
+            m.moving_mean.assign(mean)
+            m.moving_variance.assign(var)
+        raise
     finally:
         for restore in undo:
             restore()
-        for variables in kept:
-            for variable, value in variables:
-                variable.assign(value)
-    if any(moments.count == 0 for moments in seen):
-        raise InputError("expected batches that reach every layer, received none for some")
     for m, moments in zip(layers, seen, strict=True):
-        m.moving_mean.assign(moments.mean)
-        m.moving_variance.assign(moments.var)
+        _set_statistics(m, moments)
 
 
 def override(layer: keras.Layer, name: str, method: Callable[..., Any]) -> Callable[[], None]:
@@ -66,14 +67,22 @@ def override(layer: keras.Layer, name: str, method: Callable[..., Any]) -> Calla
     return undo
 
 
-def _training(layer: keras.Layer, moments: Moments) -> Callable[..., Any]:
-    """Return the layer's call as in training, which also takes down the moments of what it is given."""
+def _by_the_batch(layer: keras.Layer, moments: Moments) -> Callable[..., Any]:
+    """Return the layer's call, but by the statistics of what it is given, which are counted, too."""
     run = layer.call
 
     @wraps(run)
     def call(inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         rows = np.moveaxis(np.asarray(ops.convert_to_numpy(wide(inputs))), layer.axis, -1)
-        moments.add(rows if mask is None else rows[ops.convert_to_numpy(mask).astype(bool)])
-        return run(inputs, training=True, mask=mask)
+        batch = Moments()
+        batch.add(rows if mask is None else rows[ops.convert_to_numpy(mask).astype(bool)])
+        moments.merge(batch.count, batch.mean, batch.var)
+        _set_statistics(layer, batch)
+        return run(inputs, training=False, mask=mask)
 
     return call
+
+
+def _set_statistics(layer: keras.Layer, moments: Moments) -> None:
+    layer.moving_mean.assign(moments.mean)
+    layer.moving_variance.assign(moments.var)

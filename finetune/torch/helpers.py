@@ -64,9 +64,10 @@ def update_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
     """Re-estimate the running statistics of every SN and BRN on ``batches``, in place of their moving averages.
 
     Mean and variance become those of all the values a layer saw, each batch weighted by its count, while the layers
-    normalize by the batch as in training; all else runs as at inference. ``batches`` are inputs as the model takes
-    them, or pairs whose first part is. It does for these layers what `torch.optim.swa_utils.update_bn` does for
-    BatchNorm. Layers that synchronize count the batches of all their processes, which have to have as many each.
+    normalize by the batch, without BRN's correction towards what is to be replaced; all else runs as at inference.
+    ``batches`` are inputs as the model takes them, or pairs whose first part is. It does for these layers what
+    `torch.optim.swa_utils.update_bn` does for BatchNorm. Layers that synchronize count the batches of all their
+    processes, which have to have as many each.
 
     Raises `UnsupportedError` if the model has no such layer, `InputError` if there are no batches.
     """
@@ -75,33 +76,39 @@ def update_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
         raise UnsupportedError(
             "expected a model with SN or BRN layers that keep moving statistics, received one without"
         )
-    kept = [(m, {name: buffer.clone() for name, buffer in m._buffers.items() if buffer is not None}) for m in layers]
+    kept = {m: (m.running_mean.clone(), m.running_var.clone()) for m in layers}
     seen = {m: Moments() for m in layers}
 
     def see(m: Any, inputs: Any) -> None:
         rows = inputs[0].detach().movedim(1, -1).flatten(0, -2).double()
-        mean = rows.mean(0)
+        mean, batch = rows.mean(0), Moments()
         for count, *moments in _of_all_processes(m, len(rows), mean, (rows - mean).square().mean(0)):
-            seen[m].merge(count, *(part.cpu().numpy() for part in moments))
+            batch.merge(count, *(part.cpu().numpy() for part in moments))
+        seen[m].merge(batch.count, batch.mean, batch.var)
+        _set_statistics(m, batch)  # so that it normalizes by this batch
 
     handles = [m.register_forward_pre_hook(see) for m in layers]
     try:
         with inference(model):
-            for m in layers:
-                m.training = True
             for batch in batches:
                 call(model, batch[0] if isinstance(batch, list | tuple) else batch)
+        if any(moments.count == 0 for moments in seen.values()):
+            raise InputError("expected batches that reach every layer, received none for some")
+    except BaseException:
+        for m, (mean, var) in kept.items():
+            m.running_mean.copy_(mean)
+            m.running_var.copy_(var)
+        raise
     finally:
         for handle in handles:
             handle.remove()
-        for m, buffers in kept:
-            for name, value in buffers.items():
-                getattr(m, name).copy_(value)
-    if any(moments.count == 0 for moments in seen.values()):
-        raise InputError("expected batches that reach every layer, received none for some")
     for m, moments in seen.items():
-        m.running_mean.copy_(torch.from_numpy(moments.mean))
-        m.running_var.copy_(torch.from_numpy(moments.var))
+        _set_statistics(m, moments)
+
+
+def _set_statistics(layer: RunningNorm, moments: Moments) -> None:
+    layer.running_mean.copy_(torch.from_numpy(moments.mean))
+    layer.running_var.copy_(torch.from_numpy(moments.var))
 
 
 def _of_all_processes(layer: RunningNorm, count: int, mean: Tensor, var: Tensor) -> list[tuple[int, Tensor, Tensor]]:
