@@ -21,11 +21,13 @@ def main(debug: bool) -> None:
     \b
     MODEL is timm:NAME, torchvision:NAME, keras:NAME, file.py:callable, package.module:callable,
     a .keras/.h5/.hdf5 file, a .pt2 file of torch.export (with --trust), or a bundle made by `normswap patch`.
-    DATA is a folder with one subfolder of images per class, or an .npz with arrays x and y.
+    DATA is a folder with one subfolder of images per class, an .npz with arrays x and y, or hf:NAME[SPLIT]
+    (a data set of Hugging Face's); any folder of images, or an .npz without y, where labels are not used.
 
     \b
     Exit codes: 0 ok, 1 internal error, 2 usage, 3 input rejected, 4 unsupported or nothing to do,
-    5 verification failed, 6 something not installed, 7 file system.
+    5 verification failed or training went non-finite, 6 something not installed, 7 file system,
+    130 stopped by Ctrl-C, 143 stopped by SIGTERM.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 

@@ -1,12 +1,14 @@
 """How the command line reads numbers and shows results and errors: tables, bars, and one JSON object."""
 
 import json
+import math
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from datetime import timedelta
+from statistics import median
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -65,8 +67,10 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: Any, 
         click.echo(warnings.formatwarning(message, category, *where[:2]), err=True)
 
 
-def numbers(convert: type) -> Callable[[click.Context, click.Parameter, str | None], tuple[Any, ...] | None]:
-    """Return an option's callback that reads numbers of one type, separated by commas."""
+def numbers(
+    convert: type, *, above: float = -math.inf, most: int | None = None
+) -> Callable[[click.Context, click.Parameter, str | None], tuple[Any, ...] | None]:
+    """Return an option's callback that reads finite numbers of one type, separated by commas, ``most`` of them."""
 
     def parse(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[Any, ...] | None:
         if value is None:
@@ -75,8 +79,11 @@ def numbers(convert: type) -> Callable[[click.Context, click.Parameter, str | No
             numbers = tuple(convert(part) for part in value.split(","))
         except ValueError:
             raise click.BadParameter(f"expected numbers separated by commas, received {value!r}") from None
-        if convert is int and any(number < 1 for number in numbers):
-            raise click.BadParameter(f"expected positive sizes, received {value!r}")
+        if not all(above < number < math.inf for number in numbers):
+            limit = "" if above == -math.inf else f" above {above:g}"
+            raise click.BadParameter(f"expected finite numbers{limit}, received {value!r}")
+        if most is not None and len(numbers) > most:
+            raise click.BadParameter(f"expected up to {most} numbers, received {value!r}")
         return numbers
 
     return parse
@@ -204,16 +211,21 @@ def _percent(share: float | None) -> str:
 def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
     """Yield ``advance(done, note="", **figures)``, which shows how far the work is and the last of each figure.
 
-    On a terminal that is a bar with the time left, elsewhere a line every tenth of the way; both go to stderr.
+    Of ``images_per_second``, which jumps from step to step, that is the median of the last ten. On a terminal it is a
+    bar with the time left, elsewhere a line every tenth of the way; both go to stderr.
     """
     from rich.console import Console
 
     console = Console(stderr=True)
     known: dict[str, float] = {}
+    rates: deque[float] = deque(maxlen=10)
     with (_bar if console.is_terminal else _lines)(title, total, console) as tell:
 
         def advance(done: int, note: str = "", **figures: float | None) -> None:
             known.update({name: value for name, value in figures.items() if value is not None})
+            if (rate := figures.get("images_per_second")) is not None:
+                rates.append(rate)
+                known["images_per_second"] = median(rates)
             shown = [text.format(known[name]) for name, text in _FIGURES.items() if name in known]
             tell(done, ", ".join([*filter(None, [note]), *shown]))
 

@@ -67,7 +67,7 @@ def explain(error: Exception) -> tuple[int, str]:
     """Return the exit code and the message for any error a command ended with."""
     if isinstance(error, NormswapError):
         return error.exit_code, str(error)
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) or "I/O error" in str(error):  # safetensors has a class of its own for it
         return EXIT_IO, str(error)
     if isinstance(error, ModuleNotFoundError):
         package = str(error.name).partition(".")[0]

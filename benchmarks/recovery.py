@@ -21,7 +21,7 @@ import normswap
 from normswap import BatchRenorm, GroupNorm, SwitchNorm
 from normswap.finetune.accuracy import accuracy
 from normswap.finetune.calibration import sample
-from normswap.finetune.hooks import RenormLimits
+from normswap.finetune.hooks import Momentum, RenormLimits
 from normswap.finetune.torch.engine import predict, train
 from normswap.finetune.training import Training
 from normswap.sources.data import Data, open_data
@@ -46,7 +46,7 @@ def top1(model: nn.Module, data: Data) -> float:
 def trained(model: nn.Module, data: Data, training: Training, teacher: nn.Module | None) -> nn.Module:
     """Return a trained copy of the model."""
     model = copy.deepcopy(model)
-    train(model, data, training, teacher=teacher, hooks=[RenormLimits(model, training.steps)])
+    train(model, data, training, teacher=teacher, hooks=[RenormLimits(model, training.steps), Momentum(model, BATCH)])
     return model
 
 

@@ -196,9 +196,9 @@ def missing(cell: Cell, found: Found) -> list[Run]:
 
 
 def chosen(cell: Cell, found: Found) -> int:
-    """Return the rung that is best on the images kept for choosing, of equals the lowest."""
+    """Return the rung that is best on the images kept for choosing, of equals the highest: low rates change nothing."""
     search = _search(cell, found)
-    return max(search, key=lambda rung: (search[rung], -rung))
+    return max(search, key=lambda rung: (search[rung], rung))
 
 
 def highest(cell: Cell, found: Found) -> int:

@@ -1,24 +1,48 @@
 """The command that trains a patched model: finetune."""
 
+import json
+import math
 import tomllib
-from collections.abc import Callable
+import warnings
+from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..console import option_set, progress, show
+from ..errors import InputError, NormswapWarning
 from .options import json_option, model_options, overwrite_option
 
 if TYPE_CHECKING:
     from ..finetune.settings import Settings
-    from ..patchers.opening import Opened
+    from ..patchers.bundle import Bundle
     from ..sources.data import Data
 
 RECIPE = "calibrate,norm,all"
 RATE, RATE_BATCH = 0.05, 64
+
+_TYPES: dict[str, tuple[set[type], str]] = {
+    "boolean": ({bool}, "true or false"),
+    "integer": ({int}, "an integer"),
+    "float": ({int, float}, "a number"),
+}
+"""What a TOML file must have for an option of each of click's types, which would convert it without a word."""
+_TEXT = {str, int, float}, "text or a number"
+_LISTS = {"stages", "augment", "input_shape", "size", "mean", "std"}
+
+_NEEDS = {
+    "temperature": "a teacher",
+    "features": "a teacher",
+    "gate_lr": "layers with gates",
+    "harden": "layers with gates",
+    "limits": "BRN layers",
+}
+"""What has to be there for an option to have an effect."""
 
 
 def _read_config(context: click.Context, parameter: click.Parameter, path: Path | None) -> None:
@@ -29,14 +53,31 @@ def _read_config(context: click.Context, parameter: click.Parameter, path: Path 
         found = {name.replace("-", "_"): value for name, value in tomllib.loads(path.read_text()).items()}
     except (OSError, ValueError) as error:
         raise click.BadParameter(f"expected a TOML file, received {path}: {error}") from None
-    known = {each.name for each in context.command.params if each.name} - {"config"}
-    if unknown := sorted(found.keys() - known):
-        raise click.BadParameter(f"expected options of this command in {path}, received {', '.join(unknown)}")
+    known = {each.name: each.type for each in context.command.params if each.name not in (None, "config")}
+    if unknown := sorted(found.keys() - known.keys()):
+        raise click.BadParameter(
+            f"expected options of this command in {path}, received {', '.join(unknown)}; "
+            f"there are {', '.join(sorted(known))}"
+        )
+    for name, value in found.items():
+        types, expected = _TYPES.get(known[name].name, _TEXT)
+        if name in _LISTS:
+            expected = "text, a number or a list of these"
+        parts = value if isinstance(value, list) and name in _LISTS else [value]
+        if any(type(part) not in types for part in parts):
+            said = json.dumps(value, default=str)
+            raise click.BadParameter(f"expected {expected} in {path}, received {name}={said}")
     context.default_map = {name: _as_text(value) for name, value in found.items()}
 
 
 def _as_text(value: Any) -> Any:
     return ",".join(map(str, value)) if isinstance(value, list) else value
+
+
+def _positive(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not 0 < value < math.inf:
+        raise click.BadParameter(f"expected a finite number above 0, received {value}")
+    return value
 
 
 def _batch_size(context: click.Context, parameter: click.Parameter, value: str) -> int | str:
@@ -61,7 +102,7 @@ what_learns = option_set(
         help="Learn from the model before the patch, "
         "which needs no labels, or from the labels; default original, if the bundle has it.",
     ),
-    option("--distill", "teacher", flag_value="original", help="The same as --teacher original."),
+    option("--distill", is_flag=True, help="The same as --teacher original."),
     option("--temperature", default=2.0, help="Softens what the teacher says."),
     option(
         "--features",
@@ -77,14 +118,14 @@ what_learns = option_set(
 )
 how_it_learns = option_set(
     option("--steps", type=int, help="Training steps; default 100."),
-    option("--epochs", type=float, help="Passes over the data, instead of --steps."),
+    option("--epochs", type=float, callback=_positive, help="Passes over the data, instead of --steps."),
     option(
         "--batch-size",
         default="64",
         callback=_batch_size,
         help="Images at a time over all processes, or auto for what memory allows.",
     ),
-    option("--accumulate", default=1, help="Batches to a step."),
+    option("--accumulate", default=1, callback=_positive, help="Batches to a step."),
     option(
         "--lr",
         type=float,
@@ -177,84 +218,121 @@ def finetune(bundle: str, output: Path, **options: Any) -> None:
     from ..patchers.opening import Opened
     from ..sources.data import open_data
 
-    if options["steps"] is not None and options["epochs"] is not None:
-        raise click.UsageError("expected one of --steps and --epochs")
-    if _given("train") and not _given("stages"):
-        options["stages"] = ""
+    _decide(options, "steps", "epochs")
+    _decide(options, "stages", "train")
+    _decide(options, "teacher", "distill")
+    _require_outside(output, options)
     opened = Opened(bundle, None, options, need_bundle=True)
+    assert opened.bundle is not None
     preprocessing = opened.require_preprocessing()
-    if options["teacher"] is None:
-        options["teacher"] = "original" if opened.bundle and opened.bundle.has_original else "none"
+    if options["distill"] or (options["teacher"] is None and opened.bundle.has_original):
+        options["teacher"] = "original"
+    options["teacher"] = options["teacher"] or "none"
     data = open_data(options["data"], preprocessing, labelled=options["teacher"] == "none")
-    eval_data = open_data(options["eval_data"], preprocessing) if options["eval_data"] else None
-    settings = _settings(options, opened, data, output)
+    eval_data = None if options["eval_data"] is None else open_data(options["eval_data"], preprocessing)
+    engine = import_module(f"..finetune.{opened.framework}.engine", __package__)
+    leads = engine.processes()[0] == 0
+    if leads:
+        _warn_of_no_effect(options, opened.bundle)
+    settings = _settings(options, opened.bundle, engine, data, output)
+    if options["batch_size"] == "auto":
+        click.echo(f"--batch-size auto: {settings.batch_size} images", err=True)
     record = {"bundle": bundle, "output": str(output)} | {
         name: _as_text(list(value) if isinstance(value, tuple) else value)
         for name in ("data", "eval_data", "input_shape", "size", "mean", "std")
         if (value := options[name]) is not None
     }
-    with progress("fine-tuning", settings.steps) as advance:
+    with progress("fine-tuning", settings.steps) if leads else nullcontext(lambda *_, **__: None) as advance:
         result = run.finetune(
-            bundle,
+            opened.bundle,
             output,
             data,
             settings,
             eval_data=eval_data,
             resume=options["resume"],
             overwrite=options["overwrite"],
-            trust=options["trust"],
             record=record,
-            on_step=_telling(advance),
+            on_step=lambda step, figures: advance(step, **figures),
         )
-    if result.rank == 0:
-        show(options["as_json"], result.to_dict(), f"{result}; bundle written to {output}")
+    if leads:
+        told = {**result.to_dict(), "batch_size": settings.batch_size}
+        show(options["as_json"], told, f"{result}; bundle written to {output}")
 
 
-def _settings(options: dict[str, Any], opened: "Opened", data: "Data", output: Path) -> "Settings":
-    """Return the run's settings, with what depends on bundle and data filled in."""
-    from ..finetune.settings import Settings
-
-    assert opened.bundle is not None
-    chosen = {field.name: options[field.name] for field in fields(Settings) if options.get(field.name) is not None}
-    if "stages" not in chosen and "train" not in chosen:
-        chosen["stages"] = RECIPE if opened.bundle.has_original else RECIPE.partition(",")[2]
-    if chosen["batch_size"] == "auto":
-        chosen["batch_size"] = _largest_batch(chosen, opened, data, output, resume=options["resume"])
-    batch = chosen["batch_size"] * chosen["accumulate"]
-    chosen.setdefault("lr", RATE * min(1.0, batch / RATE_BATCH))
-    chosen.setdefault("steps", 100)
-    if options["epochs"] is not None:
-        chosen["steps"] = max(1, round(options["epochs"] * len(data) / min(batch, len(data))))
-    return Settings(**chosen)
-
-
-def _largest_batch(chosen: dict[str, Any], opened: "Opened", data: "Data", output: Path, *, resume: bool) -> int:
-    """Return the batch size that memory allows, or that of the run to resume."""
-    from importlib import import_module
-
-    from ..finetune.batch_size import largest_batch
-    from ..finetune.folder import SETTINGS
-    from ..finetune.settings import Settings
-    from ..finetune.training import Training
-    from ..patchers.bundle import RUN
-
-    assert opened.bundle is not None
-    before = output / RUN / SETTINGS
-    if resume and before.exists():
-        return Settings.from_toml(before).batch_size
-    engine = import_module(f"..finetune.{opened.framework}.engine", __package__)
-    known = {field.name for field in fields(Training)} - {"steps", "batch_size", "train"}
-    training = Training(**{name: value for name, value in chosen.items() if name in known})
-    teacher = opened.bundle.original() if chosen["teacher"] == "original" else None
-    return largest_batch(engine, opened.model, data, training, teacher)
+def _decide(options: dict[str, Any], one: str, other: str) -> None:
+    """Of two options that exclude each other take the one on the command line, whatever a file says of the other."""
+    given = [name for name in (one, other) if _given(name)]
+    if len(given) == 2:
+        raise click.UsageError(f"expected one of --{one} and --{other}")
+    if given:
+        options[one if given == [other] else other] = None
 
 
 def _given(name: str) -> bool:
     return click.get_current_context().get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
 
-def _telling(advance: Callable[..., None]) -> Callable[[int, Any], None]:
-    def tell(step: int, figures: Any) -> None:
-        advance(step, **figures)
+def _require_outside(output: Path, options: dict[str, Any]) -> None:
+    """Raise `InputError` if the output would lie among the images, where its pictures are some of them later."""
+    for name in ("data", "eval_data"):
+        folder = options[name]
+        if folder and Path(folder).is_dir() and output.resolve().is_relative_to(Path(folder).resolve()):
+            raise InputError(
+                f"expected an output outside of {_flag(name)} {folder}, whose pictures are read as images, "
+                f"received output={output}"
+            )
 
-    return tell
+
+def _warn_of_no_effect(options: dict[str, Any], bundle: "Bundle") -> None:
+    """Warn of options on the command line that change nothing for this model, learning from what it does."""
+    kinds = {choice.target.kind for choice in bundle.recipe.choices}
+    there = {
+        "a teacher": options["teacher"] == "original",
+        "layers with gates": "sn" in kinds,
+        "BRN layers": "brn" in kinds,
+    }
+    for name, need in _NEEDS.items():
+        if _given(name) and not there[need]:
+            message = f"expected {need} for {_flag(name)}, received none; it has no effect"
+            warnings.warn(message, NormswapWarning, stacklevel=2)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _settings(options: dict[str, Any], bundle: "Bundle", engine: ModuleType, data: "Data", output: Path) -> "Settings":
+    """Return the run's settings, with what depends on bundle and data filled in."""
+    from ..finetune.settings import Settings
+
+    chosen = {field.name: options[field.name] for field in fields(Settings) if options.get(field.name) is not None}
+    if "stages" not in chosen and "train" not in chosen:
+        chosen["stages"] = RECIPE if bundle.has_original else RECIPE.partition(",")[2]
+    if chosen["batch_size"] == "auto":
+        chosen["batch_size"] = _largest_batch(chosen, bundle, engine, data, output, resume=options["resume"])
+    chosen["batch_size"] = min(chosen["batch_size"], len(data))
+    batch = chosen["batch_size"] * chosen["accumulate"]
+    chosen.setdefault("lr", RATE * min(1.0, batch / RATE_BATCH))
+    chosen.setdefault("steps", 100)
+    if options["epochs"] is not None:
+        chosen["steps"] = max(1, round(options["epochs"] * len(data) / batch))
+    return Settings(**chosen)
+
+
+def _largest_batch(
+    chosen: dict[str, Any], bundle: "Bundle", engine: ModuleType, data: "Data", output: Path, *, resume: bool
+) -> int:
+    """Return the batch size that memory allows, or that of the run to resume."""
+    from ..finetune.batch_size import largest_batch
+    from ..finetune.folder import SETTINGS
+    from ..finetune.settings import Settings
+    from ..finetune.training import Training
+    from ..patchers.bundle import RUN
+
+    before = output / RUN / SETTINGS
+    if resume and before.exists():
+        return Settings.from_toml(before).batch_size
+    known = {field.name for field in fields(Training)} - {"steps", "batch_size", "train"}
+    training = Training(**{name: value for name, value in chosen.items() if name in known})
+    teacher = bundle.original() if chosen["teacher"] == "original" else None
+    return largest_batch(engine, bundle.model, data, training, teacher)

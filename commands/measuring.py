@@ -11,6 +11,7 @@ import numpy as np
 from ..console import progress
 from ..finetune.accuracy import Accuracy, accuracy
 from ..patchers.opening import Opened
+from ..sources.checks import check_labels
 from ..sources.data import open_data
 
 
@@ -39,6 +40,8 @@ def measure(model: str, data: str, batch_size: int, weights: Path | None, option
 
         def answer(x: Any) -> Any:
             scores = np.asarray(predict(x))
+            if not answers and scores.ndim == 2:
+                check_labels(images, scores.shape[1])
             answers.append(scores.argmax(axis=-1))
             return scores
 

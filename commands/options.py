@@ -12,10 +12,14 @@ json_option = click.option(
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
 trust_option = click.option("--trust", is_flag=True, help="Read a .pt2 file, which can run code while it is read.")
 model_options = option_set(
-    click.option("--input-shape", callback=numbers(int), help="One sample's shape, such as 3,224,224."),
-    click.option("--size", callback=numbers(int), help="Image height and width, if only they differ: 224 or 224,224."),
+    click.option("--input-shape", callback=numbers(int, above=0), help="One sample's shape, such as 3,224,224."),
+    click.option(
+        "--size",
+        callback=numbers(int, above=0, most=2),
+        help="Image height and width, if only they differ: 224 or 224,224.",
+    ),
     click.option("--mean", callback=numbers(float), help="Subtracted from images in 0..1; one number or one each."),
-    click.option("--std", callback=numbers(float), help="Images are divided by it; one number or one each."),
+    click.option("--std", callback=numbers(float, above=0), help="Images are divided by it; one number or one each."),
     trust_option,
 )
 weights_option = click.option("--weights", type=Path, help="State dict to load: .safetensors, .pt, .pth, .th or .bin.")

@@ -121,9 +121,10 @@ def patch(model: str, target: str | None, output: Path | None, **options: Any) -
     original = (
         opened.bundle.original() if opened.bundle else load_model(model, options["weights"], trust=options["trust"])
     )
-    if options["calibrate"]:
+    if options["calibrate"] is not None:
         result["calibration"] = _calibrate(opened, original, options)
-    if data := options["data"] or options["calibrate"]:
+    data = options["calibrate"] if options["data"] is None else options["data"]
+    if data is not None:
         result["drift"] = _drift(opened, original, result["replaced"], data)
     bundle.save(
         report,

@@ -17,11 +17,13 @@ from .options import json_option, overwrite_option, trust_option
 def plot(bundle: str, output: Path, trust: bool, overwrite: bool, as_json: bool) -> None:
     """Draw the curves of the fine-tuning that made BUNDLE, and its gates by layer.
 
+    Of a run that has not ended yet the curves are drawn as far as they go.
+
     Example: normswap plot net-sn-tuned -o net-sn-tuned.png
     """
     from ..finetune import plots
     from ..finetune.figures import gates
-    from ..patchers.bundle import read
+    from ..patchers.bundle import is_unfinished, read
     from ..sources.files import require_absent, staged
 
     if output.suffix.lower() not in plots.FORMATS:
@@ -29,7 +31,7 @@ def plot(bundle: str, output: Path, trust: bool, overwrite: bool, as_json: bool)
             f"expected a file ending in {', '.join(plots.FORMATS)}, received {output}", param_hint="'-o'"
         )
     require_absent(output, overwrite=overwrite)
-    found = gates(read(bundle, trust=trust).model)
+    found = {} if is_unfinished(bundle) else gates(read(bundle, trust=trust).model)
     figure = plots.picture(Path(bundle), found)
     with staged(output, overwrite=overwrite) as temporary:
         plots.save(figure, temporary)

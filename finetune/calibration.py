@@ -48,12 +48,12 @@ def calibrate(model: Any, reference: Any, batches: Iterable[Any], *, refit: bool
     Raises `UnsupportedError` if the model has no replaced layers, `InputError` if the inputs are none or not finite, or
     if ``reference`` lacks a layer of the model, `VerificationError` if they are constant at a layer.
     """
-    adapter: ModuleType = import_module(f".{framework_of(model)}.sites", __package__)
+    adapter = _adapter(model)
     batches = list(batches) if isinstance(batches, Iterator) else batches
     first = next(iter(batches), None)
     if first is None:
         raise InputError("expected inputs to calibrate on, received none")
-    sites: Mapping[str, Any] = adapter.site_layers(model)
+    sites = site_layers(model)
     if not sites:
         raise UnsupportedError("expected a patched model to calibrate, received one without replaced layers")
     linear: Mapping[str, Any] = adapter.linear_layers(model) if refit else {}
@@ -76,6 +76,12 @@ def calibrate(model: Any, reference: Any, batches: Iterable[Any], *, refit: bool
     return residuals
 
 
+def site_layers(model: Any) -> Mapping[str, Any]:
+    """Return the replaced layers that calibration solves by name: none that compute the original already."""
+    found: Mapping[str, Any] = _adapter(model).site_layers(model)
+    return found
+
+
 def sample(data: Data, count: int) -> list[NDArray[np.float32]]:
     """Return ``count`` images drawn from ``data`` in batches of 64; warns if there are fewer."""
     if len(data) < count:
@@ -85,6 +91,22 @@ def sample(data: Data, count: int) -> list[NDArray[np.float32]]:
             stacklevel=2,
         )
     return [images for images, _ in data.batches(64, data.sample(count))]
+
+
+def split(data: Data, count: int) -> tuple[list[NDArray[np.float32]], NDArray[np.float32]]:
+    """Return what `sample` does, and other images to judge by what it brings: as many, or a quarter of all.
+
+    Of fewer than four images they are the same. Warns if less than ``count`` are left to calibrate on.
+    """
+    others = min(count, len(data) // 4)
+    taken = min(count, len(data) - others)
+    if taken < count:
+        warnings.warn(
+            f"expected {count} images to calibrate on, received {taken} beside {others} to judge it by",
+            NormswapWarning,
+            stacklevel=2,
+        )
+    return sample(data, taken), data.batch(data.sample(len(data))[-others:])[0]
 
 
 @dataclass(frozen=True)
@@ -171,3 +193,7 @@ def _distance(wanted: Moments, mean: Array, deviation: Array) -> float:
     distance = np.square(mean - wanted.mean) + np.square(deviation - wanted.deviation)
     scale = np.square(wanted.deviation).mean()
     return float(np.sqrt(distance.mean() / scale)) if scale > 0 else 0.0
+
+
+def _adapter(model: Any) -> ModuleType:
+    return import_module(f".{framework_of(model)}.sites", __package__)

@@ -56,29 +56,24 @@ class Checkpoints:
         Warns of each damaged one it passes over. Raises `InputError` if all are.
         """
         paths = self._paths()
-        for _, path in reversed(paths):
+        for number, path in reversed(paths):
             try:
                 return self._read(path)
             except InputError as error:
+                if number == paths[0][0]:
+                    raise InputError(f"{error}; no other checkpoint is whole: start anew with --overwrite") from None
                 warnings.warn(f"{error}; going on from the checkpoint before it", NormswapWarning, stacklevel=2)
-        if paths:
-            raise InputError(f"expected a checkpoint to resume from in {self.folder}, received damaged ones alone")
         return None
 
     def at(self, step: int) -> Checkpoint:
         """Return the checkpoint of ``step``; raises `InputError` if it is damaged."""
         return self._read(self._path(step))
 
-    def clean(self) -> None:
-        """Remove what a killed writer left."""
-        for left in self.folder.glob(".*.tmp-*"):
-            shutil.rmtree(left)
-
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"
 
     def _paths(self) -> list[tuple[int, Path]]:
-        return sorted((int(path.name.removeprefix("step-")), path) for path in self.folder.glob("step-*"))
+        return sorted((int(path.name.removeprefix("step-")), path) for path in self.folder.glob("step-[0-9]*"))
 
     def _read(self, path: Path) -> Checkpoint:
         try:

@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from ..errors import InputError, UnsupportedError
 from ..sources.framework import framework_of
+from .scores import scores
 
 
 class Distillation:
@@ -15,8 +16,8 @@ class Distillation:
 
     p and q are the softmax of teacher's and model's scores over T, the ``temperature``; the divergence is averaged over
     all but the classes, dimension 1 in PyTorch and the last in Keras. w is ``features``, and y and t are what the S
-    replaced layers of model and teacher return in their last call. In PyTorch the scores may be in a mapping with
-    ``"logits"``, in Keras they may be probabilities.
+    replaced layers of model and teacher return in their last call. The scores may be probabilities, and they may be
+    ``"logits"`` of a mapping or the first of several outputs.
 
     ``loss = distillation(x, output)`` follows ``output = model(x)``; in Keras it is what ``compute_loss`` returns. The
     teacher runs at inference, without gradients and under the autocast of the caller. It costs a forward pass each
@@ -25,7 +26,7 @@ class Distillation:
     does leaving it as a context manager.
 
     Raises `InputError` for values out of range and for a teacher without the model's layers; `UnsupportedError` for
-    ``features`` of a model without replaced layers.
+    ``features`` of a model without replaced layers, and for an output without scores.
 
     Source: Hinton et al., "Distilling the Knowledge in a Neural Network", section 2; Romero et al., "FitNets: Hints for
     Thin Deep Nets", section 2.2.
@@ -38,6 +39,7 @@ class Distillation:
             raise InputError(f"expected `features` of at least 0, received features={features}")
         self.teacher, self.temperature, self.features = teacher, temperature, features
         self._adapter: ModuleType = import_module(f".{framework_of(model)}.distillation", __package__)
+        self._asks = False
         self._own: dict[str, Any] = {}
         self._wanted: dict[str, Any] = {}
         self._undo: list[Any] = []
@@ -54,20 +56,33 @@ class Distillation:
                 "expected a teacher with the layers of the model, which it is before the patch, received one without "
                 f"{', '.join(missing)}"
             )
-        for each, outputs in ((model, self._own), (self.teacher, self._wanted)):
-            self._undo += self._adapter.record(each, names, outputs)
+        self._undo += self._adapter.record(model, names, self._note_own)
+        self._undo += self._adapter.record(self.teacher, names, self._note_wanted)
+
+    def _note_own(self, name: str, output: Any, learned_from: bool) -> None:
+        if learned_from:
+            self._own[name] = output
+
+    def _note_wanted(self, name: str, output: Any, learned_from: bool) -> None:
+        if self._asks:
+            self._wanted[name] = output
 
     def __call__(self, x: Any, output: Any) -> Any:
         """Return the loss of one batch, whose ``output`` the model has just computed from ``x``."""
         adapter = self._adapter
-        loss = adapter.divergence(output, adapter.infer(self.teacher, x), self.temperature)
+        self._asks = True
+        try:
+            wanted = adapter.infer(self.teacher, x)
+        finally:
+            self._asks = False
+        loss = adapter.divergence(scores(output), wanted, self.temperature)
         if self._undo:
             if unseen := sorted(self._wanted.keys() - self._own.keys()):
                 raise InputError(
                     "expected a forward pass of the model before its loss, received none that reached "
                     f"{', '.join(unseen)}; make the loss before compiling the model"
                 )
-            distances = [adapter.distance(self._own[name], wanted) for name, wanted in self._wanted.items()]
+            distances = [adapter.distance(self._own[name], theirs) for name, theirs in self._wanted.items()]
             loss = loss + self.features * sum(distances) / len(distances)
             self._own.clear()
             self._wanted.clear()

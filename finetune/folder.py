@@ -1,7 +1,6 @@
 """The folder a run keeps in its output: settings, curves and checkpoints."""
 
-import hashlib
-import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,15 +12,16 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..errors import InputError
-from ..patchers.bundle import RUN
-from ..sources.data import Data
-from ..sources.files import require_absent, staged
+from ..patchers.bundle import RUN, require_replaceable
+from ..sources.files import staged
 from .checkpoints import Checkpoint, Checkpoints
 from .journal import Journal
 from .settings import Settings
 
 SETTINGS = "run.toml"
 LOCK = ".lock"
+RETIRED = ".run.old"
+"""Where the run that a new one replaces waits for it to come to something."""
 
 
 @dataclass
@@ -35,6 +35,7 @@ class Progress:
     best_step: int | None = None
     done: bool = False
     data: str = ""
+    model: str = ""
 
 
 class RunFolder:
@@ -42,12 +43,13 @@ class RunFolder:
 
     def __init__(self, output: Path, *, writes: bool) -> None:
         self.output, self.path, self.writes = output, output / RUN, writes
+        self._retired = output / RETIRED
         self.checkpoints = Checkpoints(self.path / "checkpoints")
 
     def require_free(self, *, resume: bool, overwrite: bool) -> None:
         """Raise `OutputExistsError` or `InputError` unless a run may begin in the output, or go on there."""
         if not resume:
-            require_absent(self.output, overwrite=overwrite)
+            require_replaceable(self.output, overwrite=overwrite)
         elif not self._holds_a_run() and not self._is_empty():
             raise InputError(f"expected a fine-tuning run to resume in {self.output}, received none")
 
@@ -75,28 +77,35 @@ class RunFolder:
                 shutil.rmtree(self.output, ignore_errors=True)
 
     def begin(
-        self, settings: Settings, record: Mapping[str, Any], data: str, *, resume: bool
+        self, settings: Settings, record: Mapping[str, Any], new: Progress, *, resume: bool
     ) -> tuple[Progress, Checkpoint] | None:
         """Start the folder, or return how far the run in it has come, if it got to a checkpoint.
 
-        Raises `InputError` if that run has other settings or other data (see `fingerprint`).
+        Raises `InputError` if that run has other settings, another model or other data than the ``new`` one.
         """
         if resume and self._holds_a_run():
             self._compare(Settings.from_toml(self.path / SETTINGS), settings)
             if self.writes:
-                self.checkpoints.clean()
+                self._clean()
             found = self.checkpoints.newest()
             if found is None:
                 return None
             progress = Progress(**found.log)
-            if progress.data != data:
-                raise InputError(
-                    f"expected the data of the run in {self.output}, received other images, labels or preprocessing; "
-                    "repeat them, or write to another output"
-                )
+            for which, received in (
+                ("data", "other images, labels or preprocessing"),
+                ("model", "another bundle"),
+            ):
+                if getattr(progress, which) != getattr(new, which):
+                    raise InputError(
+                        f"expected the {which} of the run in {self.output}, received {received}; "
+                        "repeat it, or write to another output"
+                    )
             return progress, found
         if self.writes:
-            shutil.rmtree(self.path, ignore_errors=True)
+            self._clean()
+            if self.path.exists() and not self._retired.exists():
+                os.replace(self.path, self._retired)
+            shutil.rmtree(self.path, ignore_errors=True)  # of a run that did not end, where another waits
             with staged(self.path) as temporary:
                 temporary.mkdir()
                 (temporary / SETTINGS).write_text(settings.to_toml(record))
@@ -110,10 +119,22 @@ class RunFolder:
         journal.rewind(-1 if progress is None else progress.step)
         return journal
 
+    def finish(self) -> None:
+        """Leave nothing of the run that this one replaces."""
+        shutil.rmtree(self._retired, ignore_errors=True)
+
     def discard(self) -> None:
-        """Leave nothing of a run that came to nothing."""
+        """Leave nothing of a run that came to nothing, and the one it was to replace."""
         if self.writes:
             shutil.rmtree(self.path, ignore_errors=True)
+            if self._retired.exists():
+                os.replace(self._retired, self.path)
+
+    def _clean(self) -> None:
+        """Remove what a killed writer left."""
+        for folder in (self.output, self.checkpoints.folder):
+            for left in folder.glob(".*.tmp-*"):
+                shutil.rmtree(left)
 
     def _compare(self, before: Settings, now: Settings) -> None:
         one, other = asdict(before), asdict(now)
@@ -131,13 +152,3 @@ class RunFolder:
         """Return whether there is nothing in the output but what a killed writer left."""
         names = [entry.name for entry in self.output.iterdir()] if self.output.is_dir() else []
         return all(name == LOCK or (name.startswith(".") and ".tmp-" in name) for name in names)
-
-
-def fingerprint(*parts: Data | None) -> str:
-    """Return a hash that tells a run's data from another's: labels, classes, and how images are read."""
-    digest = hashlib.sha256()
-    for part in parts:
-        if part is not None:
-            digest.update(json.dumps([part.classes, part.preprocessing.to_dict()]).encode())
-            digest.update(part.labels.tobytes())
-    return digest.hexdigest()

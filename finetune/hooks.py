@@ -8,6 +8,7 @@ or wrapped. What changes from step to step is held in tensors or variables, so c
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 from math import isfinite
+from numbers import Integral
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +21,9 @@ from .schedules import renorm_limits
 
 SIGMOID_RATE = 1e-3
 """How far the logistic curve comes in a step of its own, as in titu1994/BatchRenormalization."""
+
+RENORM_MOMENTUM = 0.01
+"""The weight of a batch in Batch Renormalization's moving statistics, in its paper's experiments."""
 
 
 class Hook:
@@ -89,6 +93,7 @@ class Hooks(Hook):
             )
         for hook, own in zip(self.hooks, state["hooks"], strict=True):
             hook.load_state_dict(own)
+        self._step = None  # what was prepared is of another run
 
 
 class RenormLimits(Hook):
@@ -127,9 +132,9 @@ class GateSchedule(Hook):
 
     .. math:: T_k = T_0\,(T_1/T_0)^{(k - f)/(n - 1 - f)}
 
-    with f the steps held and n ``steps``. The end divides the logits by the last T, which changes no gate, and then,
-    with ``harden``, gives each mix to its largest gate for good. Until then a PyTorch state dict holds the logits
-    without the temperature: a model loaded from one needs this hook to go on.
+    with f the steps held and n ``steps``. Step 0 divides the logits by the temperature they had before, and the end by
+    the last T, which changes no gate; then, with ``harden``, it gives each mix to its largest gate for good. Until then
+    a PyTorch state dict holds the logits without the temperature: a model loaded from one needs this hook to go on.
 
     In Keras and under `DistributedDataParallel` the optimizer is given the zeros: one of the Adam kind takes them for a
     very small scale, and its first steps after a long freeze are up to 6.6 times the rate.
@@ -150,17 +155,21 @@ class GateSchedule(Hook):
         harden: bool = False,
     ) -> None:
         self.steps = _checked(steps)
-        self.held = freeze if isinstance(freeze, int) else freeze * steps
+        self.held = freeze if isinstance(freeze, Integral) else freeze * steps
         if not 0 <= self.held <= steps:
             raise InputError(f"expected `freeze` within the {steps} steps, received freeze={freeze}")
         if temperature is not None and not min(temperature) > 0:
             raise InputError(f"expected `temperature` above 0, received temperature={temperature}")
         self.temperature, self.harden = temperature, harden
         self._gates = _adapter(model).Gates(model, held=self.held > 0, tempered=temperature is not None)
+        self._begun = False
 
     def on_step(self, step: int) -> None:
         """Hold or free the gates, and set their temperature."""
         self._gates.hold(step < self.held)
+        if step == 0 and not self._begun:
+            self._gates.fold()  # a resumed run's temperature is this schedule's own
+        self._begun = True
         if self.temperature is not None:
             first, last = self.temperature
             progress = (step - self.held) / max(1.0, self.steps - 1 - self.held)
@@ -205,15 +214,17 @@ class Momentum(Hook):
 
     for batches of b images; larger batches keep it. At m = 0.1 the statistics are those of the last ten batches or so,
     which at two images a batch are too few to normalize by. SN, BRN and BatchNorm have it, unless they average over all
-    batches. Make it before `compile` in Keras.
+    batches. BRN normalizes by its moving statistics in training, too, and m counts as 0.01 at most there, as in its
+    paper, whatever the batch. Make it before `compile` in Keras.
 
     Raises `InputError` for numbers below 1.
+
+    Source: Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models", section 4.
     """
 
     def __init__(self, model: Any, batch_size: int, images: int = 64) -> None:
-        self._undo = _adapter(model).scale_momentum(
-            model, _checked(batch_size, "batch_size") / max(_checked(images, "images"), batch_size)
-        )
+        share = _checked(batch_size, "batch_size") / max(_checked(images, "images"), batch_size)
+        self._undo = _adapter(model).scale_momentum(model, share, RENORM_MOMENTUM)
 
     def on_end(self) -> None:
         """Give the layers their own momentum."""
@@ -265,9 +276,10 @@ class Blend(Hook):
 class Statistics(Hook):
     """Re-estimate the running statistics of SN and BRN on ``batches`` before every evaluation and at the end.
 
-    They become the averages over the batches, each weighted by its count (see `update_statistics`); nothing happens in
-    a model without any. ``batches`` are inputs as the model takes them, or pairs whose first part is; an iterator is
-    held in memory. Give it last, since the other hooks settle what the layers are given.
+    Mean and variance become those of all the values a layer sees, while the layers normalize by the batch (see
+    `update_statistics`); nothing happens in a model without any. ``batches`` are inputs as the model takes them, or
+    pairs whose first part is; an iterator is held in memory. Give it last, since the other hooks settle what the layers
+    are given.
     """
 
     def __init__(self, model: Any, batches: Iterable[Any]) -> None:

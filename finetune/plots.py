@@ -13,7 +13,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import MaxNLocator
 
-from ..errors import InputError, UnsupportedError
+from ..errors import UnsupportedError
 from ..patchers.bundle import RUN
 from .figures import Gates
 from .journal import GATES, METRICS, ORIGINAL, Row, read
@@ -40,7 +40,8 @@ def picture(bundle: Path, gates: Gates) -> Figure:
 
     Raises `UnsupportedError` if there is neither.
     """
-    rows = _rows(bundle / RUN / METRICS)
+    metrics = bundle / RUN / METRICS
+    rows = read(metrics) if metrics.is_file() else []
     parts: list[tuple[float, Callable[[FigureBase, Any], None], Any]] = []
     if _panels(rows):
         parts.append((_curves_height(rows), _curves, rows))
@@ -52,37 +53,10 @@ def picture(bundle: Path, gates: Gates) -> Figure:
             "and `normswap patch --to sn` makes layers with gates"
         )
     heights = [height for height, _, _ in parts]
-    figure = _figure(sum(heights))
+    figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
     pieces = np.atleast_1d(figure.subfigures(len(parts), 1, height_ratios=heights))  # type: ignore[arg-type]
     for piece, (_, draw, what) in zip(pieces, parts, strict=True):
         draw(piece, what)
-    return figure
-
-
-def curves(metrics: Path) -> Figure:
-    """Return the curves in a ``metrics.csv``: loss, accuracies, learning rate, and what else its rows hold.
-
-    The accuracy of the original is a dashed line. Raises `InputError` if the file holds nothing to draw.
-    """
-    rows = _rows(metrics)
-    if not _panels(rows):
-        raise InputError(f"expected a file of figures by step, received nothing to draw in {metrics}")
-    figure = _figure(_curves_height(rows))
-    _curves(figure, rows)
-    return figure
-
-
-def gate_bars(gates: Gates) -> Figure:
-    """Return each layer's gates as the parts of two bars from 0 to 1, one of the mean and one of the variance."""
-    figure = _figure(_bars_height(gates))
-    _gate_bars(figure, gates)
-    return figure
-
-
-def gate_map(gates: Gates) -> Figure:
-    """Return the gates over the depth of the network as a map of colours."""
-    figure = _figure(_MAP)
-    _gate_map(figure, gates)
     return figure
 
 
@@ -90,14 +64,6 @@ def save(figure: Figure, path: Path) -> None:
     """Write a picture in the format of its suffix, one of `FORMATS`: the same bytes for the same picture."""
     with rc_context({"svg.hashsalt": "normswap", "svg.fonttype": "path"}):
         figure.savefig(path, dpi=110, metadata=_METADATA[path.suffix.lower()])
-
-
-def _figure(height: float) -> Figure:
-    return Figure(figsize=(WIDTH, height), layout="constrained")
-
-
-def _rows(metrics: Path) -> list[Row]:
-    return read(metrics) if metrics.is_file() else []
 
 
 # Curves: each panel is a title and the lines in it.
@@ -115,6 +81,7 @@ _STEEP = 20  # ratio of the highest to the lowest loss, from which on its axis i
 _ROOM = 0.12  # share of the axis a stage's name needs
 _NOISY = ("loss", "accuracy", "clipped")
 _PERCENT = ("clipped",)
+_ABOVE = 0.02  # share of the axis that shares may leave above 100 % and below 0
 
 
 def _panels(rows: list[Row]) -> list[tuple[str, tuple[_Line, ...]]]:
@@ -128,28 +95,53 @@ def _panels(rows: list[Row]) -> list[tuple[str, tuple[_Line, ...]]]:
 
 
 def _curves_height(rows: list[Row]) -> float:
-    return _HEAD + _PANEL * (1 if len(_panels(rows)) <= 2 else 2)
+    panels = len(_panels(rows)) if rows[-1]["step"] else 0
+    return _HEAD + _PANEL * min(2, (panels + 1) // 2)
 
 
 def _curves(figure: FigureBase, rows: list[Row]) -> None:
+    figure.suptitle("Fine-tuning", fontsize=12, fontweight="bold")
     panels = _panels(rows)
     original = next((row["eval_top1"] for row in rows if row["stage"] == ORIGINAL), None)
     trained = [row for row in rows if row["stage"] != ORIGINAL]
-    end = max(1, *(row["step"] for row in trained))
+    end = trained[-1]["step"]
+    if not end:
+        figure.text(0.5, 0.4, _before(trained[-1], original), ha="center", va="center", fontsize=10)
+        return
     for (label, lines), axes in zip(panels, _grid(figure, len(panels)), strict=True):
         for column, name, colour in lines:
             _line(axes, trained, column, name, colour)
-        if "eval_top1" in (column for column, _, _ in lines) and original is not None:
-            axes.axhline(original, color="black", linestyle="--", linewidth=1, label=f"original {original:.2f}")
+        if "eval_top1" in (column for column, _, _ in lines):
+            if original is not None:
+                axes.axhline(original, color="black", linestyle="--", linewidth=1, label=f"original {original:.2f}")
+            _mark_best(axes, trained)
         _stages(axes, trained, end)
         axes.set(xlabel="step", ylabel=label, xlim=(0, end))
+        if label.endswith("%"):
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, -_ABOVE * high), min(high, 100 + _ABOVE * (100 - low)))
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=(1, 2, 5, 10)))
         axes.grid(color="#E5E5E5", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(loc="lower left", bbox_to_anchor=(0, 1.06), ncols=3, frameon=False, fontsize=8, borderaxespad=0,
-                        handlelength=1.5, columnspacing=1.2)  # fmt: skip
-    figure.suptitle("Fine-tuning", fontsize=12, fontweight="bold")
+        if told := axes.get_legend_handles_labels()[1]:
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1.06), ncols=3 if len(told) < 4 else 2, frameon=False,
+                        fontsize=8, borderaxespad=0, handlelength=1.5, columnspacing=1.2)  # fmt: skip
+
+
+def _before(row: Row, original: float | None) -> str:
+    """Return in words what is known of a run that has taken no step, of which there is no curve."""
+    known = {"top-1 {:.2f} %": row["eval_top1"], "original {:.2f} %": original, "drift {:.3g}": row["drift"]}
+    return ", ".join(["no steps", *(text.format(value) for text, value in known.items() if value is not None)])
+
+
+def _mark_best(axes: Axes, rows: list[Row]) -> None:
+    """Mark the highest accuracy, the first of equals, whose model a run keeps."""
+    evaluated = [row for row in rows if row["eval_top1"] is not None]
+    if evaluated:
+        best = max(evaluated, key=lambda row: row["eval_top1"])
+        axes.plot([best["step"]], [best["eval_top1"]], color=VERMILION, linestyle="", marker="*", markersize=13,
+                  markeredgecolor="white", clip_on=False, zorder=3,
+                  label=f"best {best['eval_top1']:.2f}, step {best['step']}")  # fmt: skip
 
 
 def _grid(figure: FigureBase, count: int) -> list[Axes]:
@@ -202,7 +194,7 @@ def _stages(axes: Axes, rows: list[Row], end: int) -> None:
 
 
 def _gate_bars(figure: FigureBase, gates: Gates) -> None:
-    names = [f"{_short(name)}  {number}" for number, name in enumerate(gates, 1)]
+    names = [f"{_short(name)} (#{number})" for number, name in enumerate(gates, 1)]
     places = np.arange(1, len(gates) + 1)
     both: Any = figure.subplots(1, 2, sharey=True)
     for axes, which, title in zip(both, (0, 1), ("gates of the mean", "gates of the variance"), strict=True):
@@ -233,7 +225,7 @@ def _gate_map(figure: FigureBase, gates: Gates) -> None:
     axes.set_yticks(range(6), [f"{which}, {name}" for which in ("mean", "variance") for name in GATES], fontsize=9)
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_locator(MaxNLocator(20, integer=True, steps=(1, 2, 5, 10), min_n_ticks=1))
-    axes.set_xlabel("layer, from the first to the last")
+    axes.set_xlabel("# of the layer, from the first to the last")
     axes.spines[:].set_visible(False)
     figure.colorbar(ScalarMappable(scale, "cividis"), ax=axes, label="gate", pad=0.01)
     figure.suptitle("Gates by depth", fontsize=12, fontweight="bold")

@@ -3,9 +3,10 @@
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,17 +16,20 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from ..errors import InputError, VerificationError
+from ..errors import InputError, NormswapWarning, VerificationError
 from ..patchers import bundle as bundles
-from ..sources.checks import check_labels, same_classes
+from ..sources.checks import check_labels, same_classes, several_classes
 from ..sources.data import Data
-from .accuracy import Accuracy, accuracy
-from .calibration import calibrate, sample
-from .figures import Clipping, drift, gates
-from .folder import Progress, RunFolder, fingerprint
-from .hooks import Blend, GateSchedule, Hook, Momentum, RenormLimits, Statistics
+from .accuracy import Accuracy
+from .calibration import calibrate, site_layers, split
+from .evaluation import Evaluation, first_scores
+from .figures import Clipping, gates
+from .folder import Progress, RunFolder
+from .hooks import Blend, Freeze, GateSchedule, Hook, Momentum, RenormLimits, Statistics
 from .interruption import StoppedError, signals
 from .journal import ORIGINAL, Journal
+from .result import Result
+from .scores import class_count
 from .settings import Settings
 from .stages import Stage
 from .training import Taken
@@ -33,38 +37,12 @@ from .training import Taken
 STATE = "state.safetensors"
 PICTURE = "curves.png"
 
+Figures = dict[str, float | None]
 OnStep = Callable[[int, Mapping[str, float | None]], None]
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a run came to: steps taken, the mean loss of the last ten, the accuracy of the model kept and original."""
-
-    output: Path
-    steps: int
-    loss: float | None
-    evaluation: Accuracy | None
-    original: Accuracy | None
-    rank: int = 0
-
-    def __str__(self) -> str:
-        parts = [f"{self.steps} steps"]
-        if self.loss is not None:
-            parts.append(f"loss {self.loss:.4f}")
-        if self.evaluation is not None:
-            known = "" if self.original is None else f" (original {self.original.top1:.2f} %)"
-            parts.append(f"top-1 {self.evaluation.top1:.2f} %{known}")
-        return ", ".join(parts)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the result as plain data."""
-        found = {"eval": self.evaluation, "original": self.original}
-        told = {name: None if value is None else value.to_dict() for name, value in found.items()}
-        return {"output": str(self.output), "steps": self.steps, "loss": self.loss, **told}
-
-
 def finetune(
-    source: str | Path,
+    source: str | Path | bundles.Bundle,
     output: str | Path,
     data: Data,
     settings: Settings,
@@ -91,7 +69,8 @@ def finetune(
     `VerificationError` if the loss is not finite, in which case the last checkpoint's model is the output;
     `StoppedError` after Ctrl-C or SIGTERM, once the step is done and saved.
     """
-    run = _Run(bundles.read(source, trust=trust), Path(output), data, settings, eval_data, on_step, draw)
+    bundle = source if isinstance(source, bundles.Bundle) else bundles.read(source, trust=trust)
+    run = _Run(bundle, Path(output), data, settings, eval_data, on_step, draw)
     run.check(resume=resume, overwrite=overwrite)
     with run.folder.locked():
         run.begin(record or {}, resume=resume)
@@ -112,7 +91,8 @@ class _Run:
         draw: bool,
     ) -> None:
         self.draws = draw and find_spec("matplotlib") is not None
-        self.bundle, self.model, self.settings = bundle, bundle.model, settings
+        self.bundle, self.model = _trained_on(bundle, data), bundle.model
+        self.settings = settings = replace(settings, batch_size=min(settings.batch_size, len(data)))
         self.data, self.eval_data, self.tell = data, eval_data, on_step
         self.engine = import_module(f".{bundle.recipe.framework}.engine", __package__)
         self.rank, self.world = self.engine.processes()
@@ -122,15 +102,20 @@ class _Run:
         distils = settings.teacher == "original"
         wanted = distils or self.calibrates or settings.blend or (eval_data is not None and bundle.has_original)
         self.original = bundle.original() if wanted else None
+        for each in (self.model, self.original):
+            if each is not None:
+                self.engine.place(each)
         self.teacher = self.original if distils else None
-        self.data_seen = fingerprint(data, eval_data)
+        seen = [part.identity() for part in (data, eval_data) if part is not None]
+        onto_itself = bundle.directory.resolve() == output.resolve()  # where the source is gone in the end
+        self.new = Progress(data=" ".join(seen), model="" if onto_itself else bundle.identity())
         # Until the gates are hardened, what is evaluated is not what the bundle will hold.
-        self.tracks_best = eval_data is not None and not settings.harden
+        self.tracks_best = eval_data is not None and not (settings.harden and gates(self.model))
         self.progress: Progress | None = None
         self.saved = 0
         self.state: dict[str, Any] = {}
         self.journal: Journal | None = None
-        self.clipping = Clipping(self.model, passes=self.settings.accumulate)
+        self.clipping = Clipping(self.model, passes=settings.accumulate)
         self.hooks: list[Hook] = []
         self.stopped: Callable[[], int] = int
         self.signal = 0
@@ -140,11 +125,16 @@ class _Run:
         """Raise before anything is written if the run could not begin, or could only fail later."""
         self.folder.require_free(resume=resume, overwrite=overwrite)
         self._check_data()
+        self.evaluation = Evaluation(
+            self.engine, self.model, self.original, self.data, self.eval_data, self.settings.batch_size
+        )
+        for stage in self.stages:
+            Freeze(self.model, stage.train).on_end()
         self._agree()
 
     def begin(self, record: Mapping[str, Any], *, resume: bool) -> None:
         """Make room for the run, or take up the one that is there."""
-        found = self.folder.begin(self.settings, record, self.data_seen, resume=resume)
+        found = self.folder.begin(self.settings, record, self.new, resume=resume)
         if found is not None:
             self.progress, checkpoint = found
             self.saved = self.progress.step
@@ -153,19 +143,22 @@ class _Run:
 
     def _check_data(self) -> None:
         """Raise `InputError` for data that could only fail later, or teach nothing."""
-        self.data.check()
-        if self.eval_data is not None:
-            self.eval_data.check()
-            same_classes(self.data, self.eval_data)
-        classes = self.engine.predict(self.model, self.data.batch([0])[0]).shape[-1]
-        for part in (None if self.teacher else self.data, self.eval_data):
-            if part is not None:
-                check_labels(part, classes)
+        parts = [part for part in (self.data, self.eval_data) if part is not None]
+        for part in parts:
+            part.check()
+        if self.teacher is None:
+            several_classes(self.data)
+            if self.eval_data is not None:
+                same_classes(self.data, self.eval_data)
+        scores = first_scores(self.engine, self.model, self.data)
+        for part in parts:
+            if self.teacher is None or part is self.eval_data:
+                check_labels(part, class_count(scores))
 
     def _agree(self) -> None:
         """Raise `InputError` on every process unless all train the same model in the same way on the same data."""
         shapes = {name: list(shape) for name, shape in self.engine.shapes(self.model).items()}
-        said = [asdict(self.settings), self.bundle.recipe.to_dict(), shapes, self.data_seen]
+        said = [asdict(self.settings), asdict(self.new), shapes]
         own = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
         if len(set(found := self.engine.gathered(own))) > 1:
             raise InputError(
@@ -176,8 +169,8 @@ class _Run:
     def go(self) -> Result:
         """Train what is left of the stages and write the output."""
         with signals() as self.stopped, self.folder.journal(self.progress) as self.journal:
-            self.hooks = self._hooks()
             try:
+                self.hooks = self._hooks()
                 self._train()
             except Exception as error:
                 if not self.saved:
@@ -196,7 +189,9 @@ class _Run:
         if settings.harden:
             found.append(GateSchedule(self.model, settings.steps, temperature=(1.0, 0.1), harden=True))
         if settings.blend:
-            found.append(Blend(self.model, self.original, round(settings.blend * settings.steps)))
+            found.append(Blend(self.model, self.original, max(1, round(settings.blend * settings.steps))))
+        if settings.reestimate:
+            found.append(Statistics(self.model, self.data.batches(64, self.data.sample(settings.reestimate))))
         return found
 
     def _train(self) -> None:
@@ -210,7 +205,7 @@ class _Run:
                 self.data,
                 self.settings.training(stage),
                 teacher=self.teacher,
-                hooks=[*self.hooks, _Before(self._save_after, self.clipping)],
+                hooks=[*self.hooks, _Before(self._saves_after, self.clipping)],
                 first=stage.first,
                 start=progress.step - stage.first,
                 state=self.state if progress.step > stage.first else None,
@@ -221,28 +216,33 @@ class _Run:
 
     def _start(self) -> Progress:
         """Do what comes before the first step: see how good the original is, and calibrate."""
-        progress = self.progress = Progress(data=self.data_seen)
+        progress = self.progress = self.new
         if self.eval_data is not None and self.original is not None:
-            found = self._evaluated(self.original)
+            found = self.evaluation.accuracy(self.original)
             progress.original = found.to_dict()
             if self.journal is not None:
                 self.journal.row(0, stage=ORIGINAL, eval_top1=found.top1, eval_top5=found.top5)
         if self.calibrates:
             self._calibrate()
-        figures = self._checkpoint(progress, None)
-        if self.journal is not None:
-            self.journal.row(0, stage="start", **figures)
+        self._checkpoint(progress, "start")
         return progress
 
     def _calibrate(self) -> None:
         """Calibrate, unless that takes the model further from the original, as it can one that starts there."""
-        batches = sample(self.data, self.settings.calibration_size)
-        others = self.data.batch(self.data.sample(len(self.data))[-self.settings.calibration_size :])[0]
-        before, restore = self._drift(others), self.engine.snapshot(self.model)
+        if not site_layers(self.model):
+            return
+        batches, others = split(self.data, self.settings.calibration_size)
+        before, restore = self.evaluation.drift(others), self.engine.snapshot(self.model)
         if before > 0:
             calibrate(self.model, self.original, batches)
-            if not self._drift(others) < before:
+            if not (after := self.evaluation.drift(others)) < before:
                 restore()
+                warnings.warn(
+                    f"expected calibration to bring the model nearer to the original, received a drift of {after:.3g} "
+                    f"after {before:.3g} on other images; it is undone",
+                    NormswapWarning,
+                    stacklevel=2,
+                )
 
     def _after_step(self, progress: Progress, stage: Stage, taken: Taken) -> bool:
         """Note a step, save where one is to be saved, and return whether training ends here."""
@@ -250,41 +250,56 @@ class _Run:
         progress.losses = [*progress.losses, taken.loss][-10:]
         now = time.perf_counter()
         images = self.settings.batch_size * self.settings.accumulate
-        figures: dict[str, Any] = {"loss": taken.loss, "accuracy": taken.accuracy, "learning_rate": taken.lr}
+        figures: Figures = {"loss": taken.loss, "accuracy": taken.accuracy, "learning_rate": taken.lr}
         figures["images_per_second"] = images / (now - self.clock)
         self.signal = max(self.engine.gathered(self.stopped()))
-        if taken.step == stage.steps or self._save_after(progress.step):
-            figures["clipped"] = self.clipping.share() if self._save_after(progress.step) else None
-            figures |= self._checkpoint(progress, taken)
+        if self._saves_after(progress.step):
+            figures["clipped"] = self.clipping.share()
+            self._checkpoint(progress, stage.train, figures, taken)
         elif self.signal:
-            self._checkpoint(progress, taken, evaluate=False)  # else a run that was stopped would differ
-        if self.journal is not None:
+            self._checkpoint(progress, stage.train, figures, taken, evaluate=False)  # else a stopped run would differ
+        elif self.journal is not None:
             self.journal.row(progress.step, stage=stage.train, **figures)
         if self.tell is not None and self.rank == 0:
             self.tell(progress.step, figures)
         self.clock = time.perf_counter()
         return bool(self.signal or progress.done)
 
-    def _save_after(self, step: int) -> bool:
-        return step % self.settings.checkpoint_every == 0
+    def _saves_after(self, step: int) -> bool:
+        return step % self.settings.checkpoint_every == 0 or any(step == stage.end for stage in self.stages)
 
-    def _checkpoint(self, progress: Progress, taken: Taken | None, *, evaluate: bool = True) -> dict[str, Any]:
-        """Save the model and what going on needs, and measure and save it as it would be deployed; return figures."""
-        checkpoints, figures = self.folder.checkpoints, dict[str, Any]()
+    def _checkpoint(
+        self,
+        progress: Progress,
+        stage: str,
+        figures: Figures | None = None,
+        taken: Taken | None = None,
+        *,
+        evaluate: bool = True,
+    ) -> None:
+        """Save the model and what going on needs, and measure and save it as it would be deployed.
+
+        Its row, to which ``figures`` is the beginning, is written before the checkpoint appears: of one that is there
+        nothing is missing.
+        """
+        checkpoints, figures = self.folder.checkpoints, {} if figures is None else figures
         with checkpoints.writing(progress.step, progress) if self.folder.writes else nullcontext() as folder:
+            self.evaluation.require_finite(progress.step)
             if folder is not None:
                 bundles.write_weights(self.model, folder / f"model{self.suffix}")
                 state = {} if taken is None else taken.state()
                 safetensors.numpy.save_file({k: np.asarray(v, order="C") for k, v in state.items()}, folder / STATE)
             if evaluate:
                 with self._deployed(taken):
-                    figures = self._evaluate(progress)
-                    if folder is not None and self._deploys_others and taken is not None:
+                    figures.update(self._evaluate(progress))
+                    if folder is not None and self._deploys_others:
                         bundles.write_weights(self.model, folder / f"deployed{self.suffix}")
+            if self.journal is not None:
+                self.journal.row(progress.step, stage=stage, **figures)
+                self.journal.flush()
         self.saved = progress.step
         if self.folder.writes:
             checkpoints.prune(keep=progress.best_step)
-        return figures
 
     @property
     def _deploys_others(self) -> bool:
@@ -294,49 +309,31 @@ class _Run:
     @contextmanager
     def _deployed(self, taken: Taken | None) -> Iterator[None]:
         """Give the model the weights to deploy for a while: averaged, its statistics re-estimated."""
-        for hook in self.hooks:
-            hook.on_evaluate()
-        if taken is None:
-            yield
-            return
-        with taken.averaged():
-            if not self.settings.reestimate:
-                yield
-                return
+        with nullcontext() if taken is None else taken.averaged():
             restore = self.engine.snapshot(self.model)
-            Statistics(self.model, self.data.batches(64, self.data.sample(self.settings.reestimate))).on_evaluate()
             try:
+                for hook in self.hooks:
+                    hook.on_evaluate()
                 yield
             finally:
                 restore()
 
-    def _evaluate(self, progress: Progress) -> dict[str, Any]:
+    def _evaluate(self, progress: Progress) -> Figures:
         """Measure the model as it is, note whether it is the best so far and whether it is good enough."""
-        figures: dict[str, Any] = {}
+        figures: Figures = {}
         if self.original is not None:
-            figures["drift"] = self._drift(self.data.batch(range(min(64, len(self.data))))[0])
+            figures["drift"] = self.evaluation.drift()
         if self.journal is not None and (layers := gates(self.model)):
             self.journal.gates(progress.step, layers)
         if self.eval_data is None:
             return figures
-        found = self._evaluated(self.model)
+        found = self.evaluation.accuracy(self.model)
         if self.tracks_best and (progress.best is None or found.top1 > progress.best["top1"]):
             progress.best, progress.best_step = found.to_dict(), progress.step
         if self.settings.early_stop and self.teacher is not None and self.tracks_best:
             assert progress.original is not None
             progress.done = found.top1 >= progress.original["top1"]
         return {**figures, "eval_top1": found.top1, "eval_top5": found.top5}
-
-    def _evaluated(self, model: Any) -> Accuracy:
-        """Return the accuracy on all the data to evaluate on, of which each process sees its share."""
-        assert self.eval_data is not None
-        own = accuracy(partial(self.engine.predict, model), self.eval_data, share=(self.rank, self.world))
-        return Accuracy.merged(self.engine.gathered(own))
-
-    def _drift(self, x: Any) -> float:
-        """Return how far the model is from the original on ``x``; see `drift`."""
-        found, wanted = (_logits(self.engine.predict(model, x)) for model in (self.model, self.original))
-        return drift(found, wanted)
 
     @property
     def _kept(self) -> int:
@@ -354,11 +351,13 @@ class _Run:
         for hook in self.hooks:
             hook.on_end()
         if self.eval_data is not None and not self.tracks_best:
-            best = self._evaluated(self.model).to_dict()
+            best = self.evaluation.accuracy(self.model).to_dict()
         if self.folder.writes:
             bundles.save_into(self.bundle, self.folder.output)
+            self.folder.finish()
             if self.draws:
-                self._draw()
+                plots = import_module(".plots", __package__)
+                plots.save(plots.picture(self.folder.output, gates(self.model)), self.folder.path / PICTURE)
         self.engine.gathered(None)
         losses, original = self.progress.losses, self.progress.original
         return Result(
@@ -367,13 +366,9 @@ class _Run:
             float(np.mean(losses)) if losses else None,
             None if best is None else Accuracy(**best),
             None if original is None else Accuracy(**original),
-            self.rank,
+            self._kept,
+            self.progress.done,
         )
-
-    def _draw(self) -> None:
-        """Draw the curves and the gates."""
-        plots = import_module(".plots", __package__)
-        plots.save(plots.picture(self.folder.output, gates(self.model)), self.folder.path / PICTURE)
 
 
 class _Before(Hook):
@@ -387,9 +382,7 @@ class _Before(Hook):
             self.clipping.on_step(step)
 
 
-def _logits(scores: Any) -> Any:
-    """Return scores as logits, which they are but for probabilities."""
-    wide = np.asarray(scores, np.float64)
-    if (wide >= 0).all() and np.allclose(wide.sum(axis=-1), 1, atol=1e-3):
-        return np.log(np.maximum(wide, 1e-30))
-    return wide
+def _trained_on(bundle: bundles.Bundle, data: Data) -> bundles.Bundle:
+    """Return the bundle with the preprocessing it is trained with, but for the crop, which arrays do not tell."""
+    known, used = bundle.preprocessing, data.preprocessing
+    return replace(bundle, preprocessing=used if known is None else replace(used, crop=known.crop))

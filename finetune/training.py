@@ -17,6 +17,8 @@ Precision = Literal["no", "fp16", "bf16"]
 
 MAX_GRADIENT_NORM = 1.0
 MOMENTUM = 0.9
+SEEDS = 2**63
+"""How many seeds a generator of PyTorch's takes."""
 LAST = re.compile(r"last:([1-9]\d*)")
 
 

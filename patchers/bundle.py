@@ -1,5 +1,6 @@
 """A bundle: a folder that holds a patched model, how it was made, and the original it was made from."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -9,9 +10,9 @@ from typing import Any, Protocol
 
 from .. import __version__
 from ..convert.recipe import Recipe
-from ..errors import InputError
+from ..errors import InputError, OutputExistsError
 from ..sources.data import Preprocessing
-from ..sources.files import sha256, staged
+from ..sources.files import require_absent, sha256, staged
 from ..sources.framework import example_input, framework_of
 from ..sources.models import absolute_spec, load_keras_weights, load_model, relative_spec
 from .model import as_module
@@ -47,6 +48,11 @@ class Bundle:
     has_original: bool
     trusted: bool = False
 
+    def identity(self) -> str:
+        """Return a hash that tells this model from others, by recipe and weights."""
+        weights = sha256(self.directory / f"model{SUFFIX[self.recipe.framework]}")
+        return hashlib.sha256(json.dumps([self.recipe.to_dict(), weights]).encode()).hexdigest()
+
     def original(self) -> Any:
         """Return the model as it was before the patch; raises `InputError` if the bundle was saved without it."""
         if not self.has_original:
@@ -74,9 +80,11 @@ def save(
     can only be loaded into a model given to `load`. ``original`` is the model before the patch, which distillation
     learns from.
 
-    Raises `OutputExistsError` if ``directory`` exists, unless it may be overwritten.
+    Raises `OutputExistsError` if ``directory`` exists, unless it may be overwritten; `InputError` if what is to be
+    overwritten is no bundle.
     """
     directory = Path(directory)
+    require_replaceable(directory, overwrite=overwrite)
     framework = framework_of(patched.model)
     with staged(directory, overwrite=overwrite) as temporary:
         temporary.mkdir()
@@ -89,7 +97,7 @@ def save(
 def save_into(bundle: Bundle, directory: Path) -> None:
     """Write the bundle's model and its original as a bundle among what else is in ``directory``.
 
-    Files of an older bundle there are replaced one by one, the manifest last.
+    Files of an older bundle there are replaced one by one, the manifest last; what it had besides is removed.
     """
     framework = bundle.recipe.framework
     with staged(directory / MANIFEST, overwrite=True) as manifest:
@@ -99,6 +107,10 @@ def save_into(bundle: Bundle, directory: Path) -> None:
             shutil.copy2(bundle.directory / original, manifest.with_name(original))
         text = _manifest_of(bundle, manifest.parent, directory, bundle.source, bundle.preprocessing)
         manifest.write_text(text)
+        written = {file.name for file in manifest.parent.iterdir()}
+    for name in (f"{which}{suffix}" for which in ("model", "original") for suffix in SUFFIX.values()):
+        if name not in written:
+            (directory / name).unlink(missing_ok=True)
 
 
 def _manifest_of(
@@ -152,7 +164,7 @@ def read(directory: str | Path, *, model: Any = None, trust: bool = False) -> Bu
         recipe=recipe,
         source=source,
         preprocessing=preprocessing,
-        has_original=(directory / f"original{SUFFIX[framework]}").exists(),
+        has_original=f"original{SUFFIX[framework]}" in manifest["sha256"],
         trusted=trust,
     )
 
@@ -165,9 +177,32 @@ def load_weights(bundle: Bundle, path: Path) -> None:
         _load_torch(bundle.model, path)
 
 
+def require_replaceable(directory: Path, *, overwrite: bool) -> None:
+    """Raise `OutputExistsError` if ``directory`` exists, unless it may be overwritten; `InputError` if it is no bundle.
+
+    An empty folder may be, and one with a fine-tuning run that has not come to a bundle.
+    """
+    if not overwrite and is_unfinished(directory):
+        raise OutputExistsError(
+            f"expected an output path that does not exist, received {directory} with a fine-tuning run that has not "
+            "ended; add --resume to go on with it, or --overwrite"
+        )
+    require_absent(directory, overwrite=overwrite)
+    if not directory.exists() or is_bundle(directory) or is_unfinished(directory):
+        return
+    if not directory.is_dir() or any(directory.iterdir()):
+        what = "a folder of other files" if directory.is_dir() else "a file"
+        raise InputError(f"expected a bundle to overwrite, received {directory}, {what}; write to another output")
+
+
 def is_bundle(path: str | Path) -> bool:
     """Return whether ``path`` is a folder with a bundle's manifest."""
     return (Path(path) / MANIFEST).is_file()
+
+
+def is_unfinished(path: str | Path) -> bool:
+    """Return whether ``path`` is a folder with a fine-tuning run that has not come to a bundle."""
+    return (Path(path) / RUN).is_dir() and not is_bundle(path)
 
 
 def _manifest(directory: Path) -> dict[str, Any]:
@@ -183,11 +218,12 @@ def _manifest(directory: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, InputError):
             raise
-        if (directory / RUN).is_dir() and not (directory / MANIFEST).exists():
-            raise InputError(
-                f"expected a bundle in {directory}, received a fine-tuning run that has not ended; "
-                "repeat its command with --resume"
-            ) from None
+        if not (directory / MANIFEST).exists():
+            received = f"a folder without {MANIFEST}" if directory.is_dir() else "no folder"
+            advice = "make one with `normswap patch`"
+            if is_unfinished(directory):
+                received, advice = "a fine-tuning run that has not ended", "repeat its command with --resume"
+            raise InputError(f"expected a bundle in {directory}, received {received}; {advice}") from None
         raise InputError(f"expected a bundle in {directory}, received a folder without one: {error}") from None
     for name, digest in hashes.items():
         file = directory / Path(name).name

@@ -24,7 +24,8 @@ class Opened:
         self, spec: str, weights: Path | None, options: Mapping[str, Any], *, need_bundle: bool = False
     ) -> None:
         trust = bool(options.get("trust"))
-        self.bundle = bundles.read(spec, trust=trust) if need_bundle or bundles.is_bundle(spec) else None
+        bundled = need_bundle or bundles.is_bundle(spec) or bundles.is_unfinished(spec)
+        self.bundle = bundles.read(spec, trust=trust) if bundled else None
         self.model = self.bundle.model if self.bundle else load_model(spec, weights, trust=trust)
         self.framework = framework_of(self.model)
         shape = options.get("input_shape")

@@ -5,6 +5,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -100,10 +101,26 @@ def normalized(module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
 
 
 def call(model: nn.Module, example: Any) -> Any:
-    """Call ``model`` on an example: a tensor or array, a tuple of positional or a mapping of keyword inputs."""
+    """Call ``model`` on an example: a tensor or array, a tuple of positional or a mapping of keyword inputs.
+
+    All go to the device of the model; arrays of floats take its type, too.
+    """
+    device = next((state.device for state in _states(model)), None)
+
+    def tensor(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            value = torch.from_numpy(value)
+            value = value.to(float_type(model)) if value.is_floating_point() else value
+        return value.to(device) if isinstance(value, Tensor) else value
+
     if isinstance(example, Mapping):
-        return model(**{name: _tensor(value) for name, value in example.items()})
-    return model(*map(_tensor, example)) if isinstance(example, tuple) else model(_tensor(example))
+        return model(**{name: tensor(value) for name, value in example.items()})
+    return model(*map(tensor, example)) if isinstance(example, tuple) else model(tensor(example))
+
+
+def float_type(model: nn.Module) -> torch.dtype:
+    """Return the type of floats that ``model`` computes in."""
+    return next((state.dtype for state in _states(model) if state.is_floating_point()), torch.float32)
 
 
 @contextmanager
@@ -124,6 +141,10 @@ def _is_site(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule):
         return "BatchNorm" in module.original_name and hasattr(module, "running_mean")
     return isinstance(module, _BatchNorm) or MARK in module.__dict__ or _is_frozen(module)
+
+
+def _states(model: nn.Module) -> Iterator[Tensor]:
+    return chain(model.parameters(), model.buffers())
 
 
 def _is_frozen(module: nn.Module) -> bool:
@@ -302,7 +323,3 @@ def _uncompiled(name: str) -> str:
 
 def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
-
-
-def _tensor(value: Any) -> Any:
-    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value

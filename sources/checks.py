@@ -1,23 +1,38 @@
-"""What is asked of labelled images before a model learns from them."""
+"""What is asked of labels before a model learns from them, or is measured by them."""
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, NormswapWarning
 from .data import Data
 
 _SHOWN = 5
 
 
 def check_labels(data: Data, classes: int) -> None:
-    """Raise `InputError` if a model of ``classes`` outputs cannot learn the labels of ``data``."""
-    labels = np.unique(data.labels)
-    if len(labels) == 1:
-        raise InputError(f"expected images of two classes or more to learn from, received label={labels[0]} alone")
-    count = max(int(labels[-1]) + 1, len(data.classes or ()))
+    """Raise `InputError` if a model has fewer outputs, ``classes``, than ``data`` has classes.
+
+    Warns if classes with names are fewer: labels number them in order, which need not be the model's.
+    """
+    count = max(int(data.labels.max()) + 1, len(data.classes or ()))
     if count > classes:
         raise InputError(f"expected labels for a model of {classes} classes, received {count} classes")
+    if data.classes is not None and count < classes:
+        labels = ", ".join(f"{label} is {name!r}" for label, name in enumerate(data.classes[:_SHOWN]))
+        warnings.warn(
+            f"expected {classes} classes, as many as the model has scores, received {count}: label {labels}"
+            f"{', ...' if count > _SHOWN else ''}",
+            NormswapWarning,
+            stacklevel=2,
+        )
+
+
+def several_classes(data: Data) -> None:
+    """Raise `InputError` if all of ``data`` is of one class, of which nothing can be learnt."""
+    if len(labels := np.unique(data.labels)) == 1:
+        raise InputError(f"expected images of two classes or more to learn from, received label={labels[0]} alone")
 
 
 def same_classes(data: Data, eval_data: Data) -> None:

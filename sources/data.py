@@ -1,8 +1,11 @@
 """Labelled images as a model takes them, out of folders, arrays and what the `datasets` library loads."""
 
+import hashlib
+import json
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from math import floor
+from math import floor, isfinite
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -19,6 +22,8 @@ from .images import INTERPOLATIONS, Decoded, resized
 Array = NDArray[Any]
 
 CACHE_BYTES = 1 << 29
+
+_ROUNDING = 1e-3  # the step of float16 at 1
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,10 @@ class Preprocessing:
             raise InputError(f"expected an input shape of three sizes for images, received shape={self.shape}")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, self.channels):
-                raise InputError(f"expected 1 or {self.channels} values, received {name}={values}")
+                count = "1 value" if self.channels == 1 else f"1 or {self.channels} values"
+                raise InputError(f"expected {count}, received {name}={values}")
+            if not all(map(isfinite, values)):
+                raise InputError(f"expected finite values, received {name}={values}")
         if min(self.std) <= 0:
             raise InputError(f"expected positive values, received std={self.std}")
         if self.interpolation not in INTERPOLATIONS:
@@ -106,6 +114,8 @@ class _Images(Protocol):
 
     def check(self) -> None: ...
 
+    def identity(self) -> bytes: ...
+
 
 class Data:
     """Images and labels, read batch by batch in a model's own layout.
@@ -150,6 +160,13 @@ class Data:
         """Raise `InputError`, naming the files, if images cannot be read."""
         self._images.check()
 
+    def identity(self) -> str:
+        """Return a hash that tells these images and labels, and how they are read, from others."""
+        digest = hashlib.sha256(json.dumps([self.classes, self.preprocessing.to_dict()]).encode())
+        digest.update(self.labels.tobytes())
+        digest.update(self._images.identity())
+        return digest.hexdigest()
+
     def batches(self, size: int, indices: Sequence[int] | NDArray[np.int64] | None = None) -> "Batches":
         """Return what is at ``indices``, without them everything in order, in batches of ``size``."""
         return Batches(self, range(len(self)) if indices is None else indices, size)
@@ -185,8 +202,8 @@ def open_data(
 
     ``x`` is (N, H, W) or (N, H, W, C), uint8 in 0..255 or floating-point in 0..1; ``y`` is (N,) of integers. A data
     set is ``hf:NAME[:CONFIG][SPLIT]``, anything `datasets.load_dataset` takes without running code. Of decoded files
-    up to ``cache_bytes`` are kept in memory. With ``labelled=False`` labels may be missing, in a folder of images or an
-    ``.npz`` without ``y``; they are 0 then.
+    up to ``cache_bytes`` are kept in memory. With ``labelled=False`` any folder of images will do, and an ``.npz``
+    without ``y``; labels are 0 then.
 
     Raises `InputError` if the data is empty, malformed or does not fit the preprocessing.
     """
@@ -195,7 +212,7 @@ def open_data(
         return from_arrays(*_read_npz(path, labelled=labelled), preprocessing)
     if spec.startswith("hf:"):
         files: Folder | HubImages = HubImages(spec)
-    elif path.is_dir():
+    elif spec and path.is_dir():
         files = Folder(path, labelled=labelled)
     elif spec == "random":
         raise InputError("expected labelled images, received data=random, which serves `verify` alone")
@@ -210,12 +227,14 @@ def from_arrays(images: Array, labels: Array, preprocessing: Preprocessing) -> D
 
     They are of the model's size, and are neither resized nor cropped.
 
-    Raises `InputError` if they are empty, not finite, or do not fit each other or the preprocessing.
+    Raises `InputError` if they are empty, not finite, out of range, or do not fit each other or the preprocessing.
     """
     images = images[..., None] if images.ndim == 3 else images
     wanted = (*preprocessing.size, preprocessing.channels)
-    if images.ndim != 4 or images.shape[1:] != wanted or len(images) == 0:
+    if images.ndim != 4 or images.shape[1:] != wanted:
         raise InputError(f"expected `x` of shape (N, {', '.join(map(str, wanted))}), received {images.shape}")
+    if len(images) == 0:
+        raise InputError("expected at least one image, received `x` without any")
     if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
         raise InputError(f"expected `x` of uint8 or floating-point, received dtype={images.dtype}")
     if not np.isfinite(images).all():
@@ -223,10 +242,22 @@ def from_arrays(images: Array, labels: Array, preprocessing: Preprocessing) -> D
         raise InputError(
             f"expected finite `x`, received NaN or infinity in {len(bad)} of {len(images)} images, first in x[{bad[0]}]"
         )
-    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+    low, high = images.min(), images.max()
+    if images.dtype != np.uint8 and (low < -_ROUNDING or high > 1 + _ROUNDING):
+        raise InputError(
+            f"expected floating-point `x` in 0..1, received {low:.4g} to {high:.4g}; divide what is in 0..255 by 255 "
+            "or make it uint8, and leave normalization to `mean` and `std`"
+        )
+    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
         raise InputError(
             f"expected `y` of {len(images)} non-negative integers, received shape={labels.shape} "
             f"and dtype={labels.dtype}"
+        )
+    if labels.min() < 0:
+        bad = np.flatnonzero(labels < 0)
+        raise InputError(
+            f"expected `y` of non-negative integers, received {len(bad)} of {len(labels)} below 0, "
+            f"first y[{bad[0]}]={labels[bad[0]]}"
         )
     return Data(_Arrays(images, labels.astype(np.int64)), replace(preprocessing, crop=1.0))
 
@@ -242,9 +273,14 @@ class _Arrays:
     def check(self) -> None:
         """Whatever could be wrong was, when they became data."""
 
+    def identity(self) -> bytes:
+        return hashlib.sha256(np.ascontiguousarray(self.images).data).digest()
+
 
 def _read_npz(path: Path, *, labelled: bool) -> tuple[Array, Array]:
-    require_file(path)
+    require_file(path, "an .npz")
+    if not zipfile.is_zipfile(path):  # else NumPy takes it for a pickle, and says how to load one
+        raise InputError(f"expected an .npz in {path}, received a file of another kind or a truncated one")
     try:
         with np.load(path, allow_pickle=False) as archive:
             images = archive["x"]
@@ -253,4 +289,4 @@ def _read_npz(path: Path, *, labelled: bool) -> tuple[Array, Array]:
     except (KeyError, ValueError, OSError, EOFError) as error:
         raise InputError(f"expected arrays `x` and `y` in {path}, received: {error}") from None
     except Exception as error:  # zipfile's own errors are no OSError
-        raise InputError(f"expected an .npz file in {path}, received a damaged one: {error}") from None
+        raise InputError(f"expected an .npz in {path}, received a damaged one: {error}") from None

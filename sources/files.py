@@ -49,22 +49,22 @@ def staged(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         _remove(retired)
 
 
-def require_file(path: Path) -> None:
-    """Raise `InputError` unless ``path`` is a file that could hold weights or a graph.
+def require_file(path: Path, what: str = "a model or weights") -> None:
+    """Raise `InputError` unless ``path`` is a file that could hold ``what``.
 
     An empty file, a git-LFS pointer and a web page saved under a model's name are told apart by content.
     """
     if not path.is_file():
-        what = "a folder" if path.is_dir() else "nothing"
-        raise InputError(f"expected a file at {path}, received {what} there")
+        found = "a folder" if path.is_dir() else "nothing"
+        raise InputError(f"expected a file at {path}, received {found} there")
     with path.open("rb") as file:
         head = file.read(64)
     if not head:
-        raise InputError(f"expected a model or weights in {path}, received an empty file")
+        raise InputError(f"expected {what} in {path}, received an empty file")
     if head.startswith(b"version https://git-lfs"):
-        raise InputError(f"expected a model or weights in {path}, received a git-LFS pointer; run `git lfs pull`")
+        raise InputError(f"expected {what} in {path}, received a git-LFS pointer; run `git lfs pull`")
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        raise InputError(f"expected a model or weights in {path}, received a web page; download the file again")
+        raise InputError(f"expected {what} in {path}, received a web page; download the file again")
 
 
 def sha256(path: Path) -> str:

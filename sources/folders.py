@@ -1,4 +1,4 @@
-"""A folder with one subfolder of images per class."""
+"""A folder of images, with one subfolder per class where labels count."""
 
 from pathlib import Path
 
@@ -12,19 +12,22 @@ SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".
 class Folder:
     """The images in a folder's subfolders at any depth; the subfolder's name is the class.
 
-    With ``labelled=False`` a folder of images without subfolders does too, all of which get the label 0.
+    With ``labelled=False`` they are all images in the folder at any depth, without classes; their label is 0. What is
+    hidden, its name beginning with a dot, is passed over.
 
-    Raises `InputError` if there are fewer than two classes, or one without images.
+    Raises `InputError` if there are no images, or labelled ones of fewer than two classes or one without any.
     """
 
     def __init__(self, path: Path, *, labelled: bool = True) -> None:
-        self.classes: list[str] | None = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
-        if not labelled and len(self.classes) < 2:
+        self._path = path
+        self.classes: list[str] | None = None
+        if not labelled:
             self.files = _images(path)
             if not self.files:
                 raise InputError(f"expected images in {path}, received none")
-            self.classes, self.labels = None, np.zeros(len(self.files), np.int64)
+            self.labels = np.zeros(len(self.files), np.int64)
             return
+        self.classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not _hidden(entry.name))
         if len(self.classes) < 2:
             raise InputError(f"expected at least two class folders in {path}, received {len(self.classes)}")
         self.files = []
@@ -45,6 +48,15 @@ class Folder:
         """Return the path of image ``index``."""
         return str(self.files[index])
 
+    def identity(self) -> bytes:
+        """Return what tells these files from others: their names and sizes."""
+        return "\n".join(f"{file.relative_to(self._path)} {file.stat().st_size}" for file in self.files).encode()
+
 
 def _images(path: Path) -> list[Path]:
-    return sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    found = (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    return sorted(file for file in found if not any(map(_hidden, file.relative_to(path).parts)))
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".")

@@ -58,6 +58,10 @@ class HubImages:
         found = self._row(index)
         return found["path"] if found.get("path") and not found.get("bytes") else f"{self._spec} row {index}"
 
+    def identity(self) -> bytes:
+        """Return what tells these images from others: where they come from."""
+        return self._spec.encode()
+
     def _row(self, index: int) -> dict[str, Any]:
         return self._rows[index][self._column] or {}
 

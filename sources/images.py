@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from os import SEEK_END
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -17,6 +18,7 @@ Box = tuple[float, float, float, float]
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 _CHUNK = 256
 _SHOWN = 10
 
@@ -31,6 +33,9 @@ class Files(Protocol):
 
     def name(self, index: int) -> str:
         """Return what people find the file by."""
+
+    def identity(self) -> bytes:
+        """Return what tells these files from others."""
 
 
 class Decoded:
@@ -60,11 +65,15 @@ class Decoded:
             name = self._files.name(index)
             raise InputError(f"expected an image in {name}, received: {_reason(error)}") from None
 
+    def identity(self) -> bytes:
+        """Return what tells these images from others."""
+        return self._files.identity()
+
     def check(self) -> None:
         """Raise `InputError`, which names them, if there are files that cannot be read.
 
-        Images are decoded while there is room to keep them, which tells of truncated ones; of the others only the
-        header is read.
+        They are decoded while there is room to keep them. After that only the header is read of a file whose last
+        bytes are the end of its format, so that it is not truncated.
         """
         count = len(self.labels)
         with ThreadPoolExecutor() as pool:
@@ -81,9 +90,11 @@ class Decoded:
             try:
                 if self._room:
                     self._image(index)
-                else:
-                    with _pillow().open(self._files.open(index)) as file:
-                        _require_bytes(file.mode)
+                    continue
+                with _pillow().open(self._files.open(index)) as file:
+                    _require_bytes(file.mode)
+                    if not _is_whole(file):
+                        file.load()
             except Exception as error:
                 lines.append(f"  {self._files.name(index)}: {_reason(error)}")
         return lines
@@ -130,6 +141,17 @@ def _pillow() -> Any:
 def _require_bytes(mode: str) -> None:
     if mode.startswith(("I", "F")):
         raise InputError(f"pixels of mode={mode}, which would be cut off at 255; convert them to 8 bits")
+
+
+def _is_whole(file: Any) -> bool:
+    """Return whether an opened file is known to end where its format does: others have to be decoded to know."""
+    if file.format not in _ENDS:
+        return False
+    place, end = file.fp.tell(), _ENDS[file.format]
+    file.fp.seek(-len(end), SEEK_END)
+    found = file.fp.read()
+    file.fp.seek(place)
+    return bool(found == end)
 
 
 def _reason(error: Exception) -> str:

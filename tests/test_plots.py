@@ -1,15 +1,18 @@
 """Pictures of a fine-tuning: what is on them, that all of it can be read, and that they come out the same again."""
 
+import json
 import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
-from normswap.errors import InputError, UnsupportedError
+from normswap.cli import main
+from normswap.errors import UnsupportedError
 from normswap.finetune import plots
-from normswap.finetune.journal import METRICS, ORIGINAL, Journal
+from normswap.finetune.journal import ORIGINAL, Journal
 
 NAMES = [f"layer{1 + i // 16}.{i % 16 // 3}.bn{1 + i % 3}" for i in range(53)]
 
@@ -66,14 +69,14 @@ class TestCurves:
     def test_panels(self, tmp_path):
         """There is a panel for each thing that was written down, and no other."""
         run = run_in(tmp_path)
-        figure = plots.curves(run / "run" / METRICS)
+        figure = plots.picture(run, {})
 
         assert [axes.get_ylabel() for axes in figure.axes] == ["loss", "top-1 accuracy, %", "learning rate"]
 
     def test_clipping_and_drift(self, tmp_path):
         """Clipped channels are told in percent."""
         run = run_in(tmp_path, steps=10, clipped=0.5, drift=0.25)
-        figure = plots.curves(run / "run" / METRICS)
+        figure = plots.picture(run, {})
         (line,) = panel(figure, "clipped channels, %").lines
 
         assert line.get_ydata()[0] == 50
@@ -83,9 +86,7 @@ class TestCurves:
     def test_the_original(self, tmp_path):
         """Its accuracy is a dashed line over the whole width, and no point of the curve."""
         run = run_in(tmp_path)
-        lines = {
-            line.get_label(): line for line in panel(plots.curves(run / "run" / METRICS), "top-1 accuracy, %").lines
-        }
+        lines = {line.get_label(): line for line in panel(plots.picture(run, {}), "top-1 accuracy, %").lines}
 
         assert list(lines["evaluation"].get_ydata()) == [70, 72, 74, 76, 78, 80, 82]
         assert list(lines["original 81.35"].get_ydata()) == [81.35, 81.35]
@@ -94,15 +95,54 @@ class TestCurves:
     def test_without_the_original(self, tmp_path):
         """A run that did not measure it has no such line."""
         run = run_in(tmp_path, original=None)
-        labels = [line.get_label() for line in panel(plots.curves(run / "run" / METRICS), "top-1 accuracy, %").lines]
+        labels = [line.get_label() for line in panel(plots.picture(run, {}), "top-1 accuracy, %").lines]
 
         assert "evaluation" in labels
         assert not any("original" in label for label in labels)
 
+    @pytest.mark.parametrize(("top1", "best"), [([80, 90, 85], 20), ([90, 80, 90], 0), ([70, None, 80], 40)])
+    def test_the_best(self, tmp_path, top1, best):
+        """The model that is kept, the first of the most accurate ones, is marked, one of step 0 too."""
+        with Journal(tmp_path / "run") as journal:
+            for index, value in enumerate(top1):
+                journal.row(20 * index, stage="all", eval_top1=value)
+        *_, star = panel(plots.picture(tmp_path, {}), "top-1 accuracy, %").lines
+        value = top1[best // 20]
+
+        assert star.get_marker() == "*"
+        assert (star.get_xdata(), star.get_ydata()) == ([best], [value])
+        assert star.get_label() == f"best {value:.2f}, step {best}"
+
+    def test_no_more_than_all(self, tmp_path):
+        """An axis of shares ends just above 100 %, and just below 0 %, where a curve is flat too."""
+        with Journal(tmp_path / "run") as journal:
+            for step in (1, 2, 3):
+                journal.row(step, stage="all", loss=1.0, accuracy=99.0, clipped=0.0)
+        figure = plots.picture(tmp_path, {})
+        (low, high), (bottom, top) = (
+            panel(figure, label).get_ylim() for label in ("top-1 accuracy, %", "clipped channels, %")
+        )
+
+        assert 90 < low < 99 < 100 < high < 100.2
+        assert -0.01 < bottom < 0 < top
+
+    @pytest.mark.parametrize("original", [99.0, None])
+    def test_a_run_without_steps(self, tmp_path, original):
+        """What was measured is told in words, in place of panels of one point."""
+        with Journal(tmp_path / "run") as journal:
+            if original:
+                journal.row(0, stage=ORIGINAL, eval_top1=original)
+            journal.row(0, stage="start", eval_top1=98.5, drift=0.0141 if original else None)
+        figure = plots.picture(tmp_path, gates_of(["a"]))
+        (said,) = figure.subfigs[0].texts[1:]
+
+        assert said.get_text() == f"no steps, top-1 98.50 %{', original 99.00 %, drift 0.0141' if original else ''}"
+        assert figure.subfigs[0].axes == []
+
     def test_a_running_mean(self, tmp_path):
         """A long curve of single steps has its running mean on top, at the middle of what it is the mean of."""
         run = run_in(tmp_path, steps=100)
-        single, mean = panel(plots.curves(run / "run" / METRICS), "loss").lines[:2]
+        single, mean = panel(plots.picture(run, {}), "loss").lines[:2]
 
         assert len(single.get_xdata()) == 100
         assert mean.get_label() == "mean of 6 steps"
@@ -111,7 +151,7 @@ class TestCurves:
 
     def test_stages(self, tmp_path):
         """A change of stage is a line at its step, with the names on either side."""
-        axes = panel(plots.curves(run_in(tmp_path) / "run" / METRICS), "learning rate")
+        axes = panel(plots.picture(run_in(tmp_path), {}), "learning rate")
 
         assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"] == [40]
         assert [text.get_text() for text in axes.texts] == ["norm", "all"]
@@ -119,37 +159,29 @@ class TestCurves:
     def test_a_run_of_one_step(self, tmp_path):
         """A single point is drawn as a point."""
         run = run_in(tmp_path, steps=1)
-        assert panel(plots.curves(run / "run" / METRICS), "loss").lines[0].get_marker() == "o"
-
-    def test_nothing_to_draw(self, tmp_path):
-        """A table without figures is refused."""
-        with Journal(tmp_path) as journal:
-            journal.row(1, stage="all")
-        message = f"expected a file of figures by step, received nothing to draw in {tmp_path / METRICS}"
-        with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
-            plots.curves(tmp_path / METRICS)
+        assert panel(plots.picture(run, {}), "loss").lines[0].get_marker() == "o"
 
 
 class TestGates:
-    def test_bars(self):
+    def test_bars(self, tmp_path):
         """Each layer is a bar from 0 to 1 made of its gates, the first layer on top, mean and variance side by side."""
         gates = gates_of(["a", "b"])
-        figure = plots.gate_bars(gates)
+        _, bars = plots.picture(tmp_path, gates).subfigs
 
-        assert [axes.get_title(loc="left") for axes in figure.axes] == ["gates of the mean", "gates of the variance"]
-        for axes, which in zip(figure.axes, (0, 1), strict=True):
+        assert [axes.get_title(loc="left") for axes in bars.axes] == ["gates of the mean", "gates of the variance"]
+        for axes, which in zip(bars.axes, (0, 1), strict=True):
             assert axes.get_xlim() == (0, 1)
             assert axes.yaxis_inverted()
             widths = np.array([[bar.get_width() for bar in kind] for kind in axes.containers])
             np.testing.assert_allclose(widths, np.array([pair[which] for pair in gates.values()]).T)
             ends = [bar.get_x() + bar.get_width() for bar in axes.containers[-1]]
             np.testing.assert_allclose(ends, 1)
-        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["instance", "layer", "batch"]
+        assert [text.get_text() for text in bars.legends[0].get_texts()] == ["instance", "layer", "batch"]
 
-    def test_map(self):
+    def test_map(self, tmp_path):
         """The map has a row for each gate and a column for each layer, on a scale from 0 to 1."""
         gates = gates_of(NAMES)
-        axes, _ = plots.gate_map(gates).axes
+        axes = plots.picture(tmp_path, gates).axes[0]
         (image,) = axes.images
 
         assert image.get_clim() == (0, 1)
@@ -157,22 +189,22 @@ class TestGates:
         assert [t.get_text() for t in axes.get_yticklabels()][3:] == ["variance, instance", "variance, layer",
                                                                       "variance, batch"]  # fmt: skip
 
-    def test_layers_without_a_batch_gate(self):
+    def test_layers_without_a_batch_gate(self, tmp_path):
         """A gate that is not there is not a gate of 0."""
-        (image,) = plots.gate_map({**gates_of(["a"], 2), **gates_of(["b"])}).axes[0].images
+        (image,) = plots.picture(tmp_path, {**gates_of(["a"], 2), **gates_of(["b"])}).axes[0].images
 
         assert image.get_array().mask[[2, 5]].tolist() == [[True, False], [True, False]]
 
-    def test_names_as_they_are(self):
-        """A name is no formula, and a long one keeps its end."""
-        figure = plots.gate_bars(gates_of(["$x_1$", f"{'deep/' * 20}bn"]))
-        first, second = (label.get_text() for label in figure.axes[0].get_yticklabels())
+    def test_names_as_they_are(self, tmp_path):
+        """A name is no formula, a long one keeps its end, and a number is told from the layer's place."""
+        figure = plots.picture(tmp_path, gates_of(["$x_1$", f"{'deep/' * 20}bn", "7"]))
+        first, second, third = (label.get_text() for label in figure.subfigs[1].axes[0].get_yticklabels())
 
-        assert first == "$x_1$  1"
+        assert (first, third) == ("$x_1$ (#1)", "7 (#3)")
         assert second.startswith("…")
-        assert second.endswith("deep/bn  2")
+        assert second.endswith("deep/bn (#2)")
         assert len(second) < 50
-        assert "$x_1$  1" in [text for text, _ in texts(figure)]
+        assert "$x_1$ (#1)" in [text for text, _ in texts(figure)]
 
 
 class TestPicture:
@@ -205,8 +237,21 @@ class TestPicture:
 
         assert [part.get_suptitle() for part in figure.subfigs] == ["Fine-tuning"]
 
+    def test_a_run_that_has_not_ended(self, tmp_path):
+        """The command draws the curves as far as they go, where there is no model yet."""
+        run_in(tmp_path / "out", steps=30)
+        done = CliRunner().invoke(main, ["plot", f"{tmp_path}/out", "-o", f"{tmp_path}/o.png", "--json"])
+
+        assert done.exit_code == 0, done.stderr
+        told = {"schema_version": 1, "bundle": f"{tmp_path}/out", "output": f"{tmp_path}/o.png", "gates": {}}
+        assert json.loads(done.stdout) == told
+        plots.save(plots.picture(tmp_path / "out", {}), tmp_path / "expected.png")
+        assert (tmp_path / "o.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
+
     def test_neither(self, tmp_path):
-        """Where there is nothing to see, the error says what would give it."""
+        """Where there is nothing to see, in a run without figures too, the error says what would give it."""
+        with Journal(tmp_path / "run") as journal:
+            journal.row(1, stage="all")
         message = (
             f"expected a bundle with curves or gates, received {tmp_path} without; `normswap finetune` writes curves, "
             "and `normswap patch --to sn` makes layers with gates"
@@ -223,12 +268,12 @@ from pathlib import Path
 from normswap.finetune import plots
 
 for suffix in plots.FORMATS:
-    plots.save(plots.gate_bars({"bn": ([0.2, 0.3, 0.5], [0, 0, 1])}), Path(sys.argv[1] + suffix))
+    plots.save(plots.picture(Path("nothing"), {"bn": ([0.2, 0.3, 0.5], [0, 0, 1])}), Path(sys.argv[1] + suffix))
 print("matplotlib.pyplot" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "other"], capture_output=True, text=True, check=True)
     for suffix in plots.FORMATS:
-        plots.save(plots.gate_bars({"bn": ([0.2, 0.3, 0.5], [0, 0, 1])}), tmp_path / f"one{suffix}")
+        plots.save(plots.picture(tmp_path, {"bn": ([0.2, 0.3, 0.5], [0, 0, 1])}), tmp_path / f"one{suffix}")
         written = (tmp_path / f"one{suffix}").read_bytes()
 
         assert written == (tmp_path / f"other{suffix}").read_bytes()

@@ -51,6 +51,19 @@ class TestInALog:
             "fine-tuning: 2/3, loss 1, top-1 81.36 %",
         ]
 
+    def test_a_speed_that_jumps(self, capsys, clock):
+        """Images per second are the median of the last ten steps, so that one that evaluated does not show."""
+        speeds = [900, 1, *range(101, 109), 2, 3]
+        with console.progress("fine-tuning", 120) as advance:
+            for step, speed in enumerate(speeds, 1):
+                advance(step, images_per_second=speed)
+
+        lines = [line.split(", ") for line in capsys.readouterr().err.splitlines()]
+        assert [line[:2] for line in lines] == [
+            ["fine-tuning: 1/120", "900 images/s"],
+            ["fine-tuning: 12/120", "104 images/s"],
+        ]
+
     def test_steps_longer_than_a_tenth(self, capsys):
         """Few large steps are a line each; a note comes before the figures."""
         with console.progress("evaluating", 3) as advance:

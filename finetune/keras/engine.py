@@ -1,7 +1,7 @@
 """Fine-tune a Keras model with ``fit``, on any backend, under a ``tf.distribute`` strategy where one is active."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,9 @@ from ..distillation import Distillation
 from ..hooks import Hook
 from ..loading import StepBatches
 from ..schedules import learning_rate
-from ..training import OnStep, State, Taken, Training, not_finite
-from .distillation import logits
+from ..scores import class_count, logits, scores
+from ..training import SEEDS, OnStep, State, Taken, Training, not_finite
+from .helpers import inference
 from .parts import (
     Average,
     Learning,
@@ -62,11 +63,14 @@ def train(
 
     Raises `VerificationError` if the loss is not finite; the step it came with has changed the model then.
     Raises `InputError` for batches that the replicas cannot share evenly. Raises `UnsupportedError` if nothing in the
-    model can be trained, for ``accumulate`` with replicas, and for ``precision="fp16"``, which needs a scaled loss.
+    model can be trained, for labels without scores (N, classes), for ``accumulate`` with replicas, and for
+    ``precision="fp16"``, which needs a scaled loss.
     """
     if start >= training.steps:
         return
     _check(data, training)
+    if teacher is None:
+        class_count(predict(model, data.batch([0])[0]))
     batches = StepBatches(data, training, first=first + start, steps=training.steps - start)
     with (
         Learning(model, training.train),
@@ -104,13 +108,17 @@ def train(
 
 
 def predict(model: keras.Model, x: Array, batch_size: int = 256) -> Array:
-    """Return the model's output at inference for inputs (N, ...), computed ``batch_size`` at a time."""
-    with _without_gradients():
+    """Return the model's scores at inference for inputs (N, ...), computed ``batch_size`` at a time."""
+    with inference():
         parts = [
-            ops.convert_to_numpy(model(ops.convert_to_tensor(x[begin : begin + batch_size]), training=False))
+            ops.convert_to_numpy(scores(model(ops.convert_to_tensor(x[begin : begin + batch_size]), training=False)))
             for begin in range(0, len(x), batch_size)
         ]
     return np.concatenate(parts)
+
+
+def place(model: keras.Model) -> None:
+    """Put ``model`` where it will be trained, which in Keras is where it was made."""
 
 
 def processes() -> tuple[int, int]:
@@ -153,10 +161,12 @@ def _check(data: Data, training: Training) -> None:
 
 @contextmanager
 def _criterion(model: keras.Model, teacher: keras.Model | None, training: Training) -> Iterator[Criterion]:
-    """Yield the loss as a function of inputs, labels and output."""
+    """Yield the loss as a function of inputs, labels and scores."""
     if teacher is None:
         yield lambda x, labels, output: ops.mean(
-            keras.losses.sparse_categorical_crossentropy(labels, logits(output), from_logits=True)
+            keras.losses.sparse_categorical_crossentropy(
+                labels, logits(ops.cast(output, "float32"), ops), from_logits=True
+            )
         )
     else:
         with Distillation(model, teacher, training.temperature, training.features) as distillation:
@@ -175,8 +185,8 @@ class _Trainer(keras.Model):  # type: ignore[misc]
         self.built = True
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
-        """Return the model's output."""
-        return self.model(inputs, training=training)
+        """Return the model's scores."""
+        return scores(self.model(inputs, training=training))
 
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
@@ -286,7 +296,7 @@ class _Watch(keras.callbacks.Callback):  # type: ignore[misc]
         if keras.backend.backend() == "torch":  # where dropout draws from the global generator
             import torch
 
-            torch.manual_seed(seed * 1_000_003 + batch)
+            torch.manual_seed((seed * 1_000_003 + batch) % SEEDS)
 
     def require_finite(self) -> None:
         """Raise `VerificationError` if the last loss was not finite."""
@@ -298,14 +308,6 @@ def _synchronize(trainer: keras.Model) -> None:
     """On JAX, write what ``fit`` holds back to the variables, and let it read them anew."""
     if hasattr(trainer, "jax_state_sync"):
         trainer.jax_state_sync()
-
-
-def _without_gradients() -> Any:
-    if keras.backend.backend() == "torch":
-        import torch
-
-        return torch.no_grad()
-    return nullcontext()
 
 
 def _right(labels: Any, scores: Any) -> Any:

@@ -30,12 +30,12 @@ def renorm_statistics(model: keras.Model) -> Callable[[], Statistics | None]:
     if not layers:
         return lambda: None
     number = np.repeat(np.arange(len(layers)), [m.moving_mean.shape[0] for m in layers])
-    weight = np.array([1 - m.momentum for m in layers])[number]
     epsilon = np.array([m.epsilon for m in layers])[number]
 
     def read() -> Statistics:
         r_max, d_max = (_joined(getattr(m, name) for m in layers)[number] for name in ("r_max", "d_max"))
         sigma = np.sqrt(_joined(m.moving_variance for m in layers) + epsilon)
+        weight = np.array([1 - m.momentum for m in layers])[number]
         return Statistics(_joined(m.moving_mean for m in layers), sigma, r_max, d_max, weight, number)
 
     return read

@@ -1,6 +1,8 @@
 """What a training loop of one's own needs at once with Keras: the re-estimation of statistics."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import wraps
 from typing import Any
 
@@ -13,6 +15,20 @@ from ...layers.keras.norm import MovingNorm
 from ...layers.keras.statistics import wide
 from ...patchers.keras_walk import call, distinct_layers
 from ..least_squares import Moments
+
+INFERS = ContextVar("infers", default=False)
+"""Whether what runs is within `inference`."""
+
+
+@contextmanager
+def inference() -> Iterator[None]:
+    """Run the body without gradients, and without a `Distillation` taking note of it."""
+    token = INFERS.set(True)
+    try:
+        with _without_gradients():
+            yield
+    finally:
+        INFERS.reset(token)
 
 
 def moving_layers(model: keras.Layer) -> list[keras.Layer]:
@@ -40,7 +56,8 @@ def update_statistics(model: keras.Layer, batches: Iterable[Any]) -> None:
     undo = [override(m, "call", _by_the_batch(m, moments)) for m, moments in zip(layers, seen, strict=True)]
     try:
         for batch in batches:
-            call(model, batch[0] if isinstance(batch, tuple) else batch)
+            with inference():
+                call(model, batch[0] if isinstance(batch, tuple) else batch)
         if any(moments.count == 0 for moments in seen):
             raise InputError("expected batches that reach every layer, received none for some")
     except BaseException:
@@ -65,6 +82,14 @@ def override(layer: keras.Layer, name: str, method: Callable[..., Any]) -> Calla
         layer.__dict__.update({} if before is None else {name: before})
 
     return undo
+
+
+def _without_gradients() -> Any:
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return torch.no_grad()
+    return nullcontext()
 
 
 def _by_the_batch(layer: keras.Layer, moments: Moments) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from ...errors import InputError, UnsupportedError
-from ...layers.keras import SwitchNormalization
+from ...layers.keras import BatchRenormalization, SwitchNormalization
 from ...layers.keras.norm import MovingNorm
 from ...layers.keras.statistics import wide
 from ...patchers.keras import find_sites
@@ -61,15 +61,21 @@ class Gates:
         for layer in self.layers:
             layer.set_temperature(temperature)
 
+    def fold(self) -> None:
+        """Leave the temperature in the logits, which changes no gate."""
+        for layer in self.layers if self._tempered else ():
+            if float(layer.temperature) == 0:
+                layer.harden()
+            for logits in (layer.mean_weight, layer.var_weight):
+                logits.assign(logits / ops.cast(layer.temperature, logits.dtype))
+            layer.set_temperature(1.0)
+
     def close(self) -> None:
         """Leave plain gates of the same values."""
         self.hold(False)
         while self._undo:
             self._undo.pop()()
-        for layer in self.layers if self._tempered else ():
-            for logits in (layer.mean_weight, layer.var_weight):
-                logits.assign(logits / ops.cast(layer.temperature, logits.dtype))
-            layer.set_temperature(1.0)
+        self.fold()
 
 
 class _Mix:
@@ -152,12 +158,16 @@ def _retracing(model: keras.Layer) -> Callable[[], None]:
     return forget
 
 
-def scale_momentum(model: keras.Layer, share: float) -> Callable[[], None]:
-    """Let a batch weigh as the ``share`` of one in all moving statistics, and return what undoes it."""
+def scale_momentum(model: keras.Layer, share: float, renorm: float) -> Callable[[], None]:
+    """Let a batch weigh as the ``share`` of one in all moving statistics, and return what undoes it.
+
+    In those of BRN one weighs ``renorm`` at most.
+    """
     found = [m for m in distinct_layers(model) if isinstance(m, MovingNorm | keras.layers.BatchNormalization)]
     kept = [(layer, layer.momentum) for layer in found]
     for layer, momentum in kept:
-        layer.momentum = momentum**share  # here the weight of the old value
+        # Here it is the weight of the old value.
+        layer.momentum = (max(momentum, 1 - renorm) if isinstance(layer, BatchRenormalization) else momentum) ** share
 
     def undo() -> None:
         for layer, momentum in kept:

@@ -170,8 +170,9 @@ class Learning:
 
     def __init__(self, model: keras.Model, which: str) -> None:
         check_train(which)
-        self._flags = [(variable, variable.trainable) for variable in model.trainable_variables]
-        self._frozen: list[keras.Layer] = []
+        self._layers = [(layer, layer.trainable) for layer in distinct_layers(model)]
+        self._flags = [(variable, variable.trainable) for variable in model.weights]
+        frozen: list[keras.Layer] = []
         if which == "norm":
             norms = [layer for layer in distinct_layers(model) if isinstance(layer, NORMS)]
             chosen = {id(variable) for norm in norms for variable in norm.trainable_variables}
@@ -182,11 +183,11 @@ class Learning:
                     f"expected last:N with N up to the model's {len(parts)} layers with weights, "
                     f"received train={which!r}"
                 )
-            self._frozen = [part for part in parts[: len(parts) - number] if part.trainable]
+            frozen = parts[: len(parts) - number]
             chosen = {id(v) for part in parts[len(parts) - number :] for v in part.trainable_variables}
         else:
-            chosen = {id(variable) for variable, _ in self._flags}
-        for layer in self._frozen:
+            chosen = {id(variable) for variable in model.trainable_variables}
+        for layer in frozen:
             layer.trainable = False
         for variable, _ in self._flags:
             variable.trainable = id(variable) in chosen
@@ -196,8 +197,8 @@ class Learning:
 
     def close(self) -> None:
         """Let learn what did before."""
-        for layer in self._frozen:
-            layer.trainable = True
+        for layer, flag in self._layers:
+            layer._trainable = flag  # what is public would set all layers below it
         for variable, flag in self._flags:
             variable.trainable = flag
 

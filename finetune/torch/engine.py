@@ -16,18 +16,20 @@ from torch.utils.data import DataLoader
 
 from ...errors import InputError, MissingDependencyError, UnsupportedError, VerificationError
 from ...layers.torch.group_norm import guard
-from ...patchers.torch import inference
+from ...layers.torch.passes import exact
+from ...patchers.torch_sites import call, float_type, inference
 from ...sources.data import Data
 from ..distillation import Distillation
 from ..hooks import Hook
 from ..loading import StepBatches
 from ..schedules import learning_rate
-from ..training import MAX_GRADIENT_NORM, MOMENTUM, Array, OnStep, State, Taken, Training, not_finite
+from ..scores import class_count, logits, scores
+from ..training import MAX_GRADIENT_NORM, MOMENTUM, SEEDS, Array, OnStep, State, Taken, Training, not_finite
 from .helpers import convert_sync, param_groups
 from .parts import Learning
 
 _CPU = not torch.accelerator.is_available()  # Accelerate does not see for itself that processes are to meet on CPUs
-Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]
+Criterion = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
 def train(
@@ -55,23 +57,33 @@ def train(
 
     Raises `VerificationError` if the loss is not finite; the model is then as it was before that step.
     Raises `InputError` for batches smaller than the number of processes, `UnsupportedError` if nothing in the model
-    can be trained, `MissingDependencyError` if the device cannot compute in the precision asked for.
+    can be trained or what can is in half precision, and for labels without scores (N, classes),
+    `MissingDependencyError` if the device cannot compute in the precision asked for.
     """
     accelerator = _accelerator(training, min(training.batch_size, len(data)))
+    if teacher is None:
+        class_count(predict(model, data.batch([0])[0]))
     share = slice(accelerator.process_index, None, accelerator.num_processes)
     images = StepBatches(data, training, first=first + start, steps=training.steps - start, share=share)
-    model.train()
-    with Learning(model, training.train), _guarded(model), _synchronized(model, accelerator):
+    with (
+        _train_mode(model),
+        Learning(model, training.train),
+        _guarded(model),
+        _synchronized(model, accelerator),
+    ):
         groups = param_groups(model, training.weight_decay, gate_lr=training.lr * training.gate_lr)
         parameters = [parameter for group in groups for parameter in group["params"]]
         if not parameters:
             raise UnsupportedError(
                 f"expected a model with parameters to train, received none with train={training.train!r}"
             )
+        _require_wide(parameters)
         optimizer = torch.optim.SGD(groups, lr=training.lr, momentum=MOMENTUM)
         peaks = [group["lr"] for group in optimizer.param_groups]
-        prepared, optimizer = accelerator.prepare(model, optimizer)
-        accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)  # evaluations are not to be narrow
+        if accelerator.num_processes > 1 and not _all_used(model, parameters, data.batch([0])[0]):
+            # Only then, since it costs a look at the whole graph each step.
+            accelerator.ddp_handler = accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)
+        prepared, optimizer = accelerator.prepare(_Scored(model), optimizer)
         average = _Average(parameters, training.ema)
         if state is not None:
             _load_state(optimizer, average, accelerator.scaler, state)
@@ -79,7 +91,8 @@ def train(
             loader: Any = DataLoader(images, batch_size=None, num_workers=training.workers)  # type: ignore[arg-type]
             batches = iter(loader)
             for step in range(start, training.steps):
-                torch.manual_seed((training.seed * 1_000_003 + first + step) * 1_009 + accelerator.process_index)
+                seed = (training.seed * 1_000_003 + first + step) * 1_009 + accelerator.process_index
+                torch.manual_seed(seed % SEEDS)
                 for hook in hooks:
                     hook.on_step(first + step)
                 for group, peak in zip(optimizer.param_groups, peaks, strict=True):
@@ -95,26 +108,33 @@ def train(
                     taken = Taken(
                         step + 1,
                         loss,
-                        None if teacher else right,
+                        right,
                         optimizer.param_groups[0]["lr"],
                         partial(_save_state, optimizer, average, accelerator.scaler),
                         average.in_place,
                     )
                     if on_step(taken):
                         break
-    model.eval()
 
 
-def predict(model: nn.Module, x: Array) -> Array:
-    """Return the model's output in eval mode for a batch of inputs."""
-    device = next((p.device for p in model.parameters()), None)
+def predict(model: nn.Module, x: Array, batch_size: int = 256) -> Array:
+    """Return the model's scores in eval mode for inputs (N, ...), computed ``batch_size`` at a time."""
     with inference(model):
-        return model(torch.from_numpy(x).to(device)).float().cpu().numpy()  # type: ignore[no-any-return]
+        parts = [
+            scores(call(model, x[begin : begin + batch_size])).float().cpu().numpy()
+            for begin in range(0, len(x), batch_size)
+        ]
+    return np.concatenate(parts)
+
+
+def place(model: nn.Module) -> None:
+    """Put ``model`` on the device where it will be trained."""
+    model.to(_state().device)
 
 
 def processes() -> tuple[int, int]:
     """Return this process's rank and how many train together."""
-    state = accelerate.PartialState(cpu=_CPU)
+    state = _state()
     return state.process_index, state.num_processes
 
 
@@ -136,6 +156,10 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
         model.load_state_dict(kept)
 
     return restore
+
+
+def _state() -> accelerate.PartialState:
+    return accelerate.PartialState(cpu=_CPU)
 
 
 def _accelerator(training: Training, batch_size: int) -> accelerate.Accelerator:
@@ -161,25 +185,24 @@ def _gradients(
     criterion: Criterion,
     batches: Iterator[Any],
     training: Training,
-) -> tuple[float, float]:
+) -> tuple[float, float | None]:
     """Accumulate a step's gradients; return its mean loss and the percentage of labels that were right."""
-    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # loss, right, images
-    world, count = accelerator.num_processes, training.accumulate
+    sums, seen = exact(torch.zeros(2, device=accelerator.device)), 0  # of losses and of right labels
+    world, count, dtype = accelerator.num_processes, training.accumulate, float_type(prepared)
     for part in range(count):
         images, labels, of = _ready(next(batches))
-        x, y = images.to(accelerator.device), labels.to(accelerator.device)
+        x, y = images.to(accelerator.device, dtype), labels.to(accelerator.device)
         waits = part + 1 < count and world > 1  # gradients are exchanged with the last part
         with accelerator.no_sync(prepared) if waits else nullcontext():
             with accelerator.autocast():
-                output = prepared(x)
-                loss = criterion(x, output, y)
+                loss, right = criterion(x, prepared(x), y)
             accelerator.backward(loss * (len(x) * world / of / count))
-        right = (output.detach().argmax(1) == y).sum()
-        sums += torch.stack([loss.detach().double() * len(x), right.double(), torch.tensor(len(x), device=x.device)])
+        sums += torch.stack([exact(loss.detach()) * len(x), torch.zeros_like(sums[0]) if right is None else right])
+        seen += of
     if world > 1:
         sums = accelerator.reduce(sums)
-    loss_sum, right_sum, images_seen = sums.tolist()
-    return loss_sum / images_seen, 100 * right_sum / images_seen
+    loss_sum, right_sum = sums.tolist()
+    return loss_sum / seen, None if right is None else 100 * right_sum / seen
 
 
 def _ready(batch: Any) -> tuple[Tensor, Tensor, int]:
@@ -194,12 +217,58 @@ def _ready(batch: Any) -> tuple[Tensor, Tensor, int]:
 def _criterion(
     model: nn.Module, teacher: nn.Module | None, training: Training, device: torch.device
 ) -> Iterator[Criterion]:
-    """Yield the loss as a function of inputs, output and labels."""
+    """Yield the loss, and how many labels were right where they count, as a function of inputs, scores and labels."""
     if teacher is None:
-        yield lambda x, output, labels: F.cross_entropy(output, labels)
+        yield lambda x, output, labels: (
+            F.cross_entropy(logits(output, torch), labels),
+            (output.detach().argmax(1) == labels).sum(),
+        )
         return
     with Distillation(model, teacher.to(device), training.temperature, training.features) as distillation:
-        yield lambda x, output, labels: distillation(x, output)
+        yield lambda x, output, labels: (distillation(x, output), None)
+
+
+class _Scored(nn.Module):
+    """The model as it is trained: of several outputs only the scores, which the loss is of.
+
+    What Accelerate wraps is this, so that the model itself stays as it is.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Any:
+        """Return the scores."""
+        return scores(self.model(x))
+
+
+def _all_used(model: nn.Module, parameters: Sequence[nn.Parameter], x: Array) -> bool:
+    """Whether the scores depend on every one of the parameters."""
+    with inference(model), torch.enable_grad():
+        gradients = torch.autograd.grad(scores(call(model, x)).sum(), parameters, allow_unused=True)
+    return all(gradient is not None for gradient in gradients)
+
+
+def _require_wide(parameters: Sequence[nn.Parameter]) -> None:
+    """Raise `UnsupportedError` for parameters too coarse for a step's changes to add up in."""
+    for dtype in {parameter.dtype for parameter in parameters} - {torch.float32, torch.float64}:
+        raise UnsupportedError(
+            f"expected parameters to train in torch.float32 or torch.float64, received some in {dtype}, in which most "
+            "steps change nothing; load the model in float32, and let --precision bf16 compute in less"
+        )
+
+
+@contextmanager
+def _train_mode(model: nn.Module) -> Iterator[None]:
+    """Put the model in train mode for a while."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.train()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
 
 
 @contextmanager

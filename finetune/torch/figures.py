@@ -53,4 +53,4 @@ def _each(layers: Sequence[nn.Module], *names: str) -> list[list[torch.Tensor]]:
 
 
 def _numpy(tensor: torch.Tensor) -> Array:
-    return tensor.detach().to("cpu", torch.float64, copy=True).numpy()
+    return tensor.detach().cpu().to(torch.float64, copy=True).numpy()

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from ...errors import InputError, UnsupportedError
 from ...layers.torch.norm import RunningNorm
+from ...layers.torch.passes import exact
 from ...patchers.torch import call, inference
 from ..least_squares import Moments
 
-_NORMS = (RunningNorm, nn.GroupNorm, nn.LayerNorm, nn.modules.batchnorm._NormBase)
+_NORMS = (RunningNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 _GATES = ("mean_weight", "var_weight")
 
 
@@ -65,9 +66,9 @@ def update_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
 
     Mean and variance become those of all the values a layer saw, each batch weighted by its count, while the layers
     normalize by the batch, without BRN's correction towards what is to be replaced; all else runs as at inference.
-    ``batches`` are inputs as the model takes them, or pairs whose first part is. It does for these layers what
-    `torch.optim.swa_utils.update_bn` does for BatchNorm. Layers that synchronize count the batches of all their
-    processes, which have to have as many each.
+    ``batches`` are inputs as the model takes them, on any device, or pairs whose first part is. It does for these
+    layers what `torch.optim.swa_utils.update_bn` does for BatchNorm. Layers that synchronize count the batches of all
+    their processes, which have to have as many each.
 
     Raises `UnsupportedError` if the model has no such layer, `InputError` if there are no batches.
     """
@@ -80,7 +81,7 @@ def update_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
     seen = {m: Moments() for m in layers}
 
     def see(m: Any, inputs: Any) -> None:
-        rows = inputs[0].detach().movedim(1, -1).flatten(0, -2).double()
+        rows = exact(inputs[0].detach().movedim(1, -1).flatten(0, -2))
         mean, batch = rows.mean(0), Moments()
         for count, *moments in _of_all_processes(m, len(rows), mean, (rows - mean).square().mean(0)):
             batch.merge(count, *(part.cpu().numpy() for part in moments))

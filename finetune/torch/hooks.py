@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...errors import InputError, UnsupportedError
+from ...layers.torch.batch_renorm import _BatchRenorm
 from ...layers.torch.norm import RunningNorm
 from ...patchers.torch_sites import MARK, named_modules
 from .helpers import moving_layers, update_statistics
@@ -37,10 +38,13 @@ class Gates:
         learning = [gates for gates in logits if held and gates.requires_grad]
         self._handles = [gates.register_hook(self._pass) for gates in learning]
         self._handles += [gates.register_post_accumulate_grad_hook(self._drop) for gates in learning]
-        self._temperature = torch.ones(())  # one tensor for all, which compiled code reads anew
-        if tempered:
-            for layer in self.layers:
-                layer.temperature = self._temperature
+        self._temperatures: dict[Any, Tensor] = {}
+        for layer in self.layers if tempered else ():
+            if layer.temperature == 0:  # in a tensor it has to be above
+                layer.harden()
+                layer.temperature = 1.0
+            layer.temperature = torch.tensor(float(layer.temperature))  # a tensor, which compiled code reads anew
+            self._temperatures[layer] = layer.temperature
 
     def _pass(self, gradient: Tensor) -> Tensor:
         return torch.zeros_like(gradient) if self._held else gradient
@@ -55,18 +59,24 @@ class Gates:
 
     def temper(self, temperature: float) -> None:
         """Set the temperature."""
-        self._temperature.fill_(temperature)
+        for each in self._temperatures.values():
+            each.fill_(temperature)
+
+    def fold(self) -> None:
+        """Leave the temperature in the logits, which changes no gate."""
+        for layer, temperature in self._temperatures.items():
+            with torch.no_grad():
+                layer.mean_weight.div_(temperature)
+                layer.var_weight.div_(temperature)
+            temperature.fill_(1.0)
 
     def close(self) -> None:
         """Leave plain gates of the same values."""
         for handle in self._handles:
             handle.remove()
-        for layer in self.layers:
-            if layer.temperature is self._temperature:
-                with torch.no_grad():
-                    layer.mean_weight.div_(self._temperature)
-                    layer.var_weight.div_(self._temperature)
-                layer.temperature = 1.0
+        self.fold()
+        while self._temperatures:
+            self._temperatures.popitem()[0].temperature = 1.0
 
 
 class _Mix:
@@ -135,14 +145,18 @@ def _is_replaced(module: Any) -> bool:
     return MARK in module.__dict__
 
 
-def scale_momentum(model: nn.Module, share: float) -> Callable[[], None]:
-    """Let a batch weigh as the ``share`` of one in all moving statistics, and return what undoes it."""
-    found = [
-        m for m in model.modules() if isinstance(m, RunningNorm | _BatchNorm) and getattr(m, "compat", None) is None
-    ]
+def scale_momentum(model: nn.Module, share: float, renorm: float) -> Callable[[], None]:
+    """Let a batch weigh as the ``share`` of one in all moving statistics, and return what undoes it.
+
+    In those of BRN one weighs ``renorm`` at most.
+    """
+    found = [module for module in model.modules() if isinstance(module, RunningNorm | _BatchNorm)]
     kept = [(module, module.momentum) for module in found if module.momentum is not None]
     for module, momentum in kept:
-        module.momentum = 1 - (1 - momentum) ** share
+        if isinstance(module, _BatchRenorm):
+            momentum = min(momentum, renorm)
+        of_the_old = getattr(module, "compat", None) is not None
+        module.momentum = momentum**share if of_the_old else 1 - (1 - momentum) ** share
 
     def undo() -> None:
         for module, momentum in kept:

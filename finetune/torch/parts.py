@@ -23,13 +23,15 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 class Learning:
     """Lets only the chosen parameters learn, those that are frozen already never; restores the flags at the end.
 
-    Blocks before the last N are kept in eval mode: nothing of them is to move.
+    Blocks before the last N are kept in eval mode, since nothing of them is to move, and have the model's in the end.
     """
 
     def __init__(self, model: nn.Module, which: str) -> None:
         check_train(which)
+        self._model = model
         self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self._frozen: list[nn.Module] = []
+        self._stilled: set[nn.Module] = set()
         if which == "norm":
             chosen = norm_parameters(model)
         elif match := LAST.fullmatch(which):
@@ -49,12 +51,15 @@ class Learning:
     def keep(self) -> None:
         """Keep frozen blocks in eval mode, which whoever puts the model in train mode has to be told again."""
         for part in self._frozen:
+            self._stilled.update(module for module in part.modules() if module.training)
             part.eval()
 
     def close(self) -> None:
         """Let learn what did before."""
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
+        for module in self._stilled:
+            module.training = self._model.training
 
     def __enter__(self) -> Self:
         return self

@@ -79,7 +79,7 @@ def observe(model: nn.Module, names: Sequence[str], batch: Any, see: See) -> Non
 def get_affine(layer: nn.Module) -> tuple[Array, Array]:
     """Return the layer's scale and shift in float64."""
     weight, bias = layer.weight, layer.bias
-    return weight.detach().double().cpu().numpy(), bias.detach().double().cpu().numpy()  # type: ignore[operator]
+    return weight.detach().cpu().double().numpy(), bias.detach().cpu().double().numpy()  # type: ignore[operator]
 
 
 def set_affine(layer: nn.Module, gamma: Array, beta: Array) -> None:
@@ -93,7 +93,7 @@ def get_weights(layer: nn.Module) -> Array:
     """Return a linear map's weights (K + 1, O) in float64, its bias or zeros as the last row."""
     weight = layer.weight.detach().flatten(1).T  # type: ignore[operator]
     bias = torch.zeros_like(weight[0]) if layer.bias is None else layer.bias.detach()  # type: ignore[operator]
-    return torch.cat([weight, bias[None]]).double().cpu().numpy()
+    return torch.cat([weight, bias[None]]).cpu().double().numpy()
 
 
 def set_weights(layer: nn.Module, weights: Array) -> None:

@@ -31,7 +31,7 @@ class _BatchRenorm(RunningNorm):
     per call (see `limits_at`). The limits default to 3 and 5, with ``"pretrained"`` to 1.25 and 0.5.
 
     Raises `ValueError` for a wrong rank or channel count, and in training for a single value per channel, which
-    has no variance; `TypeError` for a dtype that is not floating-point.
+    has no variance, in all processes together if they synchronize; `TypeError` for a dtype that is not floating-point.
 
     Source: Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models",
     algorithm 1.
@@ -98,8 +98,7 @@ class _BatchRenorm(RunningNorm):
             return F.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
             )
-        count = x.numel() // self.num_features
-        if count < 2:
+        if x.numel() // self.num_features * self._processes() < 2:
             raise ValueError(
                 f"{self._label}: expected more than one value per channel in training, "
                 f"received shape={tuple(x.shape)}; use a larger batch, or eval()"

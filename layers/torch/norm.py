@@ -109,7 +109,7 @@ class RunningNorm(nn.Module):
         those of the batch's.
         """
         over_processes, total = _as_it_is, mean.shape[0] * count
-        if self.sync and dist.is_available() and dist.is_initialized():
+        if self._processes() > 1:
             over_processes = self._over_processes
             total = over_processes(mean[:1, :1] * 0 + total)
         batch_mean = over_processes(mean.sum(0, keepdims=True)) * (count / total)
@@ -122,6 +122,12 @@ class RunningNorm(nn.Module):
             return over_processes(d_mean) * (count / total) + 2 * d_var * difference, d_var
 
         return batch_mean, batch_var, backward
+
+    def _processes(self) -> int:
+        """Return over how many processes the batch statistics are taken."""
+        if self.sync and dist.is_available() and dist.is_initialized():
+            return dist.get_world_size(self.process_group)
+        return 1
 
     def _over_processes(self, x: Array) -> Array:
         tensor = x if isinstance(x, Tensor) else torch.from_numpy(x)

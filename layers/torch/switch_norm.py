@@ -152,8 +152,9 @@ class _SwitchNorm(RunningNorm):
         if x.dim() > 2:
             counts = {"values per sample and channel": x.shape[2:].numel()}
         else:
-            mixed = self.training and self.batch_statistics == "moving"
-            counts = {"channels": x.shape[1], **({"samples in training": x.shape[0]} if mixed else {})}
+            counts = {"channels": x.shape[1]}
+            if self.training and self.batch_statistics == "moving":
+                counts["samples in training"] = x.shape[0] * self._processes()
         for what, number in counts.items():
             if number < 2:
                 raise ValueError(

@@ -11,6 +11,7 @@ from keras import layers
 import normswap
 from normswap.cli import main
 from normswap.finetune.figures import Clipping, gates
+from normswap.finetune.hooks import Momentum
 from normswap.layers.keras import BatchRenormalization
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
@@ -31,12 +32,17 @@ def clipped(layer, x):
     return ((r > value["r_max"]) | (r < 1 / value["r_max"]) | (np.abs(d) > value["d_max"])).mean()
 
 
-def test_clipping_in_fit():
-    """The share told of a step of ``fit``, compiled as it is, is what the layer did in it."""
+@pytest.mark.parametrize("images", [16, 64])
+def test_clipping_in_fit(images):
+    """The share told of a step of ``fit``, compiled as it is, is what the layer did in it.
+
+    So it is where a hook has the statistics average over more images than the layer says.
+    """
     rng = np.random.default_rng(0)
     model = renormed(momentum=0.9)
     model.compile("sgd", "mse")
     clipping = Clipping(model)
+    Momentum(model, 16, images)
     told, true = [], []
     for step in range(5):
         x = rng.normal(rng.normal(size=8) / 3, 1 + rng.uniform(-0.3, 0.3, 8), (16, 6, 6, 8)).astype(np.float32)

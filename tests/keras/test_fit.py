@@ -178,7 +178,9 @@ def averaged(model, taken):
 @pytest.mark.parametrize("backend", OTHER_BACKENDS)
 def test_holds_on_other_backends(backend):
     """What depends on how a backend keeps its variables during a training holds on every backend."""
-    chosen = "distils or leaves or goes_on or not_finite or limits or predict or scaled or narrow or decay or accum"
+    chosen = (
+        "distils or leaves or goes_on or not_finite or limits or predict or scaled or narrow or decay or accum or seed"
+    )
     environment = {**os.environ, "KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu"}
     files = [__file__, __file__.replace("test_fit.py", "test_fit_options.py")]
     command = [sys.executable, "-m", "pytest", *files, "-q", "-x", "-k", chosen, "-p", "no:cacheprovider"]

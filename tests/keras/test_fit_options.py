@@ -3,9 +3,13 @@
 import keras
 import numpy as np
 import pytest
+from keras import layers
 
 import normswap
 from normswap.errors import InputError, UnsupportedError
+from normswap.finetune.keras.distillation import record
+from normswap.finetune.keras.engine import predict
+from normswap.finetune.keras.helpers import update_statistics
 
 from .fitting import changed, fitted, losses, small_net, stripes, values
 
@@ -138,6 +142,54 @@ class TestFrom:
         plain, mirrored = (losses(small_net("gn"), steps=30, augment=each) for each in ("none", "flip"))
 
         assert plain[-1] < 0.1 < 0.3 < mirrored[-1]
+
+
+class TestOutputs:
+    @pytest.mark.parametrize("kind", ["mapping", "list"])
+    def test_scores_among_others(self, kind):
+        """Training, by labels and by a teacher, and evaluation are those of the scores alone."""
+        models = [small_net("gn") for _ in range(2)]
+        scores, image = models[1].output, stripes().batch(range(8))[0]
+        several = (
+            {"hidden": models[1].get_layer("conv").output, "logits": scores} if kind == "mapping" else [scores] * 2
+        )
+        other = keras.Model(models[1].input, several)
+
+        assert np.array_equal(predict(other, image), predict(models[0], image))
+        assert losses(other, steps=2) == pytest.approx(losses(models[0], steps=2), rel=1e-6)
+        found, expected = (losses(small_net("gn"), teacher=each, steps=2) for each in (other, models[0]))
+        assert found == pytest.approx(expected, rel=1e-5)
+
+    def test_scores_of_each_place_have_no_labels(self):
+        """They are refused for labels of images before the first step."""
+        image = keras.Input((6, 6, 1))
+        model = keras.Model(image, layers.Conv2D(2, 3)(image))
+        with pytest.raises(UnsupportedError) as raised:
+            fitted(model)
+
+        assert str(raised.value) == (
+            "expected a model with scores of shape (N, classes) for labels of images, received one with scores of "
+            "shape (1, 4, 4, 2); --teacher original needs no labels"
+        )
+
+    def test_features_of_an_evaluation_are_not_held(self):
+        """A distillation of features takes note of what is learned from, not of predictions and new statistics."""
+        model, image, noted = small_net("sn"), stripes().batch(range(8))[0], []
+        undo = record(model, ["norm"], lambda name, output, learned_from: noted.append((name, learned_from)))
+        predict(model, image)
+        update_statistics(model, [image])
+        model(image)
+        for each in undo:
+            each()
+
+        assert noted == [("norm", False), ("norm", False), ("norm", True)]
+
+
+def test_a_large_seed():
+    """A time in nanoseconds will do as a seed."""
+    assert losses(small_net("gn", dropout=0.3), seed=1763726400123456789, steps=1) != losses(
+        small_net("gn", dropout=0.3), steps=1
+    )
 
 
 class TestPrecision:

@@ -172,6 +172,24 @@ class TestGateSchedule:
         assert 0 < moved[2] < moved[3] < 2.5 * moved[2]  # momentum 0.9 begins there
         assert not np.array_equal(values[0][1], values[1][1])
 
+    @pytest.mark.parametrize("before", [0.5, 0])
+    def test_begins_with_the_gates_there_are(self, before):
+        """A temperature that a layer had before, 0 too, stays in its gates; going on with a step changes no logits."""
+        model, _ = network("sn")
+        layer = model.get_layer("bn1")
+        layer.mean_weight.assign([0.0, 0.1, 0.2])
+        layer.set_temperature(before)
+        expected = ops.convert_to_numpy(layer.gates()[0])
+        hook = GateSchedule(model, 4, temperature=(2.0, 0.5))
+        for _ in range(2):
+            hook.on_step(0)
+            np.testing.assert_allclose(ops.square(layer.gates()[0]) / sum(layer.gates()[0] ** 2), expected, rtol=1e-5)
+        kept = layer.mean_weight.numpy()
+        GateSchedule(model, 4, temperature=(2.0, 0.5)).on_step(3)
+
+        assert np.array_equal(layer.mean_weight.numpy(), kept)
+        assert float(layer.temperature) == 0.5
+
     @pytest.mark.parametrize("harden", [False, True])
     def test_leaves_a_plain_layer(self, harden):
         """The end keeps the gates, or gives all to the largest, at temperature 1, and holds nothing back."""

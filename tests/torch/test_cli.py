@@ -185,6 +185,23 @@ class TestCommands:
         assert code == 0
         assert f"\n    normswap {command} " in out or f"Example: normswap {command} " in out
 
+    def test_help_on_all(self, run):
+        """What the commands share is told once: forms of models and data, and all exit codes."""
+        code, out, _ = run("--help")
+
+        assert code == 0
+        assert (
+            """
+  DATA is a folder with one subfolder of images per class, an .npz with arrays x and y, or hf:NAME[SPLIT]
+  (a data set of Hugging Face's); any folder of images, or an .npz without y, where labels are not used.
+
+  Exit codes: 0 ok, 1 internal error, 2 usage, 3 input rejected, 4 unsupported or nothing to do,
+  5 verification failed or training went non-finite, 6 something not installed, 7 file system,
+  130 stopped by Ctrl-C, 143 stopped by SIGTERM.
+"""
+            in out
+        )
+
 
 class TestRefusals:
     def test_ctrl_c(self, run, monkeypatch):

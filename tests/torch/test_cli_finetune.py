@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from click.testing import CliRunner
+from PIL import Image
 
 from normswap.cli import main
 
-from .runs import bundled, checkpoints, coloured
+from .runs import bundled, checkpoints, coloured, same, weights
 
 
 @pytest.fixture(scope="module")
@@ -51,28 +52,77 @@ class TestRecipes:
 
         assert code == 0, err
         assert result["steps"] == 5
-        assert err.startswith("warning: expected 256 images to calibrate on, received 96; see what the residuals say\n")
+        assert err.startswith("warning: expected 256 images to calibrate on, received 72 beside 24 to judge it by\n")
         kept = settings(tmp_path / "out")
         assert (kept["stages"], kept["teacher"], kept["lr"]) == ("calibrate,norm,all", "original", 0.0125)
         assert (kept["bundle"], kept["data"]) == ("in-gn", "data.npz")
         assert (tmp_path / "out/run/curves.png").stat().st_size > 10_000
 
-    def test_epochs(self, run, tmp_path):
+    @pytest.mark.parametrize(("batch_size", "epochs", "steps"), [(16, 2, 6), (64, 4, 3)])
+    def test_epochs(self, run, tmp_path, batch_size, epochs, steps):
         """--epochs counts passes over the data, of batches and what is accumulated of them."""
-        options = "--batch-size", 16, "--accumulate", 2, "--epochs", 2, "--teacher", "none", "--train", "all"
+        options = "--accumulate", 2, "--epochs", epochs, "--teacher", "none", "--train", "all"
+        code, result, err = run("in-gn", "--batch-size", batch_size, *options, "-o", tmp_path / "out")
+
+        assert code == 0, err
+        assert result["steps"] == steps
+
+    def test_fewer_images_than_a_batch(self, run, folder, tmp_path):
+        """A batch is the whole data then, and the rate is in proportion to what it holds."""
+        data = np.load(folder / "data.npz")
+        np.savez(tmp_path / "few.npz", x=data["x"][:32], y=data["y"][:32])
+        options = "--data", tmp_path / "few.npz", "--train", "norm", "--epochs", 2
         code, result, err = run("in-gn", *options, "-o", tmp_path / "out")
 
         assert code == 0, err
-        assert result["steps"] == 6
+        kept = settings(tmp_path / "out")
+        assert (result["steps"], kept["batch_size"], kept["lr"]) == (2, 32, 0.025)
 
-    def test_the_largest_batch(self, run, tmp_path):
-        """--batch-size auto is found once, and kept for resuming."""
-        options = "in-gn", "--batch-size", "auto", "--steps", 5, "-o", tmp_path / "out"
-        code, _, err = run(*options)
+    def test_labels_a_teacher_does_not_need(self, run, folder, tmp_path):
+        """Images to distil on may lie in any folders; those to evaluate on may be of one class."""
+        for name in ("monday", "tuesday", "empty"):
+            (tmp_path / "train" / name).mkdir(parents=True)
+        for index in range(8):
+            name = "monday" if index < 7 else "tuesday"
+            Image.new("RGB", (12, 12), (30 * index,) * 3).save(tmp_path / "train" / name / f"{index}.png")
+        data = np.load(folder / "data.npz")
+        np.savez(tmp_path / "one.npz", x=data["x"][data["y"] == 1], y=data["y"][data["y"] == 1])
+        options = "--train", "norm", "--steps", 2, "--eval-data", tmp_path / "one.npz", "--no-early-stop"
+        code, result, err = run("in-gn", *options, "--data", tmp_path / "train", "-o", tmp_path / "out")
 
         assert code == 0, err
-        assert settings(tmp_path / "out")["batch_size"] == 64
+        assert (result["steps"], result["eval"]["n"]) == (2, int((data["y"] == 1).sum()))
+
+    def test_a_seed_of_the_clock(self, run, tmp_path):
+        """Nanoseconds are a seed."""
+        options = "--train", "norm", "--steps", 2, "--seed", 1_763_726_400_123_456_789
+        code, _, err = run("in-gn", *options, "-o", tmp_path / "out")
+
+        assert code == 0, err
+        assert settings(tmp_path / "out")["seed"] == 1_763_726_400_123_456_789
+
+    def test_what_is_held(self, run, folder, tmp_path):
+        """The network is built for the model and for its original, and not once more."""
+        bundled(tmp_path, "gn")
+        text = (tmp_path / "net.py").read_text()
+        told = f"    print('built', file=open({str(tmp_path / 'built')!r}, 'a'))\n    return"
+        (tmp_path / "net.py").write_text(text.replace("    return", told))
+        code, _, err = run(tmp_path / "in-gn", "--train", "norm", "--steps", 2, "-o", tmp_path / "out")
+
+        assert code == 0, err
+        assert (tmp_path / "built").read_text() == "built\nbuilt\n"
+
+    def test_the_largest_batch(self, run, tmp_path):
+        """--batch-size auto is found once, leaves nothing behind in the model, and is kept for resuming."""
+        options = "in-gn", "--batch-size", "auto", "--steps", 5, "-o", tmp_path / "out"
+        code, result, err = run(*options)
+
+        assert code == 0, err
+        assert "\n--batch-size auto: 64 images\n" in f"\n{err}"
+        assert settings(tmp_path / "out")["batch_size"] == result["batch_size"] == 64
         assert run(*options, "--resume")[0] == 0
+        assert run("in-gn", "--batch-size", 64, "--steps", 5, "-o", tmp_path / "told")[0] == 0
+        assert same(weights(tmp_path / "out"), weights(tmp_path / "told"))
 
     def test_as_good_already(self, run, tmp_path):
         """A model that is as accurate as its original ends where it began, with --eval-data and early stopping."""
@@ -99,6 +149,52 @@ class TestConfig:
         assert (changed["seed"], changed["stages"], changed["train"], changed["steps"]) == (4, "", "norm", 5)
         assert changed["mean"] == "0.4,0.5,0.6"
 
+    @pytest.mark.parametrize(
+        ("text", "options", "expected"),
+        [
+            ("steps = 9", ["--epochs", 0.5], {"steps": 3}),
+            ("epochs = 9", ["--steps", 2], {"steps": 2}),
+            ('steps = 2\nstages = "all"', ["--train", "norm"], {"stages": "", "train": "norm"}),
+            ('steps = 2\ntrain = "norm"', ["--stages", "all"], {"stages": "all", "train": "all"}),
+            ("steps = 2\nlr = 1\nmean = [0.5, 0.4, 0.6]", [], {"lr": 1.0, "mean": "0.5,0.4,0.6"}),
+        ],
+    )
+    def test_the_command_line_comes_first(self, run, tmp_path, text, options, expected):
+        """What is on it beats the file's options, those it excludes as well."""
+        (tmp_path / "run.toml").write_text(f'batch_size = 16\nteacher = "none"\n{text}\n')
+        code, _, err = run("in-gn", "-c", tmp_path / "run.toml", *options, "-o", tmp_path / "out")
+
+        assert code == 0, err
+        kept = settings(tmp_path / "out")
+        assert {name: kept[name] for name in expected} == expected
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("accumulate = 2.5", "expected an integer in {}, received accumulate=2.5"),
+            ("accumulate = true", "expected an integer in {}, received accumulate=true"),
+            ('steps = "5"', 'expected an integer in {}, received steps="5"'),
+            ("seed = 2025-11-21", 'expected an integer in {}, received seed="2025-11-21"'),
+            ('lr = "0.1"', 'expected a number in {}, received lr="0.1"'),
+            ("ema = false", "expected a number in {}, received ema=false"),
+            ("lr = [0.1]", "expected a number in {}, received lr=[0.1]"),
+            ('harden = "no"', 'expected true or false in {}, received harden="no"'),
+            ("early-stop = 0", "expected true or false in {}, received early_stop=0"),
+            ("steps = [3]", "expected an integer in {}, received steps=[3]"),
+            ('teacher = ["none"]', 'expected text or a number in {}, received teacher=["none"]'),
+            ("data = true", "expected text or a number in {}, received data=true"),
+            ("mean = [true]", "expected text, a number or a list of these in {}, received mean=[true]"),
+            ("[train]\nnorm = 5", 'expected text or a number in {}, received train={{"norm": 5}}'),
+        ],
+    )
+    def test_wrong_types(self, run, tmp_path, text, message):
+        """Nothing is rounded or guessed."""
+        (tmp_path / "run.toml").write_text(f"{text}\n")
+        code, _, err = run("in-gn", "-c", tmp_path / "run.toml", "-o", tmp_path / "out")
+
+        expected = f"Error: Invalid value for '-c' / '--config': {message.format(tmp_path / 'run.toml')}"
+        assert (code, err.splitlines()[-1]) == (2, expected)
+
     def test_what_is_refused(self, run, tmp_path):
         """A file that is no TOML, or has options there are not."""
         (tmp_path / "bad.toml").write_text("steps 5")
@@ -107,7 +203,9 @@ class TestConfig:
         assert (code, f"expected a TOML file, received {tmp_path}/bad.toml: " in err) == (2, True)
         code, _, err = run("in-gn", "-c", tmp_path / "other.toml", "-o", tmp_path / "out")
         assert code == 2
-        assert f"expected options of this command in {tmp_path}/other.toml, received stepps" in err
+        expected = f"expected options of this command in {tmp_path}/other.toml, received stepps; there are accumulate, "
+        assert expected in err
+        assert ", steps, teacher, temperature, train, trust, warmup, weight_decay, workers\n" in err
         assert not (tmp_path / "out").exists()
 
 
@@ -130,6 +228,70 @@ class TestRefusals:
 
         assert (found, message in err) == (code, True), err
         assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        ("options", "code", "message"),
+        [
+            (["--epochs", 0], 2, "Error: Invalid value for '--epochs': expected a finite number above 0, received 0.0"),
+            (["--epochs", -3], 2,
+             "Error: Invalid value for '--epochs': expected a finite number above 0, received -3.0"),
+            (["--epochs", "nan"], 2,
+             "Error: Invalid value for '--epochs': expected a finite number above 0, received nan"),
+            (["--epochs", "inf"], 2,
+             "Error: Invalid value for '--epochs': expected a finite number above 0, received inf"),
+            (["--accumulate", 0], 2,
+             "Error: Invalid value for '--accumulate': expected a finite number above 0, received 0"),
+            (["--train", "norm", "--stages", "all"], 2, "Error: expected one of --stages and --train"),
+            (["--teacher", "none", "--distill"], 2, "Error: expected one of --teacher and --distill"),
+            (["--size", "8,8,8"], 2, "Error: Invalid value for '--size': expected up to 2 numbers, received '8,8,8'"),
+            (["--size", "8,0"], 2,
+             "Error: Invalid value for '--size': expected finite numbers above 0, received '8,0'"),
+            (["--mean", "nan"], 2, "Error: Invalid value for '--mean': expected finite numbers, received 'nan'"),
+            (["--std", "0"], 2, "Error: Invalid value for '--std': expected finite numbers above 0, received '0'"),
+            (["--data", ""], 3,
+             "error: expected a folder of class folders, an .npz file or hf:NAME[SPLIT], received data="),
+            (["--eval-data", ""], 3,
+             "error: expected a folder of class folders, an .npz file or hf:NAME[SPLIT], received data="),
+            (["--seed", -1], 3, "error: expected `seed` of at least 0, received seed=-1"),
+        ],
+    )  # fmt: skip
+    def test_options_that_cannot_be(self, run, tmp_path, options, code, message):
+        """The last line names the option and what it takes."""
+        found, _, err = run("in-gn", "-o", tmp_path / "out", *options)
+
+        assert (found, err.splitlines()[-1]) == (code, message)
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(("option", "name"), [("--data", "out"), ("--eval-data", "train/out"), ("--data", ".")])
+    def test_an_output_among_the_images(self, run, tmp_path, option, name):
+        """The run's pictures would be images of a class."""
+        (tmp_path / "images/train").mkdir(parents=True)
+        output, others = tmp_path / "images" / name, ["--data", "data.npz"] if option == "--eval-data" else []
+        code, _, err = run("in-gn", option, tmp_path / "images", *others, "-o", output)
+
+        expected = f"expected an output outside of {option} {tmp_path}/images, whose pictures are read as images"
+        assert (code, err) == (3, f"error: {expected}, received output={output}\n")
+        assert not (tmp_path / "images/train/out").exists()
+
+    def test_options_without_effect(self, run, tmp_path):
+        """They are named where the command line has them, and only for a model or teacher that has no use for them."""
+        idle = "--temperature", 3, "--features", 0.1, "--gate-lr", 2, "--harden", "--limits", "paper"
+        options = "--train", "norm", "--steps", 2, "--batch-size", 16
+        code, _, err = run("in-gn", *options, "--teacher", "none", *idle, "-o", tmp_path / "out")
+
+        assert code == 0, err
+        assert [line for line in err.splitlines() if "no effect" in line] == [
+            f"warning: expected {need} for {option}, received none; it has no effect"
+            for option, need in (
+                ("--temperature", "a teacher"),
+                ("--features", "a teacher"),
+                ("--gate-lr", "layers with gates"),
+                ("--harden", "layers with gates"),
+                ("--limits", "BRN layers"),
+            )
+        ]
+        code, _, err = run("in-sn", *options, "--distill", *idle[:-2], "-o", tmp_path / "sn")
+        assert (code, "no effect" in err) == (0, False), err
 
     def test_a_file_that_cannot_grow(self, run, tmp_path):
         """A checkpoint the disk has no room for exits 7, and the one before it is whole."""

@@ -70,6 +70,17 @@ def test_how_a_model_sees_images_goes_into_its_bundle(run, tmp_path):
     assert (known["interpolation"], known["crop"], known["crop_mode"]) == ("bicubic", 0.8, "center")
 
 
+def test_a_class_that_is_missing(run, tmp_path):
+    """`evaluate` says once that labels of other folders may not be the model's, and which they are."""
+    for file in (*(tmp_path / "images/b").iterdir(), tmp_path / "images/b"):
+        file.unlink() if file.is_file() else file.rmdir()
+    options = "--weights", "net.pth", "--data", "images", "--batch-size", 4, "--json"
+    code, _, err = run("evaluate", "net.py:build", *options)
+
+    message = "expected 3 classes, as many as the model has scores, received 2: label 0 is 'a', 1 is 'c'"
+    assert (code, [line for line in err.splitlines() if line.startswith("warning")]) == (0, [f"warning: {message}"])
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

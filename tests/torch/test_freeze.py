@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from torch import nn
 
 from normswap.errors import InputError
 from normswap.finetune.hooks import Freeze
@@ -26,6 +27,19 @@ def test_the_last_blocks():
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_modes():
+    """Until the end frozen blocks are in eval mode, then in the model's, but for what was in eval mode by itself."""
+    model, _ = network("sn")
+    hook = Freeze(model, "last:1")
+    model.train()
+    model.stem[1].eval()
+    hook.on_step(0)
+    assert {name for name, module in model.named_modules() if not module.training} == {"stem.0", "stem.1", "conv", "bn"}
+    hook.on_end()
+
+    assert [name for name, module in model.named_modules() if not module.training] == ["stem.1"]
+
+
 def test_norms():
     """Norms alone learn; what the user froze does not, and stays frozen."""
     model, _ = network("gn")
@@ -35,6 +49,14 @@ def test_norms():
 
     assert moved(model, before) == {"stem.1.weight", "stem.1.bias", "bn.weight"}
     assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == ["bn.bias"]
+
+
+def test_norms_of_every_kind():
+    """Norms that the model has besides learn too."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.RMSNorm(4), nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.BatchNorm1d(4))
+    Freeze(model, "norm")
+
+    assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"1", "2", "3", "4"}
 
 
 @pytest.mark.parametrize(

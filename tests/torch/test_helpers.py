@@ -12,7 +12,7 @@ from torch import nn
 import normswap
 from normswap.errors import InputError, UnsupportedError
 from normswap.finetune.torch.helpers import convert_sync, param_groups, update_statistics
-from normswap.layers.torch import BatchRenorm2d, SwitchNorm2d
+from normswap.layers.torch import BatchRenorm1d, BatchRenorm2d, SwitchNorm1d, SwitchNorm2d
 
 from .conftest import filled
 
@@ -88,14 +88,13 @@ def step(layer, x, weights):
     return y.detach(), x.grad, [p.grad for p in layer.parameters()]
 
 
-def work(rank, path, layers, x, weights, splits, results):
+def work(rank, path, cases, results):
     """One of two processes: its share of the batch through each layer."""
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    start = sum(splits[:rank])
-    part = slice(start, start + splits[rank])
     results[rank] = []
     found = []
-    for shared in layers:
+    for shared, x, weights, first in cases:
+        part = slice(first) if rank == 0 else slice(first, None)
         layer = copy.deepcopy(shared)  # what is passed to a process shares its memory with the others
         y, dx, gradients = step(convert_sync(layer), x[part], weights[part])
         for gradient in gradients:
@@ -107,24 +106,29 @@ def work(rank, path, layers, x, weights, splits, results):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("splits", [(3, 3), (5, 1)])
-def test_two_processes_are_one_on_the_whole_batch(splits, tmp_path):
-    """Outputs, gradients, running statistics and those re-estimated agree to 1e-10, uneven shares too."""
+@pytest.mark.parametrize("first", [3, 5])
+def test_two_processes_are_one_on_the_whole_batch(first, tmp_path):
+    """Outputs, gradients, running statistics and those re-estimated agree to 1e-10.
+
+    Shares may be uneven, and of two vectors each process may have one, which alone has no variance.
+    """
     torch.manual_seed(0)
-    layers = [filled(cls, 4, dtype=torch.float64).train() for cls in (SwitchNorm2d, BatchRenorm2d)]
     x = torch.randn(6, 4, 3, 5, dtype=torch.float64) * 2 + 1
-    weights = torch.randn_like(x)
-    single = [(copy.deepcopy(layer), *step(layer, x, weights)) for layer in copy.deepcopy(layers)]
-    expected = [(y, dx, gradients) for _, y, dx, gradients in single]
-    alone = copy.deepcopy(layers)
-    for layer in alone:
-        layer(x)
-    estimated = copy.deepcopy(layers)
-    for layer in estimated:
-        update_statistics(layer, [x, x + 1])
+    weights, vectors = torch.randn_like(x), (slice(2), slice(None), 0, 0)
+    published = filled(SwitchNorm1d, 4, compat="switchablenorms", dtype=torch.float64)
+    cases = [(filled(cls, 4, dtype=torch.float64), x, weights, first) for cls in (SwitchNorm2d, BatchRenorm2d)]
+    cases += [
+        (layer, x[vectors], weights[vectors], 1) for layer in (filled(BatchRenorm1d, 4, dtype=torch.float64), published)
+    ]
+    alone, estimated, expected = [], [], []
+    for layer, images, scale, _ in cases:
+        alone.append(copy.deepcopy(layer.train()))
+        expected.append(step(alone[-1], images, scale))
+        estimated.append(copy.deepcopy(layer))
+        update_statistics(estimated[-1], [images, images + 1])
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(work, (tmp_path / "rendezvous", layers, x, weights, splits, results), nprocs=2)
+        mp.spawn(work, (tmp_path / "rendezvous", cases, results), nprocs=2)
         shares = [results[0], results[1]]
 
     for index, (y, dx, gradients) in enumerate(expected):

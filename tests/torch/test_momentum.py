@@ -7,22 +7,26 @@ from torch import nn
 import normswap
 from normswap.errors import InputError
 from normswap.finetune.hooks import Momentum
+from normswap.layers.torch import SwitchNorm2d
 
 from .loops import network
 from .runs import SETTINGS, bundled, coloured, quick
 
 
-@pytest.mark.parametrize("target", ["sn", "brn"])
+@pytest.mark.parametrize("target", ["sn", "brn", "compat"])
 def test_as_many_images_as_before(target):
-    """Thirty-two batches of two images, all alike, move the statistics as one batch of 64 does."""
-    model, _ = network(target)
-    layer = model.bn
+    """Thirty-two batches of two images, all alike, move the statistics as one batch of 64 does.
+
+    Where the momentum is the weight of the old value, as the published SN has it, too. BRN's batch weighs a hundredth.
+    """
+    layer = SwitchNorm2d(8, compat="switchablenorms") if target == "compat" else network(target)[0].bn
     x = torch.randn(1, 8, 5, 5, generator=torch.Generator().manual_seed(0))
     before, momentum = layer.running_mean.clone(), layer.momentum
-    hook = Momentum(model, 2)
+    weight = {"sn": momentum, "brn": 0.01, "compat": 1 - momentum}[target]
+    hook = Momentum(layer, 2)
     for _ in range(32):
         layer.train()(x.expand(2, -1, -1, -1))
-    expected = before + momentum * (x.mean((0, 2, 3)) - before)
+    expected = before + weight * (x.mean((0, 2, 3)) - before)
     torch.testing.assert_close(layer.running_mean, expected)
     hook.on_end()
 

@@ -1,6 +1,7 @@
 """Training in two processes that meet over gloo is training in one."""
 
 import json
+import runpy
 import subprocess
 import sys
 
@@ -19,12 +20,14 @@ SETTINGS = {
     "teacher": "original", "early_stop": False, "ema": 0.5,
 }  # fmt: skip
 SCRIPT = """
-import json, os, signal, sys
+import contextlib, io, json, os, signal, sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+import heads
+from normswap.cli import main
 from normswap.errors import NormswapError
 from normswap.finetune.run import finetune
 from normswap.finetune.settings import Settings
@@ -33,6 +36,7 @@ from normswap.sources.data import Preprocessing, from_arrays
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 found = np.load(folder / "data.npz")
 data = from_arrays(found["x"], found["y"], Preprocessing((3, 12, 12), "channels_first", mean=(0.5,), std=(0.3,)))
+(folder / f"heads-{rank}.json").write_text(json.dumps(heads.losses(data)))
 settings = Settings(**json.loads(sys.argv[2]))
 
 
@@ -51,27 +55,64 @@ for output, changes, on_step in (
         finetune(folder / "in-gn", folder / output, data, replace(settings, **changes), on_step=on_step, draw=False)
     except NormswapError as error:
         said.append([str(error), error.exit_code])
-(folder / f"{rank}.json").write_text(json.dumps(said))
+os.environ["FORCE_COLOR"] = "1"  # as on a terminal
+command = ["finetune", f"{folder}/in-gn", "--data", f"{folder}/data.npz", "-o", f"{folder}/command"]
+with contextlib.redirect_stderr(io.StringIO()) as shown:
+    main([*command, "--train", "norm", "--steps", "2"], standalone_mode=False)
+(folder / f"{rank}.json").write_text(json.dumps([said, shown.getvalue()]))
+"""
+
+HEADS = """
+import torch
+from torch import nn
+
+from normswap.finetune.torch.engine import train
+from normswap.finetune.training import Training
+
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.first, self.second, self.spare = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.body(x)
+        return (self.first(x), self.second(x)) if self.training else self.first(x)
+
+
+def losses(data):
+    found = []
+    training = Training(steps=3, batch_size=11, accumulate=2, weight_decay=0.1)
+    train(Heads(), data, training, on_step=lambda taken: found.append(taken.loss))
+    return found
 """
 
 
 def test_two_processes(tmp_path):
-    """Losses and accuracies are those of one process with the same batches, uneven ones; all agree or all refuse."""
+    """Losses and accuracies are those of one process with the same batches; all agree or all refuse, and one talks."""
     data = coloured()
     np.savez(tmp_path / "data.npz", x=data._images.images, y=data.labels)
     for target in ("sn", "brn", "gn"):
         path = bundled(tmp_path, target, dropout=0.0)
         quick(path, tmp_path / f"one-{target}", data, Settings(**SETTINGS), eval_data=data)
     (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "heads.py").write_text(HEADS)
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "script.py"), str(tmp_path)]
     subprocess.run([sys.executable, *command, json.dumps(SETTINGS)], check=True, timeout=300)
 
+    expected = runpy.run_path(str(tmp_path / "heads.py"))["losses"](data)
+    for rank in (0, 1):  # heads that take no part in the scores wait for no gradient
+        assert json.loads((tmp_path / f"heads-{rank}.json").read_text()) == pytest.approx(expected, abs=1e-5)
     for target in ("sn", "brn", "gn"):
         one, two = (read(tmp_path / f"{name}-{target}/run/metrics.csv") for name in ("one", "two"))
         for figure in ("loss", "eval_top1", "drift", "clipped"):
             ours, theirs = ([row[figure] or 0.0 for row in rows] for rows in (two, one))
             assert ours == pytest.approx(theirs, abs=1e-5), (target, figure)
-    said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    said, shown = zip(*(json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)), strict=True)
+    assert shown[0].rstrip().endswith(f"bundle written to {tmp_path}/command")
+    assert shown[1] == ""
     assert said[0] == said[1]
     assert said[0] == [
         [

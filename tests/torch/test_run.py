@@ -44,6 +44,7 @@ class TestOutput:
         assert result.to_dict() == {
             "output": str(tmp_path / "out"),
             "steps": 6,
+            "kept": 6,
             "loss": result.loss,
             "eval": None,
             "original": None,
@@ -61,11 +62,11 @@ class TestOutput:
 
     def test_the_best_model_is_kept(self, source, data, tmp_path, monkeypatch):
         """With data to evaluate on the bundle holds the model that was best on it, and its checkpoint stays."""
-        from normswap.finetune import run
+        from normswap.finetune import evaluation
         from normswap.finetune.accuracy import Accuracy
 
         scores = iter([50.0, 10.0, 90.0, 20.0, 30.0, 40.0])  # the original, the start, and four checkpoints
-        monkeypatch.setattr(run, "accuracy", lambda *_, **__: Accuracy(next(scores), 100.0, 96))
+        monkeypatch.setattr(evaluation, "accuracy", lambda *_, **__: Accuracy(next(scores), 100.0, 96))
         result = finetune(source(), tmp_path / "out", data, replace(SETTINGS, steps=12), eval_data=data)
 
         assert result.evaluation.top1 == 90.0
@@ -76,11 +77,11 @@ class TestOutput:
 
     def test_stops_when_it_is_as_good_as_its_teacher(self, source, data, tmp_path, monkeypatch):
         """A run that distils ends at the first evaluation that reaches the original's accuracy."""
-        from normswap.finetune import run
+        from normswap.finetune import evaluation
         from normswap.finetune.accuracy import Accuracy
 
         scores = iter([50.0, 10.0, 50.0])
-        monkeypatch.setattr(run, "accuracy", lambda *_, **__: Accuracy(next(scores), 100.0, 96))
+        monkeypatch.setattr(evaluation, "accuracy", lambda *_, **__: Accuracy(next(scores), 100.0, 96))
         settings = replace(SETTINGS, teacher="original", steps=12)
         result = finetune(source("gn"), tmp_path / "out", data, settings, eval_data=data)
 

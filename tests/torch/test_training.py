@@ -12,8 +12,8 @@ import normswap
 from normswap import GroupNorm
 from normswap.errors import InputError, UnsupportedError, VerificationError
 from normswap.finetune.accuracy import Accuracy, accuracy
-from normswap.finetune.batch_size import largest_batch
 from normswap.finetune.hooks import Hook, RenormLimits
+from normswap.finetune.torch import engine
 from normswap.finetune.torch.engine import predict, train
 from normswap.finetune.torch.parts import blocks
 from normswap.finetune.training import Training
@@ -126,6 +126,31 @@ class TestTrain:
             or before[k].isnan().any()
             for k, v in model.state_dict().items()
         )
+
+    @pytest.mark.parametrize("train", ["all", "last:1"])
+    def test_modes_are_as_before(self, model, data, train):
+        """Each module is in the mode it was in, after a training and after one that was broken off."""
+        model.train()
+        model.bn.eval()
+        modes = [module.training for module in model.modules()]
+        losses(model, data, steps=1, train=train)
+        assert [module.training for module in model.modules()] == modes
+
+        with pytest.raises(ZeroDivisionError):
+            train_ = Training(steps=1, batch_size=16, train=train)
+            engine.train(model, data, train_, on_step=lambda taken: 1 / 0)
+        assert [module.training for module in model.modules()] == modes
+
+    def test_random_numbers_of_any_seed(self, model, data):
+        """Seed and step choose them, for a time in nanoseconds as well as for a small number."""
+        seeds = []
+        for seed in (1, 1763726400123456789):
+            training = Training(steps=2, batch_size=16, seed=seed)
+            engine.train(model, data, training, first=5, on_step=lambda _: seeds.append(torch.initial_seed()))
+
+        assert seeds[:2] == [(1_000_003 + 5) * 1_009, (1_000_003 + 6) * 1_009]
+        assert 0 <= seeds[2] < 2**63
+        assert seeds[3] == (seeds[2] + 1_009) % 2**63
 
 
 class TestOptions:
@@ -282,36 +307,6 @@ class TestOptions:
         """A setting that cannot be is refused by name."""
         with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
             Training(**changes)
-
-
-class TestBatchSize:
-    def test_doubles_until_memory_runs_out(self, model, data, monkeypatch):
-        """The largest size that trains is found, and the model is as it was."""
-        import normswap.finetune.torch.engine as engine
-
-        normswap.patch(model, "sn")
-        before, sizes = copy.deepcopy(model.state_dict()), []
-
-        class Engine:
-            snapshot, processes = staticmethod(engine.snapshot), staticmethod(engine.processes)
-
-            @staticmethod
-            def train(model, data, training, teacher=None):
-                sizes.append(training.batch_size)
-                if training.batch_size > 16:
-                    raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
-                engine.train(model, data, training, teacher=teacher)
-
-        assert largest_batch(Engine, model, data, Training()) == 16
-        assert sizes == [1, 2, 4, 8, 16, 32]
-        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-    def test_is_at_most_the_data(self, model, data):
-        """No more images than there are."""
-        import normswap.finetune.torch.engine as engine
-
-        normswap.patch(model, "gn")
-        assert largest_batch(engine, model, data, Training()) == 64
 
 
 def test_accuracy_counts_ties_as_wrong(data):
