@@ -1,5 +1,6 @@
 """Fine-tune a PyTorch model, in one process or under ``accelerate launch`` and ``torchrun``."""
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -88,8 +89,7 @@ def train(
         if state is not None:
             _load_state(optimizer, average, accelerator.scaler, state)
         with _criterion(model, teacher, training, accelerator.device) as criterion:
-            loader: Any = DataLoader(images, batch_size=None, num_workers=training.workers)  # type: ignore[arg-type]
-            batches = iter(loader)
+            batches = iter(reader(images, training.workers))
             for step in range(start, training.steps):
                 seed = (training.seed * 1_000_003 + first + step) * 1_009 + accelerator.process_index
                 torch.manual_seed(seed % SEEDS)
@@ -115,6 +115,18 @@ def train(
                     )
                     if on_step(taken):
                         break
+
+
+def reader(images: StepBatches, workers: int) -> "DataLoader[Any]":
+    """Return what reads batches ahead in ``workers`` processes."""
+    source: Any = images
+    return DataLoader(source, batch_size=None, num_workers=workers, worker_init_fn=_stay if workers else None)
+
+
+def _stay(worker: int) -> None:
+    """Leave it to the run when a worker ends: signals that tell it to stop often reach the whole process group."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def predict(model: nn.Module, x: Array, batch_size: int = 256) -> Array:

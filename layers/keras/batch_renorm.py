@@ -111,11 +111,15 @@ class BatchRenormalization(MovingNorm):
         self._take_limits(limits, limits)
 
     def _take_limits(self, limits: tuple[float, float], values: tuple[Any, Any]) -> None:
-        """Set checked limits; as ``values`` tensors of theirs are assigned in half the time."""
+        """Set checked limits; tensors of theirs as ``values`` are assigned in less time, which counts each step."""
         self._limits = limits
-        if self.r_max is not None:
-            self.r_max.assign(values[0])
-            self.d_max.assign(values[1])
+        for variable, value in zip((self.r_max, self.d_max), values, strict=True):
+            if variable is None:
+                continue
+            if keras.backend.backend() == "tensorflow":
+                variable.value.assign(ops.convert_to_tensor(value, variable.dtype), read_value=False)
+            else:
+                variable.assign(value)
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         """Normalize ``inputs`` along ``axis``."""

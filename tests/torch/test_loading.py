@@ -1,5 +1,9 @@
 """Reading ahead in PyTorch's workers: the same batches as without any."""
 
+import multiprocessing
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from normswap.errors import InputError
 from normswap.finetune.loading import StepBatches
+from normswap.finetune.torch.engine import reader
 from normswap.finetune.training import Training
 from normswap.sources.data import Preprocessing, open_data
 
@@ -38,6 +43,18 @@ def test_workers(folder, start, workers):
         expected = batches[step]
         assert torch.equal(images, torch.from_numpy(expected[0]))
         assert (labels.tolist(), count) == (expected[1].tolist(), 4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all(folder, number):
+    """Workers read on when a signal reaches the whole process group: it is the run's to end after its step."""
+    data = open_data(str(folder), Preprocessing((3, 8, 8), "channels_first"))
+    batches = iter(reader(StepBatches(data, TRAINING, first=0, steps=40), 2))
+    found = [next(batches), next(batches)]  # by now both have begun
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, number)
+
+    assert len(found + list(batches)) == 40
 
 
 def test_an_unreadable_image(folder):
