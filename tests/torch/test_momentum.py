@@ -17,12 +17,12 @@ from .runs import SETTINGS, bundled, coloured, quick
 def test_as_many_images_as_before(target):
     """Thirty-two batches of two images, all alike, move the statistics as one batch of 64 does.
 
-    Where the momentum is the weight of the old value, as the published SN has it, too. BRN's batch weighs a hundredth.
+    Where the momentum is the weight of the old value, as the published SN has it, too. BRN's batch weighs 0.03.
     """
     layer = SwitchNorm2d(8, compat="switchablenorms") if target == "compat" else network(target)[0].bn
     x = torch.randn(1, 8, 5, 5, generator=torch.Generator().manual_seed(0))
     before, momentum = layer.running_mean.clone(), layer.momentum
-    weight = {"sn": momentum, "brn": 0.01, "compat": 1 - momentum}[target]
+    weight = {"sn": momentum, "brn": 0.03, "compat": 1 - momentum}[target]
     hook = Momentum(layer, 2)
     for _ in range(32):
         layer.train()(x.expand(2, -1, -1, -1))
