@@ -114,9 +114,9 @@ def _set_statistics(layer: RunningNorm, moments: Moments) -> None:
 
 def _of_all_processes(layer: RunningNorm, count: int, mean: Tensor, var: Tensor) -> list[tuple[int, Tensor, Tensor]]:
     """Return a batch's count, mean and variance, and with ``sync`` those of the other processes' batches too."""
-    if not (layer.sync and dist.is_available() and dist.is_initialized()):
+    if (world := layer._processes()) == 1:
         return [(count, mean, var)]
     own = torch.stack([torch.full_like(mean, count), mean, var])
-    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(layer.process_group))]
+    parts = [torch.empty_like(own) for _ in range(world)]
     dist.all_gather(parts, own, group=layer.process_group)
     return [(int(part[0, 0]), part[1], part[2]) for part in parts]

@@ -2,11 +2,14 @@
 
 import hashlib
 import re
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from .runs import bundled, coloured
 
 TARGETS = ["sn", "brn", "gn", "ln", "in"]
 
@@ -97,3 +100,15 @@ def model():
 def images():
     """Four images (N, C, H, W)."""
     return torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def data():
+    """Images that a few steps can learn."""
+    return coloured()
+
+
+@pytest.fixture
+def source(tmp_path):
+    """The function that makes a bundle of a small network, patched to a target, and returns its path."""
+    return partial(bundled, tmp_path)

@@ -6,7 +6,6 @@ import random
 import re
 import time
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import safetensors.numpy
@@ -15,18 +14,8 @@ from normswap.errors import InputError, NormswapWarning
 from normswap.finetune.journal import read
 from normswap.sources.data import from_arrays
 
-from .runs import EVERYTHING, PREPROCESSING, SETTINGS, HaltError, bundled, checkpoints, coloured, halt_at, same, weights
+from .runs import EVERYTHING, PREPROCESSING, SETTINGS, HaltError, checkpoints, halt_at, same, weights
 from .runs import quick as finetune
-
-
-@pytest.fixture
-def data():
-    return coloured()
-
-
-@pytest.fixture
-def source(tmp_path):
-    return partial(bundled, tmp_path)
 
 
 class TestResume:

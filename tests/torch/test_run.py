@@ -5,7 +5,6 @@ import re
 import signal
 import tomllib
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -18,18 +17,8 @@ from normswap.finetune.interruption import StoppedError
 from normswap.finetune.journal import read
 from normswap.patchers import bundle
 
-from .runs import SETTINGS, HaltError, bundled, checkpoints, coloured, halt_at, same, weights
+from .runs import SETTINGS, HaltError, checkpoints, halt_at, same, weights
 from .runs import quick as finetune
-
-
-@pytest.fixture
-def data():
-    return coloured()
-
-
-@pytest.fixture
-def source(tmp_path):
-    return partial(bundled, tmp_path)
 
 
 class TestOutput:

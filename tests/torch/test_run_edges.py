@@ -4,7 +4,6 @@ import re
 import tomllib
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -19,18 +18,8 @@ from normswap.finetune.torch.helpers import update_statistics
 from normswap.patchers import bundle
 from normswap.sources.data import from_arrays
 
-from .runs import PREPROCESSING, SETTINGS, HaltError, bundled, checkpoints, coloured, halt_at, same, weights
+from .runs import PREPROCESSING, SETTINGS, HaltError, checkpoints, halt_at, same, weights
 from .runs import quick as finetune
-
-
-@pytest.fixture
-def data():
-    return coloured()
-
-
-@pytest.fixture
-def source(tmp_path):
-    return partial(bundled, tmp_path)
 
 
 def images(count=96, labels=3, classes=None):
