@@ -7,7 +7,7 @@ import click
 
 from ..console import show, table
 from ..errors import VerificationError
-from .options import json_option, model_options, overwrite_option, weights_option
+from .options import json_option, model_options, overwrite_option, read_from, weights_option
 
 
 @click.command()
@@ -58,9 +58,9 @@ def export(model: str, output: Path, weights: Path | None, as_json: bool, latenc
     """
     from ..export.onnx import to_onnx
     from ..patchers.opening import Opened
-    from ..sources.files import require_absent
+    from ..sources.files import require_output
 
-    require_absent(output, overwrite=options["overwrite"])
+    require_output(output, overwrite=options["overwrite"], sources=read_from(model, weights))
     opened = Opened(model, weights, options)
     settings = opened.preprocessing
     example = None if opened.example is None else _noise(opened.example)
@@ -166,7 +166,11 @@ def verify(
     else:
         from ..patchers.opening import Opened
         from ..sources.data import open_data
+        from ..sources.files import require_output
 
+        if save_reference is not None:
+            read = read_from(model, weights, file, data)
+            require_output(save_reference, overwrite=options["overwrite"], sources=read)
         opened = Opened(model, weights, options)
         batches = []
         if data is not None and data != "random":

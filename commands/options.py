@@ -23,3 +23,9 @@ model_options = option_set(
     trust_option,
 )
 weights_option = click.option("--weights", type=Path, help="State dict to load: .safetensors, .pt, .pth, .th or .bin.")
+
+
+def read_from(model: str, *paths: str | Path | None) -> list[str | Path]:
+    """Return the paths a command reads: that in MODEL, which may be ``file.py:callable``, and others it is given."""
+    file, _, _ = model.rpartition(":")
+    return [file if file.endswith(".py") else model, *(path for path in paths if path is not None)]

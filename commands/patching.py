@@ -83,7 +83,7 @@ def patch(model: str, target: str | None, output: Path | None, **options: Any) -
     from ..patchers import bundle
     from ..patchers import model as patchers
     from ..patchers.opening import Opened
-    from ..sources.files import require_absent, require_file
+    from ..sources.files import require_file
     from ..sources.models import load_model
 
     if (target is None) == (options["recipe"] is None):
@@ -95,7 +95,7 @@ def patch(model: str, target: str | None, output: Path | None, **options: Any) -
         require_file(options["recipe"])
         wanted = recipe_from_json(options["recipe"].read_bytes())
     if output is not None:
-        require_absent(output, overwrite=options["overwrite"])
+        bundle.require_replaceable(output, overwrite=options["overwrite"])
     opened = Opened(model, options["weights"], options)
     selection = {"include": options["include"], "exclude": options["exclude"], "example": opened.example}
     report = None if options["dry_run"] else patchers.patch(opened.model, wanted, **selection)

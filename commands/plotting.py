@@ -24,13 +24,13 @@ def plot(bundle: str, output: Path, trust: bool, overwrite: bool, as_json: bool)
     from ..finetune import plots
     from ..finetune.figures import gates
     from ..patchers.bundle import is_unfinished, read
-    from ..sources.files import require_absent, staged
+    from ..sources.files import require_output, staged
 
     if output.suffix.lower() not in plots.FORMATS:
         raise click.BadParameter(
             f"expected a file ending in {', '.join(plots.FORMATS)}, received {output}", param_hint="'-o'"
         )
-    require_absent(output, overwrite=overwrite)
+    require_output(output, overwrite=overwrite)
     found = {} if is_unfinished(bundle) else gates(read(bundle, trust=trust).model)
     figure = plots.picture(Path(bundle), found)
     with staged(output, overwrite=overwrite) as temporary:

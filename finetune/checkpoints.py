@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, NormswapWarning
-from ..sources.files import sha256, staged
+from ..sources.files import Kind, sha256, staged
 
 KEPT = 2
 """How many of the newest checkpoints stay, so that there is one to fall back to."""
 
 _LOG = "checkpoint.json"
+CHECKPOINT = Kind("a checkpoint", Path.is_dir)
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Checkpoints:
 
         The checkpoint appears in one move, after its content is on the disk.
         """
-        with staged(self._path(step), overwrite=True) as temporary:
+        with staged(self._path(step), overwrite=True, kind=CHECKPOINT) as temporary:
             temporary.mkdir()
             yield temporary
             hashes = {file.name: sha256(file) for file in sorted(temporary.iterdir())}

@@ -12,7 +12,7 @@ from .. import __version__
 from ..convert.recipe import Recipe
 from ..errors import InputError, OutputExistsError
 from ..sources.data import Preprocessing
-from ..sources.files import require_absent, sha256, staged
+from ..sources.files import Kind, require_output, sha256, staged
 from ..sources.framework import example_input, framework_of
 from ..sources.models import absolute_spec, load_keras_weights, load_model, relative_spec
 from .model import as_module
@@ -80,13 +80,12 @@ def save(
     can only be loaded into a model given to `load`. ``original`` is the model before the patch, which distillation
     learns from.
 
-    Raises `OutputExistsError` if ``directory`` exists, unless it may be overwritten; `InputError` if what is to be
-    overwritten is no bundle.
+    Raises `OutputExistsError` if ``directory`` exists, unless it is a bundle and may be overwritten.
     """
     directory = Path(directory)
     require_replaceable(directory, overwrite=overwrite)
     framework = framework_of(patched.model)
-    with staged(directory, overwrite=overwrite) as temporary:
+    with staged(directory, overwrite=overwrite, kind=BUNDLE) as temporary:
         temporary.mkdir()
         write_weights(patched.model, temporary / f"model{SUFFIX[framework]}")
         if original is not None:
@@ -178,21 +177,13 @@ def load_weights(bundle: Bundle, path: Path) -> None:
 
 
 def require_replaceable(directory: Path, *, overwrite: bool) -> None:
-    """Raise `OutputExistsError` if ``directory`` exists, unless it may be overwritten; `InputError` if it is no bundle.
-
-    An empty folder may be, and one with a fine-tuning run that has not come to a bundle.
-    """
+    """Raise `OutputExistsError` if ``directory`` exists, unless it is a `BUNDLE` and may be overwritten."""
     if not overwrite and is_unfinished(directory):
         raise OutputExistsError(
             f"expected an output path that does not exist, received {directory} with a fine-tuning run that has not "
             "ended; add --resume to go on with it, or --overwrite"
         )
-    require_absent(directory, overwrite=overwrite)
-    if not directory.exists() or is_bundle(directory) or is_unfinished(directory):
-        return
-    if not directory.is_dir() or any(directory.iterdir()):
-        what = "a folder of other files" if directory.is_dir() else "a file"
-        raise InputError(f"expected a bundle to overwrite, received {directory}, {what}; write to another output")
+    require_output(directory, overwrite=overwrite, kind=BUNDLE)
 
 
 def is_bundle(path: str | Path) -> bool:
@@ -203,6 +194,14 @@ def is_bundle(path: str | Path) -> bool:
 def is_unfinished(path: str | Path) -> bool:
     """Return whether ``path`` is a folder with a fine-tuning run that has not come to a bundle."""
     return (Path(path) / RUN).is_dir() and not is_bundle(path)
+
+
+def _is_replaceable(path: Path) -> bool:
+    return is_bundle(path) or is_unfinished(path) or (path.is_dir() and not any(path.iterdir()))
+
+
+BUNDLE = Kind("a bundle", _is_replaceable)
+"""What a bundle may replace: another, an empty folder, and one with a fine-tuning run that has not come to a bundle."""
 
 
 def _manifest(directory: Path) -> dict[str, Any]:

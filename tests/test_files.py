@@ -1,11 +1,15 @@
 """Reading that trusts nothing and writing that loses nothing."""
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 
 from normswap.errors import InputError, OutputExistsError
-from normswap.sources.files import require_file, staged
+from normswap.sources.files import FILE, Kind, require_file, require_output, staged
+
+FOLDER = Kind("a folder", Path.is_dir)
 
 
 class TestStaged:
@@ -33,7 +37,8 @@ class TestStaged:
         content.parent.mkdir(exist_ok=True)
         content.write_text("old")
 
-        with pytest.raises(RuntimeError), staged(path, overwrite=True) as temporary:
+        kind = FOLDER if folder else FILE
+        with pytest.raises(RuntimeError), staged(path, overwrite=True, kind=kind) as temporary:
             if folder:
                 temporary.mkdir()
                 (temporary / "inner").write_text("new")
@@ -47,7 +52,7 @@ class TestStaged:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "old").write_text("old")
 
-        with staged(tmp_path / "out", overwrite=True) as temporary:
+        with staged(tmp_path / "out", overwrite=True, kind=FOLDER) as temporary:
             temporary.mkdir()
             (temporary / "new").write_text("new")
 
@@ -66,6 +71,68 @@ class TestStaged:
             pytest.fail("the body must not run")
 
         assert path.read_text() == "old"
+
+
+class TestOverwriting:
+    @pytest.mark.parametrize(
+        ("make", "found"),
+        [
+            (lambda path: path.mkdir(), "a folder"),
+            (lambda path: (path.mkdir(), (path / "photo.jpg").write_text("x")), "a folder"),
+            (lambda path: path.symlink_to("old"), "a symbolic link"),
+            (lambda path: path.symlink_to("nowhere"), "a symbolic link"),
+            (os.mkfifo, "a device or pipe"),
+        ],
+        ids=["empty folder", "folder", "link", "dangling link", "pipe"],
+    )
+    def test_only_a_file_gives_way_to_a_file(self, tmp_path, make, found):
+        """Whatever else stands there is refused and stays, what is within it and what it points to included."""
+        (tmp_path / "old").write_text("old")
+        make(tmp_path / "out")
+        before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+        message = f"expected a regular file to overwrite, received {tmp_path}/out, {found}; write to another output"
+
+        with (
+            pytest.raises(OutputExistsError, match=f"^{re.escape(message)}$"),
+            staged(tmp_path / "out", overwrite=True),
+        ):
+            pytest.fail("the body must not run")
+
+        assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+        assert (tmp_path / "old").read_text() == "old"
+
+    def test_what_comes_meanwhile_stays(self, tmp_path):
+        """A folder that is made where a file is about to go is not lost."""
+        with (
+            pytest.raises(OutputExistsError, match=", a folder; write to another output$"),
+            staged(tmp_path / "out", overwrite=True) as temporary,
+        ):
+            temporary.write_text("new")
+            (tmp_path / "out").mkdir()
+
+        assert os.listdir(tmp_path) == ["out"]
+        assert (tmp_path / "out").is_dir()
+
+    @pytest.mark.parametrize("path", [".", "/", "..", "a/.."])
+    def test_an_output_needs_a_name(self, path):
+        """Neither the working folder nor what is above it is an output."""
+        message = f"expected an output with a name of its own, received {path}; write to another output"
+        with pytest.raises(OutputExistsError, match=f"^{re.escape(message)}$"):
+            require_output(Path(path), overwrite=True)
+
+    def test_what_is_read_is_not_overwritten(self, tmp_path):
+        """Neither a source itself, under any name, nor a file in a folder that is one."""
+        (tmp_path / "bundle").mkdir()
+        (tmp_path / "bundle" / "model.keras").write_text("weights")
+        os.link(tmp_path / "bundle" / "model.keras", tmp_path / "other")
+        for path, source in (("bundle/model.keras", "bundle"), ("other", "bundle/model.keras")):
+            message = (
+                f"expected an output that is not read from, received {tmp_path}/{path}, which {tmp_path}/{source} "
+                "needs; write to another output"
+            )
+            with pytest.raises(OutputExistsError, match=f"^{re.escape(message)}$"):
+                require_output(tmp_path / path, overwrite=True, sources=["timm:resnet18", tmp_path / source])
+        require_output(tmp_path / "other", overwrite=True, sources=["timm:resnet18", tmp_path / "nowhere"])
 
 
 class TestRequireFile:

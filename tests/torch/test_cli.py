@@ -312,3 +312,55 @@ def test_demo(run):
     assert rows["sn"]["patched"] >= rows["sn"]["bn"] - 1
     assert rows["gn (1 group)"]["patched"] >= rows["gn (1 group)"]["copied"] + 20
     assert all(row["onnx"] == row["finetuned"] for row in rows.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected", "found"),
+    [
+        (["export", "gn", "-o", "photos"], "a regular file", "a folder"),
+        (["export", "gn", "-o", "gn"], "a regular file", "a folder"),
+        (["export", "gn", "-o", "link"], "a regular file", "a symbolic link"),
+        (["verify", "gn", "gn.onnx", "--save-reference", "photos"], "a regular file", "a folder"),
+        (["plot", "gn", "-o", "photos.png"], "a regular file", "a folder"),
+        (["patch", *MODEL, "--to", "sn", "-o", "photos"], "a bundle", "a folder"),
+        (["patch", *MODEL, "--to", "sn", "-o", "net.pth"], "a bundle", "a file"),
+        (["finetune", "gn", "--data", "data.npz", "-o", "photos"], "a bundle", "a folder"),
+    ],
+    ids=lambda value: " ".join(value[:1]) if isinstance(value, list) else value,
+)
+def test_overwrite_replaces_like_by_like(run, folder, tmp_path, monkeypatch, arguments, expected, found):
+    """A folder of photos, a bundle, a link: what is of another kind than the output stays, and the exit code is 2."""
+    for name in ("gn", "gn.onnx", "net.py", "net.pth", "data.npz"):
+        (shutil.copytree if name == "gn" else shutil.copy)(folder / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos", "photos.png"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.jpg").write_text("x")
+    (tmp_path / "link").symlink_to("gn.onnx")
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    output = arguments[-1]
+
+    result = CliRunner().invoke(main, [*arguments, "--overwrite"])
+
+    message = f"error: expected {expected} to overwrite, received {output}, {found}; write to another output\n"
+    assert (result.exit_code, result.stderr) == (2, message)
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+def test_a_file_is_not_exported_over_what_it_is_made_from(run, folder, tmp_path):
+    """Weights that the model is read from, and files of its bundle, survive --overwrite."""
+    shutil.copytree(folder / "gn", tmp_path / "gn")
+    for name in ("net.py", "net.pth"):
+        shutil.copy(folder / name, tmp_path / name)
+    before = (tmp_path / "net.pth").read_bytes()
+    for arguments in (
+        [MODEL[0], "--weights", f"{tmp_path}/net.pth", "-o", f"{tmp_path}/net.pth"],
+        [f"{tmp_path}/gn", "-o", f"{tmp_path}/gn/original.safetensors"],
+    ):
+        code, _, err = run("export", *arguments, "--overwrite")
+        needed = tmp_path / ("net.pth" if "--weights" in arguments else "gn")
+        message = f"expected an output that is not read from, received {arguments[-1]}, which {needed} needs"
+        assert (code, err) == (2, f"error: {message}; write to another output\n")
+
+    assert (tmp_path / "net.pth").read_bytes() == before
+    assert run("inspect", tmp_path / "gn")[0] == 0

@@ -146,9 +146,9 @@ class TestRefusals:
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "thesis.tex").write_text("x")
         (tmp_path / "file").write_text("x")
-        for name, what in (("mine", "a folder of other files"), ("file", "a file")):
+        for name, what in (("mine", "a folder"), ("file", "a file")):
             message = f"expected a bundle to overwrite, received {tmp_path}/{name}, {what}; write to another output"
-            with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+            with pytest.raises(OutputExistsError, match=f"^{re.escape(message)}$"):
                 finetune(source(), tmp_path / name, data, SETTINGS, overwrite=True)
         with pytest.raises(HaltError):
             finetune(source(), tmp_path / "out", data, SETTINGS, on_step=halt_at(4))
