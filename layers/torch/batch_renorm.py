@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..schedules import Schedule, check_schedule, checked_limits, default_limits, limits_at
-from .norm import RunningNorm, move
+from .norm import RunningNorm, as_tensor, constant, move
 from .passes import Array
 from .statistics import Backward, Small, normalize, square
 
@@ -127,6 +127,7 @@ class _BatchRenorm(RunningNorm):
             r = (sigma / running_sigma).clip(1 / r_max, r_max)
             d = ((batch_mean - running_mean) / running_sigma).clip(-d_max, d_max)
             self._move(batch_mean, sigma)
+        r, d = constant(r), constant(d)
         gamma = 1.0 if weight is None else small.per_channel(weight, mean)
         beta = 0.0 if bias is None else small.per_channel(bias, mean)
         scale = gamma * r / sigma
@@ -142,7 +143,7 @@ class _BatchRenorm(RunningNorm):
     def _move(self, mean: Array, sigma: Array) -> None:
         momentum = self._count_batch()
         move(self.running_mean, mean, momentum)
-        sigma = torch.as_tensor(sigma).flatten()
+        sigma = as_tensor(constant(sigma)).flatten()
         averaged = (self.running_var.to(sigma.dtype) + self.eps).sqrt_()
         move(averaged, sigma, momentum)
         self.running_var.copy_(square(averaged).sub_(self.eps).clamp_(min=0))

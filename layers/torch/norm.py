@@ -130,7 +130,7 @@ class RunningNorm(nn.Module):
         return 1
 
     def _over_processes(self, x: Array) -> Array:
-        tensor = x if isinstance(x, Tensor) else torch.from_numpy(x)
+        tensor = as_tensor(x)
         total = _SumOverProcesses.apply(tensor, self.process_group)  # type: ignore[no-untyped-call]
         return total if isinstance(x, Tensor) else total.numpy()
 
@@ -163,4 +163,14 @@ def _as_it_is(x: Array) -> Array:
 
 def move(running: Tensor, value: Array, weight: float | Tensor) -> None:
     """Move a running statistic (C,) towards a batch's value in place."""
-    running.add_(weight * (torch.as_tensor(value, device=running.device).flatten() - running))
+    running.add_(weight * (as_tensor(constant(value)).to(running.device).flatten() - running))
+
+
+def constant(value: Array) -> Array:
+    """Return an array through which no gradient flows: ``no_grad`` alone is not in a trace."""
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def as_tensor(value: Array) -> Tensor:
+    """Return an array as a tensor; what is one stays, since a trace would take a new one for a constant."""
+    return value if isinstance(value, Tensor) else torch.from_numpy(value)

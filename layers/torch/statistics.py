@@ -3,8 +3,8 @@
 A layer's formula is on arrays of the size of (N, C): a function ``mix`` that also returns its own gradient. Eagerly
 these arrays are in NumPy on a CPU and float64 everywhere, so that a mean far above the deviation costs no digits, and
 the passes over the data (`passes`) keep the input for backward and nothing else of its size. Where the graph itself is
-wanted (``torch.compile``, ``torch.export``) or a function transform is at work (``torch.func``), the same formulas run
-as plain operations in float32 and autograd differentiates them.
+wanted (``torch.compile``, ``torch.export``, ``torch.jit.trace``) or a function transform is at work (``torch.func``),
+the same formulas run as plain operations in float32 and autograd differentiates them.
 """
 
 from collections.abc import Callable
@@ -132,4 +132,5 @@ def _numpy(x: Tensor) -> Array:
 
 def _plain() -> bool:
     """Whether the formulas are wanted as plain operations."""
-    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
+    watched = torch.compiler.is_compiling() or torch.jit.is_tracing()  # as the older ONNX exporter does
+    return watched or torch._C._functorch.maybe_current_level() is not None

@@ -5,6 +5,7 @@ import io
 import pickle
 import re
 
+import onnxruntime
 import pytest
 import torch
 
@@ -128,6 +129,38 @@ class TestLayer:
             each(leaf).square().sum().backward()
             gradients.append(leaf.grad)
         torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+    @pytest.mark.parametrize("training", [True, False])
+    def test_torch_jit_trace(self, cls, shape, training):
+        """A trace holds plain operations, with gradients, and at inference serves any batch and size of map."""
+        layer, x = filled(cls, shape[1]).train(training), torch.randn(shape)
+        with torch.no_grad():
+            traced = torch.jit.trace(copy.deepcopy(layer), x, check_trace=False)
+            layer(x)  # as tracing does
+        for size in (shape, (shape[0] + 1, shape[1], *(2 * n for n in shape[2:]))):
+            inputs = [torch.randn(size).requires_grad_() for _ in range(2)]
+            inputs[1].data.copy_(inputs[0])
+            outputs = [each(y) for each, y in zip((layer, traced), inputs, strict=True)]
+            torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+            for y in outputs:
+                y.square().sum().backward()
+            torch.testing.assert_close(*(y.grad for y in inputs), atol=1e-4, rtol=1e-4)
+            if training:  # the number of values is a constant of such a trace
+                break
+        torch.testing.assert_close(dict(traced.named_buffers()), dict(layer.named_buffers()))
+        assert not any(buffer.requires_grad for buffer in traced.buffers())
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+    def test_the_older_onnx_exporter(self, cls, shape, tmp_path):
+        """torch.onnx.export(dynamo=False), which traces, writes what the layer computes."""
+        layer, x = filled(cls, shape[1]).eval(), torch.randn(shape)
+        path, axes = str(tmp_path / "layer.onnx"), {"x": {0: "batch"}}
+        torch.onnx.export(layer, (x,), path, dynamo=False, opset_version=17, input_names=["x"], dynamic_axes=axes)
+        more = torch.randn(shape[0] + 1, *shape[1:])
+
+        (found,) = onnxruntime.InferenceSession(path).run(None, {"x": more.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), layer(more), atol=1e-5, rtol=1e-5)
 
     def test_function_transforms(self, cls, shape):
         """At inference torch.func gives per-sample gradients; training, which updates buffers, it refuses."""
