@@ -79,7 +79,29 @@ def export_module(
             f"{reason[0] if reason else type(error).__name__}"
         ) from error
     assert program is not None
+    _drop_zero_biases(program.model.graph)
     return program.model
+
+
+def _drop_zero_biases(graph: ir.Graph) -> None:
+    """Leave out the bias that torch writes for a convolution without one.
+
+    It expands a 0, in 3d to a matrix, which no runtime takes for a bias.
+    """
+    for node in graph:
+        if node.op_type == "Conv" and len(node.inputs) == 3 and _is_expanded_zero(node.inputs[2]):
+            node.resize_inputs(2)
+
+
+def _is_expanded_zero(value: ir.Value | None) -> bool:
+    node = None if value is None else value.producer()
+    if node is None or node.op_type != "Expand":
+        return False
+    while node is not None and node.op_type in ("Expand", "CastLike", "Cast", "Identity"):
+        value = node.inputs[0]
+        node = None if value is None else value.producer()
+    constant = None if value is None else ir.convenience.get_const_tensor(value)
+    return constant is not None and not constant.numpy().any()
 
 
 def run(model: nn.Module, arrays: Sequence[Array]) -> tuple[dict[str, Array], dict[str, Array]]:

@@ -262,6 +262,10 @@ class TestFold:
             (lambda: nn.Conv2d(4, 6, 3, groups=2), lambda: nn.BatchNorm2d(6, affine=False), (4, 7, 7)),
             (lambda: nn.Conv1d(4, 6, 3, bias=False), lambda: nn.BatchNorm1d(6), (4, 9)),
             (lambda: nn.Conv3d(4, 6, 3), lambda: nn.BatchNorm3d(6), (4, 5, 5, 5)),
+            (lambda: nn.Conv3d(4, 6, 3, bias=False), lambda: nn.BatchNorm3d(6), (4, 5, 5, 5)),
+            (lambda: nn.Conv3d(4, 6, 3, 2, 1, groups=2, bias=False), lambda: nn.BatchNorm3d(6), (4, 5, 5, 5)),
+            (lambda: nn.Conv3d(4, 6, 3, padding="same", bias=False), lambda: nn.BatchNorm3d(6), (4, 5, 5, 5)),
+            (lambda: nn.ConvTranspose3d(4, 6, 3, bias=False), lambda: nn.BatchNorm3d(6), (4, 5, 5, 5)),
             (lambda: nn.Linear(4, 6), lambda: nn.BatchNorm1d(6), (4,)),
             (lambda: nn.Linear(4, 6, bias=False), lambda: nn.BatchNorm1d(6, bias=False), (4,)),
             (lambda: ChannelsLast(True), lambda: nn.BatchNorm1d(6), (5, 4)),
@@ -276,6 +280,15 @@ class TestFold:
         assert report.verdict
         assert list(report.folded) == ["1"]
         assert "BatchNormalization" not in operators(tmp_path / "m.onnx")
+
+    @pytest.mark.parametrize("target", ["sn", "gn", "in"])
+    def test_a_volume_behind_a_convolution_without_bias(self, tmp_path, target):
+        """A file of norms that stay holds the convolution as it is: with two inputs, no bias."""
+        model = trained_(nn.Sequential(nn.Conv3d(4, 6, 3, bias=False), nn.BatchNorm3d(6)))
+        normswap.patch(model, target)
+
+        assert export(model, tmp_path / "m.onnx", torch.randn(2, 4, 5, 5, 5)).verdict
+        assert [len(node.input) for node in onnx.load(tmp_path / "m.onnx").graph.node if node.op_type == "Conv"] == [2]
 
     @pytest.mark.parametrize(
         ("build", "reason"),
