@@ -60,7 +60,7 @@ class TestTorch:
         """With two images a step at a high rate, anchored SN finds more digits than BatchNorm, frozen or not."""
         module = example("two_per_gpu")
         module.STEPS = 250
-        found = {name: shares[0] for name, shares in module.main(rates=(0.1,)).items()}
+        found = {name: shares[0] for name, shares in module.main(rates=(0.1,), seed=2).items()}
 
         assert found["anchored SN"] > 3 + max(found["BatchNorm"], found["frozen BatchNorm"])
 
