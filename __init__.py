@@ -7,14 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from normswap.bundles.bundle import load, save
     from normswap.convert.recipe import Recipe, Rule, Rules
     from normswap.convert.targets import BatchRenorm, GroupNorm, SwitchNorm
     from normswap.export.onnx import to_onnx
-    from normswap.export.verify import verify, verify_against
-    from normswap.finetune.calibration import calibrate
-    from normswap.patchers.bundle import load, save
-    from normswap.patchers.model import patch, plan
-    from normswap.patchers.registry import register_batch_norm
+    from normswap.finetune.calibration.calibrate import calibrate
+    from normswap.patchers.patch import patch, plan
+    from normswap.patchers.torch.subclasses import register_batch_norm
+    from normswap.verification.verify import verify, verify_against
 
 __version__ = "0.1.0"
 
@@ -25,15 +25,15 @@ _HOME = {
     "Rule": "normswap.convert.recipe",
     "Rules": "normswap.convert.recipe",
     "SwitchNorm": "normswap.convert.targets",
-    "calibrate": "normswap.finetune.calibration",
-    "load": "normswap.patchers.bundle",
-    "patch": "normswap.patchers.model",
-    "plan": "normswap.patchers.model",
-    "register_batch_norm": "normswap.patchers.registry",
-    "save": "normswap.patchers.bundle",
+    "calibrate": "normswap.finetune.calibration.calibrate",
+    "load": "normswap.bundles.bundle",
+    "patch": "normswap.patchers.patch",
+    "plan": "normswap.patchers.patch",
+    "register_batch_norm": "normswap.patchers.torch.subclasses",
+    "save": "normswap.bundles.bundle",
     "to_onnx": "normswap.export.onnx",
-    "verify": "normswap.export.verify",
-    "verify_against": "normswap.export.verify",
+    "verify": "normswap.verification.verify",
+    "verify_against": "normswap.verification.verify",
 }
 
 __all__ = [

@@ -5,10 +5,13 @@ import os
 import click
 
 from .commands.demo import demo
-from .commands.exporting import evaluate, export, verify
-from .commands.finetuning import finetune
-from .commands.patching import inspect, patch
-from .commands.plotting import plot
+from .commands.evaluate import evaluate
+from .commands.export import export
+from .commands.finetune import finetune
+from .commands.inspect import inspect
+from .commands.patch import patch
+from .commands.plot import plot
+from .commands.verify import verify
 from .console import Group
 
 

@@ -25,9 +25,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import normswap
 from normswap.errors import VerificationError
-from normswap.export.reading import read_model
-from normswap.export.runtime import session
-from normswap.export.verdict import TOLERANCE
+from normswap.verification.file import read_model
+from normswap.verification.runtime import session
+from normswap.verification.verdict import TOLERANCE
 
 TARGETS = ("sn", "brn", "gn")
 SIDE = 64

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.onnx.verification import VerificationInfo
 
 import normswap
-from normswap.export.runtime import session
+from normswap.verification.runtime import session
 
 
 def table() -> Table:

@@ -13,9 +13,10 @@ from torch import nn
 
 import normswap
 from normswap import BatchRenorm, GroupNorm, SwitchNorm
+from normswap.bundles.source import load_model
 from normswap.convert.targets import Target
-from normswap.sources.data import Data, Preprocessing, from_arrays, open_data
-from normswap.sources.models import load_model, preprocessing_of
+from normswap.data.dataset import Data, from_arrays, open_data
+from normswap.data.preprocessing import Preprocessing, preprocessing_of
 
 RESNET, PLAIN = NETWORKS = ("resnet20", "plain_cnn")
 SELECTION = 2000

@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 import normswap
-from normswap.finetune.distillation import Distillation
-from normswap.finetune.hooks import Blend, GateSchedule, Hook, Hooks, RenormLimits, StopAtNaN
+from normswap.finetune.hooks.distillation import Distillation
+from normswap.finetune.hooks.hook import Blend, GateSchedule, Hook, Hooks, RenormLimits, StopAtNaN
 
 BATCH, STEPS, WIDTHS = 32, 10_000, (16, 32, 64)
 TARGETS = ("sn", "brn", "gn")
@@ -152,11 +152,12 @@ def run_ratio(target: str, repetitions: int) -> float:
     import torch
     import torch.nn.functional as F
 
-    from normswap.finetune.run import finetune
-    from normswap.finetune.settings import Settings
-    from normswap.patchers import bundle
-    from normswap.sources.data import from_arrays
-    from normswap.sources.models import load_model, preprocessing_of
+    from normswap.bundles import bundle
+    from normswap.bundles.source import load_model
+    from normswap.data.dataset import from_arrays
+    from normswap.data.preprocessing import preprocessing_of
+    from normswap.finetune.run.run import finetune
+    from normswap.finetune.run.settings import Settings
 
     torch.manual_seed(0)
     source = str(Path(__file__).parent.parent / "examples" / "resnet20.py") + ":resnet20"
@@ -188,10 +189,11 @@ def keras_run_ratio(model: Any, target: str, repetitions: int) -> float:
     """Return how much longer a step of a run takes than the same step in a bare ``fit``."""
     import keras
 
-    from normswap.finetune.run import finetune
-    from normswap.finetune.settings import Settings
-    from normswap.patchers import bundle
-    from normswap.sources.data import Preprocessing, from_arrays
+    from normswap.bundles import bundle
+    from normswap.data.dataset import from_arrays
+    from normswap.data.preprocessing import Preprocessing
+    from normswap.finetune.run.run import finetune
+    from normswap.finetune.run.settings import Settings
 
     preprocessing = Preprocessing((32, 32, 3), "channels_last")
     x, y = np.random.default_rng(0).integers(0, 255, (64, 32, 32, 3), np.uint8), np.arange(64) % 10

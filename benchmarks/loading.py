@@ -19,10 +19,11 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
-from normswap.finetune.loading import StepBatches
-from normswap.finetune.training import Training
-from normswap.sources.data import CACHE_BYTES, open_data
-from normswap.sources.models import load_model, preprocessing_of
+from normswap.bundles.source import load_model
+from normswap.data.dataset import CACHE_BYTES, open_data
+from normswap.data.preprocessing import preprocessing_of
+from normswap.finetune.run.loading import StepBatches
+from normswap.finetune.run.training import Training
 
 BATCH = 64
 STEPS = 12

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from normswap.sources.data import Data
+from normswap.data.dataset import Data
 from normswap.sources.files import staged
 
 WIDTHS = (32, 48, 48, 96, 96, 192)

@@ -19,13 +19,14 @@ from torch import nn
 
 import normswap
 from normswap import BatchRenorm, GroupNorm, SwitchNorm
-from normswap.finetune.accuracy import accuracy
-from normswap.finetune.calibration import sample
-from normswap.finetune.hooks import Momentum, RenormLimits
-from normswap.finetune.torch.engine import predict, train
-from normswap.finetune.training import Training
-from normswap.sources.data import Data, open_data
-from normswap.sources.models import load_model, preprocessing_of
+from normswap.bundles.source import load_model
+from normswap.data.dataset import Data, open_data
+from normswap.data.preprocessing import preprocessing_of
+from normswap.finetune.calibration.calibrate import sample
+from normswap.finetune.hooks.hook import Momentum, RenormLimits
+from normswap.finetune.run.accuracy import accuracy
+from normswap.finetune.run.torch.train import predict, train
+from normswap.finetune.run.training import Training
 
 TARGETS = {
     "bn": None,

@@ -25,11 +25,12 @@ from torch import nn
 
 import normswap
 from normswap import BatchRenorm, GroupNorm, SwitchNorm
+from normswap.bundles.source import load_model
 from normswap.convert.targets import Target
-from normswap.finetune.torch.engine import predict
-from normswap.finetune.torch.sites import get_affine, set_affine, site_layers
-from normswap.sources.data import Data, open_data
-from normswap.sources.models import load_model, preprocessing_of
+from normswap.data.dataset import Data, open_data
+from normswap.data.preprocessing import preprocessing_of
+from normswap.finetune.calibration.torch.layers import get_affine, set_affine, site_layers
+from normswap.finetune.run.torch.train import predict
 
 TARGETS: dict[str, Target] = {
     "brn": BatchRenorm(),

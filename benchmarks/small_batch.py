@@ -40,8 +40,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from normswap.finetune.hooks import Hooks, Momentum, RenormLimits
-from normswap.sources.data import Data
+from normswap.data.dataset import Data
+from normswap.finetune.hooks.hook import Hooks, Momentum, RenormLimits
 
 SEEDS = (0, 1, 2)
 LASTING = " + Momentum"

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from ..convert.targets import BatchRenorm, GroupNorm, SwitchNorm, Target
-from ..export.inference import open_onnx
+from ..data.dataset import Data, from_arrays
+from ..data.preprocessing import Preprocessing
 from ..export.onnx import to_onnx
-from ..finetune.accuracy import accuracy
-from ..finetune.hooks import RenormLimits
-from ..finetune.training import Training
-from ..patchers.model import patch
-from ..sources.data import Data, Preprocessing, from_arrays
+from ..finetune.hooks.hook import RenormLimits
+from ..finetune.run.accuracy import accuracy
+from ..finetune.run.training import Training
+from ..patchers.patch import patch
+from ..verification.inference import open_onnx
 
 COLUMNS: Mapping[str, str] = {
     "target": "target",
@@ -46,8 +47,8 @@ def run(framework: str, say: Callable[[str], None]) -> list[dict[str, Any]]:
     the BatchNorm network, without labels; ``max_rel`` is the largest difference between the ONNX file and the model,
     relative to the output's scale.
     """
-    engine = import_module(f"..finetune.{framework}.engine", __package__)
-    sites = import_module(f"..finetune.{framework}.sites", __package__)
+    engine = import_module(f"..finetune.run.{framework}.train", __package__)
+    sites = import_module(f"..finetune.calibration.{framework}.layers", __package__)
     network = import_module(f".{framework}", __package__)
     train, test = digits("channels_first" if framework == "torch" else "channels_last")
 

@@ -3,9 +3,9 @@
 import keras
 from keras import layers as kinds
 
-from ..finetune.batches import batch_indices
-from ..patchers.keras_walk import named_layers
-from ..sources.data import Data
+from ..data.dataset import Data
+from ..finetune.run.batches import batch_indices
+from ..frameworks.keras import named_layers
 
 
 def build() -> keras.Model:

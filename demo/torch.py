@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..finetune.batches import batch_indices
-from ..sources.data import Data
+from ..data.dataset import Data
+from ..finetune.run.batches import batch_indices
 
 
 def build() -> nn.Sequential:

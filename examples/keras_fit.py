@@ -10,7 +10,7 @@ import normswap
 from normswap.demo.digits import digits
 from normswap.demo.keras import trained
 from normswap.finetune.callbacks.keras import NormswapCallback
-from normswap.finetune.hooks import GateSchedule, StopAtNaN
+from normswap.finetune.hooks.hook import GateSchedule, StopAtNaN
 
 BATCH, COUNT, RATE = 2, 1000, 0.01
 

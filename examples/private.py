@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import normswap
 from normswap.demo.digits import digits
 from normswap.demo.torch import trained
-from normswap.finetune.opacus import register_opacus
+from normswap.interop.opacus import register_opacus
 
 EPOCHS, BATCH, RATE, CLIP, NOISE, DELTA = 10, 64, 0.1, 1.0, 3.0, 1e-3
 

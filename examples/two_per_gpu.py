@@ -14,7 +14,7 @@ from torch import nn
 import normswap
 from normswap.demo.digits import digits
 from normswap.demo.torch import trained
-from normswap.finetune.hooks import GateSchedule, Hooks, StopAtNaN
+from normswap.finetune.hooks.hook import GateSchedule, Hooks, StopAtNaN
 
 BATCH, STEPS, RATES = 2, 500, (0.1, 0.05, 0.02)
 

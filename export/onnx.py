@@ -18,14 +18,14 @@ from onnxscript import version_converter
 
 from .. import __version__
 from ..errors import InputError, UnsupportedError, VerificationError
+from ..frameworks.detect import framework_of
 from ..sources.files import staged
-from ..sources.framework import framework_of
+from ..verification.verdict import TOLERANCE, Verdict
+from ..verification.verify import verify
 from .fold import Fold, fold_batch_norms, simplify
 from .forms import RUNTIMES, Form, Runtime, choose, write_norm
 from .half import to_half
 from .traced import Traced
-from .verdict import TOLERANCE, Verdict
-from .verify import verify
 
 Array = NDArray[Any]
 
@@ -130,7 +130,7 @@ def to_onnx(
 
 def adapter_of(model: Any) -> ModuleType:
     """Return the module of this folder that speaks the model's framework."""
-    return import_module(f".{framework_of(model)}", __package__)
+    return import_module(f".{framework_of(model)}.trace", __package__)
 
 
 def example_arrays(adapter: ModuleType, model: Any, example: Any) -> list[Array]:

@@ -8,12 +8,12 @@ from math import prod
 from typing import Any, Literal
 
 from ..convert.carry_over import BatchNormState
-from ..convert.drift import expected_drift, folds
+from ..convert.expected_drift import expected_drift, folds
 from ..convert.groups import resolve_groups
 from ..convert.recipe import Choice, Recipe, Rule, Rules
 from ..convert.targets import BatchRenorm, GroupNorm, SwitchNorm, Target, target_to_dict
 from ..errors import InputError, UnsupportedError
-from .drift import Drift
+from .measured_drift import Drift
 
 Action = Literal["replace", "skip", "refuse", "done"]
 
@@ -46,8 +46,8 @@ class Site:
 class Decision:
     """What happens to one site: replaced by ``target``, skipped, refused, or done by an earlier patch.
 
-    ``drift`` is what a replacement is expected to change of the site's output (see `normswap.convert.drift`), None
-    where nothing tells; ``folds`` whether an exported file is rid of it where it follows a linear layer.
+    ``drift`` is what a replacement is expected to change of the site's output (see `expected_drift`), None where
+    nothing tells; ``folds`` whether an exported file is rid of it where it follows a linear layer.
     """
 
     site: Site

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from ..errors import UnsupportedError
-from .drift import Drift, Probe, drift_from_original
+from .measured_drift import Drift, Probe, drift_from_original
 from .plan import Plan, Report
 
 

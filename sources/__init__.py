@@ -1,1 +1,1 @@
-"""Where models and data come from and where bundles go, with safe reading and atomic writing."""
+"""Where models and files come from, with safe reading and atomic writing."""

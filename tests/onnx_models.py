@@ -5,7 +5,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from normswap.errors import InputError
-from normswap.export.reading import read_model
+from normswap.verification.file import read_model
 
 WEIGHT = np.arange(12, dtype=np.float32).reshape(3, 4)
 

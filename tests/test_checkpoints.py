@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from normswap.convert.checkpoints import LayerWeights, read_keras_h5, write_keras_h5
 from normswap.errors import InputError, OutputExistsError
+from normswap.interop.checkpoints import LayerWeights, read_keras_h5, write_keras_h5
 
 h5py = pytest.importorskip("h5py")
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from normswap.data.dataset import from_arrays, open_data
+from normswap.data.preprocessing import Preprocessing
 from normswap.errors import InputError
-from normswap.sources.data import Preprocessing, from_arrays, open_data
 
 PREPROCESSING = Preprocessing((3, 4, 6), "channels_first", (0.5,), (0.25,))
 

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from normswap.data.augment import RATIOS, SHARES, random_box
+from normswap.data.dataset import from_arrays, open_data
+from normswap.data.preprocessing import Preprocessing
 from normswap.errors import InputError
-from normswap.finetune.batches import batch_indices
-from normswap.finetune.loading import StepBatches
-from normswap.finetune.training import Training
-from normswap.sources.augment import RATIOS, SHARES, random_box
-from normswap.sources.data import Preprocessing, from_arrays, open_data
+from normswap.finetune.run.batches import batch_indices
+from normswap.finetune.run.loading import StepBatches
+from normswap.finetune.run.training import Training
 
 SIZE = (16, 24)
 PREPROCESSING = Preprocessing((*SIZE, 3), "channels_last")

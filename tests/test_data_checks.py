@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from normswap.data.dataset import Data, from_arrays
+from normswap.data.labels import check_labels, same_classes, several_classes
 from normswap.errors import InputError, NormswapWarning
-from normswap.sources.checks import check_labels, same_classes, several_classes
-from normswap.sources.data import Data, from_arrays
 
 from .test_data import PREPROCESSING, exactly
 

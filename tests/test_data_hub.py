@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from normswap.data.dataset import open_data
+from normswap.data.preprocessing import Preprocessing
 from normswap.errors import InputError, MissingDependencyError
-from normswap.sources.data import Preprocessing, open_data
 
 PREPROCESSING = Preprocessing((3, 4, 6), "channels_first")
 COLUMNS = "img (Image), fine (ClassLabel), coarse (ClassLabel), number (int32), text (string)"

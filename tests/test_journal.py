@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from normswap.errors import MissingDependencyError
-from normswap.finetune.journal import COLUMNS, METRICS, ORIGINAL, Journal, read
+from normswap.finetune.run.journal import COLUMNS, METRICS, ORIGINAL, Journal, read
 
 
 def written(folder):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from normswap.export.reading import read_model
-from normswap.export.runtime import session
+from normswap.verification.file import read_model
+from normswap.verification.runtime import session
 
 from .onnx_models import WEIGHT, external, refused, scores
 

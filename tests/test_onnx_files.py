@@ -13,9 +13,9 @@ import pytest
 from onnx import helper
 
 from normswap.errors import InputError, MissingDependencyError, UnsupportedError
-from normswap.export.inference import open_onnx
-from normswap.export.reading import newest_versions, read_model
-from normswap.export.runtime import chosen_providers, session
+from normswap.verification.file import newest_versions, read_model
+from normswap.verification.inference import open_onnx
+from normswap.verification.runtime import chosen_providers, session
 
 from .onnx_models import WEIGHT, external, refused, scores
 

@@ -7,7 +7,7 @@ import pytest
 
 from normswap import BatchRenorm, GroupNorm, SwitchNorm
 from normswap.convert.carry_over import BatchNormState, carry_over
-from normswap.convert.drift import SHARED, SPREAD_OF_SAMPLES, expected_drift
+from normswap.convert.expected_drift import SHARED, SPREAD_OF_SAMPLES, expected_drift
 from normswap.convert.recipe import Rule, Rules
 from normswap.errors import InputError
 from normswap.patchers.plan import Site, decide

@@ -11,8 +11,8 @@ from click.testing import CliRunner
 
 from normswap.cli import main
 from normswap.errors import UnsupportedError
-from normswap.finetune import plots
-from normswap.finetune.journal import ORIGINAL, Journal
+from normswap.finetune.run import plots
+from normswap.finetune.run.journal import ORIGINAL, Journal
 
 NAMES = [f"layer{1 + i // 16}.{i % 16 // 3}.bn{1 + i % 3}" for i in range(53)]
 
@@ -265,7 +265,7 @@ def test_the_same_picture_is_the_same_file(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from normswap.finetune import plots
+from normswap.finetune.run import plots
 
 for suffix in plots.FORMATS:
     plots.save(plots.picture(Path("nothing"), {"bn": ([0.2, 0.3, 0.5], [0, 0, 1])}), Path(sys.argv[1] + suffix))

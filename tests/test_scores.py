@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from normswap.errors import UnsupportedError
-from normswap.finetune.scores import class_count, logits, scores
+from normswap.finetune.hooks.scores import class_count, logits, scores
 
 SCORES = np.array([[1.0, -2.0, 0.5], [3.0, 0.0, 0.25]])
 

@@ -5,8 +5,8 @@ import re
 import pytest
 
 from normswap.errors import InputError
-from normswap.finetune.settings import Settings
-from normswap.finetune.stages import Stage, parse
+from normswap.finetune.run.settings import Settings
+from normswap.finetune.run.stages import Stage, parse
 
 
 @pytest.mark.parametrize(

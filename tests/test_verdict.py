@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from normswap.export.verdict import Check, Verdict, compare
+from normswap.verification.verdict import Check, Verdict, compare
 
 
 def check(**figures):

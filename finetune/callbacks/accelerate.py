@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..hooks import Hook, Hooks
+from ..hooks.hook import Hook, Hooks
 
 
 class NormswapCallback:

@@ -4,7 +4,7 @@ from typing import Any
 
 import keras
 
-from ..hooks import Hook, Hooks
+from ..hooks.hook import Hook, Hooks
 
 
 class NormswapCallback(keras.callbacks.Callback):  # type: ignore[misc]

@@ -4,7 +4,7 @@ from typing import Any
 
 import lightning
 
-from ..hooks import Hook, Hooks
+from ..hooks.hook import Hook, Hooks
 
 
 class NormswapCallback(lightning.Callback):

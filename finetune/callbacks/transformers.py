@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..hooks import Hook, Hooks
+from ..hooks.hook import Hook, Hooks
 
 STATE = "normswap"
 

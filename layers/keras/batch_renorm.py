@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal, get_args
 import keras
 from keras import ops
 
-from ..schedules import Schedule, check_schedule, checked_limits, default_limits, limits_at
+from ..limits import Schedule, check_schedule, checked_limits, default_limits, limits_at
 from .norm import MovingNorm
 from .statistics import Moments, moments
 

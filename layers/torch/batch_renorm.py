@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..schedules import Schedule, check_schedule, checked_limits, default_limits, limits_at
+from ..limits import Schedule, check_schedule, checked_limits, default_limits, limits_at
 from .norm import RunningNorm, as_tensor, constant, move
+from .normalize import Backward, Small, normalize, square
 from .passes import Array
-from .statistics import Backward, Small, normalize, square
 
 
 class _BatchRenorm(RunningNorm):

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from .normalize import square
 from .passes import Array
-from .statistics import square
 
 
 class RunningNorm(nn.Module):

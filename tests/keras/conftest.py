@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from normswap.patchers.keras import find_sites
+from normswap.patchers.keras.sites import find_sites
 
 from .models import MODELS
 

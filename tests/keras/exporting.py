@@ -8,7 +8,7 @@ import onnxruntime
 from keras import layers
 
 from normswap.export.forms import write_norm
-from normswap.export.keras import input_shapes, run, trace
+from normswap.export.keras.trace import input_shapes, run, trace
 from normswap.export.onnx import to_onnx
 from normswap.export.traced import Traced
 

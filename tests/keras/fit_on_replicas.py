@@ -13,9 +13,9 @@ CPU = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(CPU, [tf.config.LogicalDeviceConfiguration()] * 2)
 
 import normswap  # noqa: E402
+from normswap.bundles import bundle  # noqa: E402
 from normswap.errors import NormswapError  # noqa: E402
-from normswap.finetune.run import Settings, finetune  # noqa: E402
-from normswap.patchers import bundle  # noqa: E402
+from normswap.finetune.run.run import Settings, finetune  # noqa: E402
 
 from .fitting import PREPROCESSING, fitted, losses, small_net, stripes  # noqa: E402
 

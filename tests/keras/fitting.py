@@ -6,11 +6,12 @@ import keras
 import numpy as np
 from keras import layers
 
-from normswap.finetune.batches import batch_indices
-from normswap.finetune.keras.engine import train
-from normswap.finetune.training import Training
+from normswap.data.dataset import Data, from_arrays
+from normswap.data.preprocessing import Preprocessing
+from normswap.finetune.run.batches import batch_indices
+from normswap.finetune.run.keras.train import train
+from normswap.finetune.run.training import Training
 from normswap.layers.keras import BatchRenormalization, SwitchNormalization
-from normswap.sources.data import Data, Preprocessing, from_arrays
 
 BATCH_SIZE = 16
 PREPROCESSING = Preprocessing((6, 6, 1), "channels_last", mean=(0.5,), std=(0.3,))

@@ -12,7 +12,7 @@ import numpy as np
 
 from normswap.convert.targets import BatchRenorm, GroupNorm, SwitchNorm
 from normswap.layers.keras import BatchRenormalization, SwitchNormalization
-from normswap.patchers.keras import patch
+from normswap.patchers.keras.patch import patch
 
 from ..conformance import CASES, check
 from .adapter import computed

@@ -8,10 +8,10 @@ import pytest
 from click.testing import CliRunner
 
 import normswap
+from normswap.bundles import bundle
+from normswap.bundles.source import load_model
 from normswap.cli import main
 from normswap.errors import InputError
-from normswap.patchers import bundle
-from normswap.sources.models import load_model
 
 from .models import output
 

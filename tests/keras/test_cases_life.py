@@ -16,7 +16,8 @@ from keras import layers
 
 from normswap.convert.targets import SwitchNorm, as_target
 from normswap.errors import UnsupportedError
-from normswap.patchers.keras import find_sites, patch
+from normswap.patchers.keras.patch import patch
+from normswap.patchers.keras.sites import find_sites
 
 from .models import Backbone, Block, Net, output
 
@@ -29,7 +30,7 @@ TARGETS = ["brn", "sn", "gn"]
 LOAD = """
 import pathlib, sys
 import keras, numpy
-import normswap.patchers.keras, tests.keras.models
+import normswap.patchers.keras.patch, tests.keras.models
 folder = pathlib.Path(sys.argv[1])
 expected = numpy.load(folder / "expected.npz")
 for path in sorted(folder.glob("*.keras")):

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from keras import layers
 
+from normswap.bundles.source import load_model
 from normswap.convert.carry_over import carry_over
 from normswap.convert.targets import BatchRenorm, GroupNorm, SwitchNorm, as_target
 from normswap.errors import InputError
-from normswap.patchers.keras import patch, read_state
-from normswap.sources.models import load_model
+from normswap.patchers.keras.patch import patch
+from normswap.patchers.keras.swap import read_state
 
 from .models import output
 

@@ -9,7 +9,8 @@ import pytest
 from keras import layers
 
 from normswap.convert.targets import BatchRenorm, GroupNorm, SwitchNorm, as_target
-from normswap.patchers.keras import find_sites, patch
+from normswap.patchers.keras.patch import patch
+from normswap.patchers.keras.sites import find_sites
 
 from .models import batch_norms, output
 

@@ -124,9 +124,9 @@ def test_resuming_gives_the_uninterrupted_run(run, tmp_path):
               "--lr", 0.05, "--train", "all", "--teacher", "none"]  # fmt: skip
     run(*common, "--steps", 6, "-o", tmp_path / "whole")
 
-    from normswap.finetune import run as runs
-    from normswap.patchers.bundle import read
-    from normswap.sources.data import open_data
+    from normswap.bundles.bundle import read
+    from normswap.data.dataset import open_data
+    from normswap.finetune.run import run as runs
 
     class StoppedError(Exception):
         pass

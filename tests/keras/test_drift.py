@@ -7,8 +7,8 @@ import normswap
 from normswap import GroupNorm, SwitchNorm
 from normswap.convert.recipe import Rule, Rules
 from normswap.errors import InputError, UnsupportedError
-from normswap.patchers.drift import drift_between
-from normswap.patchers.keras_walk import named_layers
+from normswap.frameworks.keras import named_layers
+from normswap.patchers.measured_drift import drift_between
 
 from .models import MODELS, output
 

@@ -8,7 +8,7 @@ import pytest
 from keras import layers, ops
 
 from normswap.errors import InputError, UnsupportedError
-from normswap.export.keras import dtype_problem, in_double, run, trace
+from normswap.export.keras.trace import dtype_problem, in_double, run, trace
 
 from .exporting import assert_close, assert_traced, drawn, operators, settled, small_net
 

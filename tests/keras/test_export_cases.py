@@ -11,7 +11,7 @@ from keras import layers
 from normswap.convert.targets import BatchRenorm, GroupNorm, SwitchNorm
 from normswap.errors import UnsupportedError
 from normswap.export.onnx import to_onnx
-from normswap.patchers.keras import patch
+from normswap.patchers.keras.patch import patch
 
 from .exporting import count, exported, names, settled, small_net
 

@@ -6,7 +6,7 @@ import pytest
 from keras import layers
 
 from normswap.convert.targets import BatchRenorm, GroupNorm, SwitchNorm
-from normswap.patchers.keras import patch
+from normswap.patchers.keras.patch import patch
 
 from .exporting import exported, settled
 

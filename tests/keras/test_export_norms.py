@@ -6,9 +6,9 @@ import pytest
 from keras import layers
 
 from normswap.convert.targets import GroupNorm
-from normswap.export.keras import in_double, norm_facts, prune, run, trace
+from normswap.export.keras.trace import in_double, norm_facts, prune, run, trace
 from normswap.layers.keras import BatchRenormalization, SwitchNormalization
-from normswap.patchers.keras import patch
+from normswap.patchers.keras.patch import patch
 
 from .exporting import assert_traced, operators, ort_values, settled, small_net
 

@@ -10,8 +10,8 @@ from keras import layers
 
 import normswap
 from normswap.cli import main
-from normswap.finetune.figures import Clipping, gates
-from normswap.finetune.hooks import Momentum
+from normswap.finetune.hooks.hook import Momentum
+from normswap.finetune.run.figures import Clipping, gates
 from normswap.layers.keras import BatchRenormalization
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")

@@ -11,9 +11,9 @@ import pytest
 from keras import layers
 
 from normswap.errors import InputError, UnsupportedError, VerificationError
-from normswap.finetune.batches import batch_indices
-from normswap.finetune.hooks import Hook, RenormLimits
-from normswap.finetune.keras.engine import predict
+from normswap.finetune.hooks.hook import Hook, RenormLimits
+from normswap.finetune.run.batches import batch_indices
+from normswap.finetune.run.keras.train import predict
 
 from .fitting import BATCH_SIZE, Spoiled, changed, fitted, losses, small_net, stripes, values
 

@@ -7,9 +7,9 @@ from keras import layers
 
 import normswap
 from normswap.errors import InputError, UnsupportedError
-from normswap.finetune.keras.distillation import record
-from normswap.finetune.keras.engine import predict
-from normswap.finetune.keras.helpers import update_statistics
+from normswap.finetune.hooks.keras.distillation import record
+from normswap.finetune.hooks.keras.statistics import update_statistics
+from normswap.finetune.run.keras.train import predict
 
 from .fitting import changed, fitted, losses, small_net, stripes, values
 

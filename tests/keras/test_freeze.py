@@ -4,7 +4,7 @@ import keras
 import pytest
 from keras import layers
 
-from normswap.finetune.hooks import Freeze
+from normswap.finetune.hooks.hook import Freeze
 
 pytestmark = pytest.mark.keras
 

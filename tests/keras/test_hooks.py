@@ -11,9 +11,18 @@ from keras import layers, ops
 import normswap
 from normswap.errors import InputError, UnsupportedError, VerificationError
 from normswap.finetune.callbacks.keras import NormswapCallback
-from normswap.finetune.distillation import Distillation
-from normswap.finetune.hooks import Blend, Freeze, GateSchedule, Hook, Momentum, RenormLimits, Statistics, StopAtNaN
-from normswap.finetune.keras.helpers import update_statistics
+from normswap.finetune.hooks.distillation import Distillation
+from normswap.finetune.hooks.hook import (
+    Blend,
+    Freeze,
+    GateSchedule,
+    Hook,
+    Momentum,
+    RenormLimits,
+    Statistics,
+    StopAtNaN,
+)
+from normswap.finetune.hooks.keras.statistics import update_statistics
 
 pytestmark = [
     pytest.mark.keras,

@@ -4,9 +4,10 @@ import keras
 import numpy as np
 import pytest
 
-from normswap.finetune.loading import StepBatches
-from normswap.finetune.training import Training
-from normswap.sources.data import Preprocessing, from_arrays
+from normswap.data.dataset import from_arrays
+from normswap.data.preprocessing import Preprocessing
+from normswap.finetune.run.loading import StepBatches
+from normswap.finetune.run.training import Training
 
 
 class Batches(keras.utils.PyDataset):

@@ -9,8 +9,9 @@ from keras import layers
 
 from normswap.convert.targets import GroupNorm, SwitchNorm
 from normswap.errors import InputError
-from normswap.patchers.keras import find_sites, patch
-from normswap.patchers.model import plan
+from normswap.patchers.keras.patch import patch
+from normswap.patchers.keras.sites import find_sites
+from normswap.patchers.patch import plan
 
 from .models import output
 

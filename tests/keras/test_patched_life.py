@@ -11,7 +11,8 @@ from keras import layers
 
 from normswap.convert.targets import BatchRenorm, GroupNorm, as_target
 from normswap.errors import UnsupportedError
-from normswap.patchers.keras import find_sites, patch
+from normswap.patchers.keras.patch import patch
+from normswap.patchers.keras.sites import find_sites
 
 from .models import output
 

@@ -11,9 +11,9 @@ from keras import layers
 
 from normswap.convert.targets import GroupNorm, SwitchNorm
 from normswap.errors import InputError, UnsupportedError
-from normswap.patchers.keras import patch
-from normswap.patchers.model import patch as patch_any
-from normswap.patchers.model import plan
+from normswap.patchers.keras.patch import patch
+from normswap.patchers.patch import patch as patch_any
+from normswap.patchers.patch import plan
 
 
 class Plain(layers.BatchNormalization):

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 import normswap
+from normswap.bundles import bundle
 from normswap.errors import VerificationError
-from normswap.finetune import figures
-from normswap.finetune.interruption import StoppedError
-from normswap.finetune.keras.helpers import update_statistics
-from normswap.finetune.run import finetune
-from normswap.finetune.settings import Settings
-from normswap.patchers import bundle
+from normswap.finetune.hooks.keras.statistics import update_statistics
+from normswap.finetune.run import figures
+from normswap.finetune.run.interruption import StoppedError
+from normswap.finetune.run.run import finetune
+from normswap.finetune.run.settings import Settings
 
 from .fitting import BATCH_SIZE, PREPROCESSING, Spoiled, fitted, small_net, stripes
 

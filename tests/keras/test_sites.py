@@ -9,8 +9,8 @@ from keras import layers
 
 from normswap.convert.targets import BatchRenorm, GroupNorm, SwitchNorm
 from normswap.errors import InputError
-from normswap.finetune.calibration import calibrate
-from normswap.finetune.keras.sites import (
+from normswap.finetune.calibration.calibrate import calibrate
+from normswap.finetune.calibration.keras.layers import (
     get_affine,
     get_weights,
     linear_layers,
@@ -20,7 +20,7 @@ from normswap.finetune.keras.sites import (
     set_weights,
     site_layers,
 )
-from normswap.patchers.keras import patch
+from normswap.patchers.keras.patch import patch
 
 pytestmark = [
     pytest.mark.keras,

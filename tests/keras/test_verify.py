@@ -10,8 +10,8 @@ import pytest
 from onnx import helper
 
 import normswap
-from normswap.export.stored import load_reference
-from normswap.export.verify import verify_against
+from normswap.verification.stored import load_reference
+from normswap.verification.verify import verify_against
 
 
 def network(height=None, width=None, name="img"):

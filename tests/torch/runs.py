@@ -7,11 +7,12 @@ import safetensors.numpy
 import torch
 
 import normswap
-from normswap.finetune.run import finetune
-from normswap.finetune.settings import Settings
-from normswap.patchers import bundle
-from normswap.sources.data import Preprocessing, from_arrays
-from normswap.sources.models import load_model
+from normswap.bundles import bundle
+from normswap.bundles.source import load_model
+from normswap.data.dataset import from_arrays
+from normswap.data.preprocessing import Preprocessing
+from normswap.finetune.run.run import finetune
+from normswap.finetune.run.settings import Settings
 
 PREPROCESSING = Preprocessing((3, 12, 12), "channels_first", mean=(0.5,), std=(0.3,))
 SETTINGS = Settings(steps=6, batch_size=16, lr=0.05, checkpoint_every=3)

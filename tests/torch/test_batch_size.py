@@ -7,9 +7,9 @@ import torch
 
 import normswap
 from normswap.errors import UnsupportedError
-from normswap.finetune.batch_size import largest_batch
-from normswap.finetune.torch import engine
-from normswap.finetune.training import Training
+from normswap.finetune.run.batch_size import largest_batch
+from normswap.finetune.run.torch import train as engine
+from normswap.finetune.run.training import Training
 
 from .runs import coloured
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from normswap.errors import VerificationError
 from normswap.finetune.callbacks.accelerate import NormswapCallback
-from normswap.finetune.distillation import Distillation
-from normswap.finetune.hooks import StopAtNaN
+from normswap.finetune.hooks.distillation import Distillation
+from normswap.finetune.hooks.hook import StopAtNaN
 
 from .loops import (
     HOOKS,

@@ -8,8 +8,8 @@ from transformers import Trainer, TrainingArguments
 
 from normswap.errors import VerificationError
 from normswap.finetune.callbacks.transformers import NormswapCallback
-from normswap.finetune.distillation import Distillation
-from normswap.finetune.hooks import StopAtNaN
+from normswap.finetune.hooks.distillation import Distillation
+from normswap.finetune.hooks.hook import StopAtNaN
 
 from .loops import (
     HOOKS,

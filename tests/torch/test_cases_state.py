@@ -11,7 +11,7 @@ from torch import nn
 import normswap
 from normswap import BatchRenorm, GroupNorm, SwitchNorm
 from normswap.errors import InputError
-from normswap.sources.weights import load_state_dict
+from normswap.sources.torch.state_dict import load_state_dict
 
 from .conftest import TARGETS, Residual, trained_
 

@@ -12,7 +12,7 @@ from torch import nn
 import normswap
 from normswap.errors import UnsupportedError
 from normswap.layers.torch import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d
-from normswap.patchers import registry
+from normswap.patchers.torch import subclasses as registry
 
 from .conftest import TARGETS, batch_norms, exactly, refusal, trained_
 

@@ -11,8 +11,8 @@ from hypothesis.extra.numpy import arrays
 from torch import nn
 
 from normswap.convert.carry_over import softmax
-from normswap.convert.checkpoints import from_switchablenorms, is_switchablenorms, to_switchablenorms
 from normswap.errors import InputError
+from normswap.interop.checkpoints import from_switchablenorms, is_switchablenorms, to_switchablenorms
 from normswap.layers.torch import SwitchNorm1d, SwitchNorm2d
 
 WEIGHT = {1: (1, -1), 2: (1, -1, 1, 1), 3: (1, -1, 1, 1, 1)}

@@ -210,7 +210,7 @@ class TestRefusals:
         def interrupt(*_, **__):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("normswap.patchers.opening.load_model", interrupt)
+        monkeypatch.setattr("normswap.bundles.opening.load_model", interrupt)
         assert run("inspect", *MODEL) == (130, "", "stopped\n")
 
     @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ class TestRefusals:
 
     def test_an_internal_error(self, run, monkeypatch):
         """A defect is told in one line, with a traceback only on demand."""
-        from normswap.patchers import opening
+        from normswap.bundles import opening
 
         def broken(*_, **__):
             raise AssertionError("broken")

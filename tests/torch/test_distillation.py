@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from normswap.errors import InputError, UnsupportedError
-from normswap.finetune.distillation import Distillation
+from normswap.finetune.hooks.distillation import Distillation
 
 from .conftest import exactly
 from .loops import batches, by_hand, network

@@ -11,9 +11,9 @@ import normswap
 from normswap import BatchRenorm, GroupNorm, SwitchNorm
 from normswap.convert.recipe import Rule, Rules
 from normswap.errors import InputError, UnsupportedError
-from normswap.patchers import drift
-from normswap.patchers.drift import drift_between
-from normswap.patchers.model import plans
+from normswap.patchers import measured_drift as drift
+from normswap.patchers.measured_drift import drift_between
+from normswap.patchers.patch import plans
 
 from .conftest import TARGETS, exactly, fingerprint, trained_
 from .test_cases_types import FrozenBatchNorm2d

@@ -14,7 +14,7 @@ from torch import nn
 
 import normswap
 from normswap.errors import MissingDependencyError
-from normswap.export.verdict import INEXACT, TOLERANCE
+from normswap.verification.verdict import INEXACT, TOLERANCE
 
 from .conftest import Residual, trained_
 

@@ -10,8 +10,8 @@ from torch import nn
 
 import normswap
 from normswap.cli import main
-from normswap.finetune.figures import Clipping, drift, gates
-from normswap.finetune.journal import Journal
+from normswap.finetune.run.figures import Clipping, drift, gates
+from normswap.finetune.run.journal import Journal
 from normswap.layers.torch import BatchRenorm2d, SwitchNorm2d
 
 

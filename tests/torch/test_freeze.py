@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from normswap.errors import InputError
-from normswap.finetune.hooks import Freeze
+from normswap.finetune.hooks.hook import Freeze
 
 from .loops import by_hand, network
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import normswap
 from normswap.errors import UnsupportedError
-from normswap.patchers import torch_swap
+from normswap.patchers.torch import swap as torch_swap
 
 from .conftest import TARGETS, Residual, batch_norms, exactly, fingerprint, refusal, trained_
 

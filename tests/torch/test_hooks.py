@@ -12,8 +12,8 @@ from torch import nn
 
 import normswap
 from normswap.errors import InputError, UnsupportedError, VerificationError
-from normswap.finetune.hooks import Blend, Hooks, RenormLimits, Statistics, StopAtNaN
-from normswap.finetune.torch.helpers import update_statistics
+from normswap.finetune.hooks.hook import Blend, Hooks, RenormLimits, Statistics, StopAtNaN
+from normswap.finetune.hooks.torch.statistics import update_statistics
 from normswap.layers.torch import BatchRenorm2d, SwitchNorm2d
 
 from .conftest import exactly

@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from normswap.data.dataset import open_data
+from normswap.data.preprocessing import Preprocessing
 from normswap.errors import InputError
-from normswap.finetune.loading import StepBatches
-from normswap.finetune.torch.engine import reader
-from normswap.finetune.training import Training
-from normswap.sources.data import Preprocessing, open_data
+from normswap.finetune.run.loading import StepBatches
+from normswap.finetune.run.torch.train import reader
+from normswap.finetune.run.training import Training
 
 TRAINING = Training(batch_size=4, augment="resized-crop,flip", seed=3)
 

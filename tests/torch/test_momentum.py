@@ -6,7 +6,7 @@ from torch import nn
 
 import normswap
 from normswap.errors import InputError
-from normswap.finetune.hooks import Momentum
+from normswap.finetune.hooks.hook import Momentum
 from normswap.layers.torch import SwitchNorm2d
 
 from .loops import network

@@ -12,7 +12,7 @@ from torch import nn
 
 import normswap
 from normswap import BatchRenorm, GroupNorm, SwitchNorm
-from normswap.finetune.opacus import register_opacus
+from normswap.interop.opacus import register_opacus
 from normswap.layers import torch as layers
 
 from .conftest import filled

@@ -10,13 +10,13 @@ from torch import nn
 
 import normswap
 from normswap.errors import UnsupportedError
-from normswap.finetune.distillation import Distillation
-from normswap.finetune.torch import engine
-from normswap.finetune.torch.engine import place, predict, train
-from normswap.finetune.torch.helpers import update_statistics
-from normswap.finetune.training import Training
+from normswap.finetune.hooks.distillation import Distillation
+from normswap.finetune.hooks.torch.statistics import update_statistics
+from normswap.finetune.run.torch import train as engine
+from normswap.finetune.run.torch.train import place, predict, train
+from normswap.finetune.run.training import Training
 from normswap.layers.torch import SwitchNorm2d
-from normswap.patchers.torch_sites import call
+from normswap.patchers.torch.sites import call
 
 from .conftest import exactly
 from .runs import coloured

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from normswap.finetune.journal import read
-from normswap.finetune.settings import Settings
+from normswap.finetune.run.journal import read
+from normswap.finetune.run.settings import Settings
 
 from .runs import bundled, coloured, quick
 
@@ -29,9 +29,9 @@ import numpy as np
 import heads
 from normswap.cli import main
 from normswap.errors import NormswapError
-from normswap.finetune.run import finetune
-from normswap.finetune.settings import Settings
-from normswap.sources.data import Preprocessing, from_arrays
+from normswap.finetune.run.run import finetune
+from normswap.finetune.run.settings import Settings
+from normswap.data.dataset import Preprocessing, from_arrays
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 found = np.load(folder / "data.npz")
@@ -66,8 +66,8 @@ HEADS = """
 import torch
 from torch import nn
 
-from normswap.finetune.torch.engine import train
-from normswap.finetune.training import Training
+from normswap.finetune.run.torch.train import train
+from normswap.finetune.run.training import Training
 
 
 class Heads(nn.Module):

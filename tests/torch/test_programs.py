@@ -11,9 +11,10 @@ from click.testing import CliRunner
 from torch import nn
 
 import normswap
+from normswap.bundles.source import load_model
 from normswap.cli import main
+from normswap.data.preprocessing import preprocessing_of
 from normswap.errors import InputError
-from normswap.sources.models import load_model, preprocessing_of
 
 from .conftest import Residual, batch_norms, exactly, trained_
 from .test_graph import exported, patched

@@ -10,7 +10,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import nn
 
 from normswap.convert.carry_over import softmax
-from normswap.convert.checkpoints import from_switchablenorms, to_switchablenorms
+from normswap.interop.checkpoints import from_switchablenorms, to_switchablenorms
 from normswap.layers import torch as layers
 
 MOMENTUM = {1: 0.997, 2: 0.9, 3: 0.997}

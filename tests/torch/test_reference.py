@@ -14,7 +14,7 @@ from torch import nn
 
 import normswap
 from normswap.errors import InputError, OutputExistsError
-from normswap.export.verify import verify_against
+from normswap.verification.verify import verify_against
 
 from .conftest import Residual, trained_
 

@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 import safetensors.numpy
 
+from normswap.data.dataset import from_arrays
 from normswap.errors import InputError, NormswapWarning
-from normswap.finetune.journal import read
-from normswap.sources.data import from_arrays
+from normswap.finetune.run.journal import read
 
 from .runs import EVERYTHING, PREPROCESSING, SETTINGS, HaltError, checkpoints, halt_at, same, weights
 from .runs import quick as finetune
@@ -126,7 +126,9 @@ class TestResume:
         settings = replace(SETTINGS, steps=60, checkpoint_every=7, ema=0.9)
         path = source("sn")
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["normswap.finetune.torch.engine", "normswap.finetune.run", "tensorboardX"])
+        context.set_forkserver_preload(
+            ["normswap.finetune.run.torch.train", "normswap.finetune.run.run", "tensorboardX"]
+        )
 
         def start(output):
             options = {"eval_data": data, "resume": True, "draw": False}

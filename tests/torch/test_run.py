@@ -12,10 +12,10 @@ import safetensors.numpy
 import torch
 
 import normswap
+from normswap.bundles import bundle
 from normswap.errors import InputError, OutputExistsError, VerificationError
-from normswap.finetune.interruption import StoppedError
-from normswap.finetune.journal import read
-from normswap.patchers import bundle
+from normswap.finetune.run.interruption import StoppedError
+from normswap.finetune.run.journal import read
 
 from .runs import SETTINGS, HaltError, checkpoints, halt_at, same, weights
 from .runs import quick as finetune
@@ -51,8 +51,8 @@ class TestOutput:
 
     def test_the_best_model_is_kept(self, source, data, tmp_path, monkeypatch):
         """With data to evaluate on the bundle holds the model that was best on it, and its checkpoint stays."""
-        from normswap.finetune import evaluation
-        from normswap.finetune.accuracy import Accuracy
+        from normswap.finetune.run import evaluation
+        from normswap.finetune.run.accuracy import Accuracy
 
         scores = iter([50.0, 10.0, 90.0, 20.0, 30.0, 40.0])  # the original, the start, and four checkpoints
         monkeypatch.setattr(evaluation, "accuracy", lambda *_, **__: Accuracy(next(scores), 100.0, 96))
@@ -66,8 +66,8 @@ class TestOutput:
 
     def test_stops_when_it_is_as_good_as_its_teacher(self, source, data, tmp_path, monkeypatch):
         """A run that distils ends at the first evaluation that reaches the original's accuracy."""
-        from normswap.finetune import evaluation
-        from normswap.finetune.accuracy import Accuracy
+        from normswap.finetune.run import evaluation
+        from normswap.finetune.run.accuracy import Accuracy
 
         scores = iter([50.0, 10.0, 50.0])
         monkeypatch.setattr(evaluation, "accuracy", lambda *_, **__: Accuracy(next(scores), 100.0, 96))
@@ -92,7 +92,7 @@ class TestOutput:
 
     def test_calibration_that_does_not_help_is_undone(self, source, data, tmp_path, monkeypatch):
         """What takes the model further from the original on other images is not kept."""
-        from normswap.finetune import run
+        from normswap.finetune.run import run
 
         def spoil(model, reference, batches):
             with torch.no_grad():
@@ -201,7 +201,7 @@ class TestStopping:
 
     def test_a_loss_that_is_not_finite(self, source, data, tmp_path, monkeypatch):
         """The run ends with the last checkpoint's model as the output, and says so."""
-        from normswap.finetune.torch import engine
+        from normswap.finetune.run.torch import train as engine
 
         gradients, calls = engine._gradients, []
 
@@ -222,7 +222,9 @@ class TestStopping:
 
     def test_a_full_disk(self, source, data, tmp_path, monkeypatch):
         """A checkpoint that cannot be written leaves the one before it whole, to go on from."""
-        write = bundle.write_weights
+        from normswap.finetune.run import run
+
+        write = run.write_weights
 
         def full(model, path):
             if "step-000006" in str(path):
@@ -231,7 +233,7 @@ class TestStopping:
             write(model, path)
 
         with monkeypatch.context() as patched:
-            patched.setattr(bundle, "write_weights", full)
+            patched.setattr(run, "write_weights", full)
             with pytest.raises(OSError, match="No space left on device"):
                 finetune(source(), tmp_path / "out", data, SETTINGS)
         finetune(source(), tmp_path / "whole", data, SETTINGS)

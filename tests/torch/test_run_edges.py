@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import normswap
+from normswap.bundles import bundle
+from normswap.data.dataset import from_arrays
 from normswap.errors import InputError, NormswapWarning, OutputExistsError, VerificationError
-from normswap.finetune.calibration import split
-from normswap.finetune.checkpoints import Checkpoints
-from normswap.finetune.journal import read
-from normswap.finetune.torch.helpers import update_statistics
-from normswap.patchers import bundle
-from normswap.sources.data import from_arrays
+from normswap.finetune.calibration.calibrate import split
+from normswap.finetune.hooks.torch.statistics import update_statistics
+from normswap.finetune.run.checkpoints import Checkpoints
+from normswap.finetune.run.journal import read
 
 from .runs import PREPROCESSING, SETTINGS, HaltError, checkpoints, halt_at, same, weights
 from .runs import quick as finetune
@@ -36,7 +36,7 @@ def files(folder):
 
 def poison_last(monkeypatch, call):
     """Let the gradients of a call be NaN, though its loss is fine."""
-    from normswap.finetune.torch import engine
+    from normswap.finetune.run.torch import train as engine
 
     gradients, calls = engine._gradients, []
 
@@ -80,7 +80,8 @@ class TestBrokenModels:
         """Of the old run, and of an original that the new bundle does not have, nothing is left."""
         finetune(source(), tmp_path / "out", data, SETTINGS)
         bare = tmp_path / "bare"
-        bundle.save(bundle.read(source()), bare, source=f"{tmp_path}/net.py:build", preprocessing=PREPROCESSING)
+        without = replace(bundle.read(source()), has_original=False)
+        bundle.save(without, bare, source=f"{tmp_path}/net.py:build", preprocessing=PREPROCESSING)
         finetune(bare, tmp_path / "out", data, replace(SETTINGS, seed=1), overwrite=True)
 
         assert not bundle.read(tmp_path / "out").has_original
@@ -211,8 +212,8 @@ class TestStatistics:
 
     def test_of_the_start(self, source, data, tmp_path, monkeypatch):
         """The model of step 0 is evaluated and kept with re-estimated statistics, as those of later steps are."""
-        from normswap.finetune import evaluation
-        from normswap.finetune.accuracy import Accuracy
+        from normswap.finetune.run import evaluation
+        from normswap.finetune.run.accuracy import Accuracy
 
         scores = iter([50.0, 90.0, 10.0, 10.0])
         monkeypatch.setattr(evaluation, "accuracy", lambda *_, **__: Accuracy(next(scores), 100.0, 96))

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from normswap.finetune.hooks import RenormLimits
-from normswap.finetune.schedules import renorm_limits
-from normswap.finetune.torch.helpers import update_statistics
+from normswap.finetune.hooks.hook import RenormLimits
+from normswap.finetune.hooks.schedules import renorm_limits
+from normswap.finetune.hooks.torch.statistics import update_statistics
 from normswap.layers.torch import BatchRenorm1d, BatchRenorm2d
 
 SCHEDULES = [

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 import normswap
+from normswap.bundles import bundle
+from normswap.bundles.source import load_model
+from normswap.data.preprocessing import Preprocessing, preprocessing_of
 from normswap.errors import InputError, MissingDependencyError, UnsupportedError
-from normswap.patchers import bundle
-from normswap.sources.data import Preprocessing
-from normswap.sources.models import absolute_spec, load_model, preprocessing_of, relative_spec
-from normswap.sources.weights import load_state_dict, read_state_dict
+from normswap.sources.spec import absolute_spec, relative_spec
+from normswap.sources.torch.state_dict import load_state_dict, read_state_dict
 
 CODE = """
 from helper import WIDTH

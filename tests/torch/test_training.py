@@ -10,14 +10,15 @@ from torch import nn
 
 import normswap
 from normswap import GroupNorm
+from normswap.data.dataset import from_arrays
+from normswap.data.preprocessing import Preprocessing
 from normswap.errors import InputError, UnsupportedError, VerificationError
-from normswap.finetune.accuracy import Accuracy, accuracy
-from normswap.finetune.hooks import Hook, RenormLimits
-from normswap.finetune.torch import engine
-from normswap.finetune.torch.engine import predict, train
-from normswap.finetune.torch.parts import blocks
-from normswap.finetune.training import Training
-from normswap.sources.data import Preprocessing, from_arrays
+from normswap.finetune.hooks.hook import Hook, RenormLimits
+from normswap.finetune.hooks.torch.learning import blocks
+from normswap.finetune.run.accuracy import Accuracy, accuracy
+from normswap.finetune.run.torch import train as engine
+from normswap.finetune.run.torch.train import predict, train
+from normswap.finetune.run.training import Training
 
 PREPROCESSING = Preprocessing((3, 12, 12), "channels_first", mean=(0.5,), std=(0.3,))
 

@@ -11,8 +11,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 import normswap
-from normswap.export.reference import SIZES
-from normswap.export.verdict import HALF_TOLERANCE
+from normswap.verification.reference import SIZES
+from normswap.verification.verdict import HALF_TOLERANCE
 
 from .conftest import Residual, trained_
 

@@ -1,0 +1,224 @@
+"""A bundle: a folder that holds a patched model, how it was made, and the original it was made from."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..convert.recipe import Recipe
+from ..data.preprocessing import Preprocessing
+from ..errors import InputError
+from ..frameworks.detect import example_input
+from ..patchers.patch import as_module, patch
+from ..sources.files import sha256, staged
+from ..sources.spec import absolute_spec
+from ..sources.weights import SUFFIX, load_weights, write_weights
+from .manifest import BUNDLE, MANIFEST, manifest_of, read_manifest, require_replaceable
+from .source import load_model
+
+MEMORY = "_normswap_bundle"
+"""Attribute of a loaded model that holds the bundle it came from, for it to be saved again."""
+
+
+class Patched(Protocol):
+    """A patched model with the recipe that made it, such as a `Report` or a `Bundle`."""
+
+    @property
+    def model(self) -> Any:
+        """The patched model."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """What it was made by."""
+
+
+@dataclass
+class Bundle:
+    """What a bundle's folder holds, the model loaded."""
+
+    directory: Path
+    model: Any
+    recipe: Recipe
+    source: str | None
+    preprocessing: Preprocessing | None
+    has_original: bool
+    trusted: bool = False
+
+    def identity(self) -> str:
+        """Return a hash that tells this model from others, by recipe and weights."""
+        weights = sha256(self.directory / f"model{SUFFIX[self.recipe.framework]}")
+        return hashlib.sha256(json.dumps([self.recipe.to_dict(), weights]).encode()).hexdigest()
+
+    def original(self) -> Any:
+        """Return the model as it was before the patch; raises `InputError` if the bundle was saved without it."""
+        if not self.has_original:
+            raise InputError(
+                f"expected a bundle saved with its original, received {self.directory}; make it with `normswap patch`"
+            )
+        if self.recipe.framework == "keras":
+            return _load_keras(self.original_weights, self.source, self.preprocessing)[0]
+        return _filled(_build(self.directory, self.source, trust=self.trusted), self.original_weights)
+
+    @property
+    def original_weights(self) -> Path:
+        """The file with the weights from before the patch, where there is one."""
+        return self.directory / f"original{SUFFIX[self.recipe.framework]}"
+
+
+def save(
+    patched: Any,
+    directory: str | Path,
+    *,
+    source: str | None = None,
+    original: Any = None,
+    preprocessing: Preprocessing | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a patched model as a bundle: a report of `patch`, a `Bundle`, or a model that `load` returned.
+
+    ``source`` says where the architecture comes from (see `normswap.load_model`); without it a torch bundle
+    can only be loaded into a model given to `load`. ``original`` is the model before the patch, which distillation
+    learns from. What comes from a bundle keeps that bundle's own where they are None.
+
+    Raises `OutputExistsError` if ``directory`` exists, unless it is a bundle and may be overwritten; `InputError` for
+    a model of another kind, and if the bundle it came from has lost its original since.
+    """
+    directory = Path(directory)
+    require_replaceable(directory, overwrite=overwrite)
+    known = _patched(patched)
+    before = known if isinstance(known, Bundle) else None
+    if before is not None:
+        source, preprocessing = source or before.source, preprocessing or before.preprocessing
+    suffix = SUFFIX[known.recipe.framework]
+    with staged(directory, overwrite=overwrite, kind=BUNDLE) as temporary:
+        temporary.mkdir()
+        write_weights(known.model, temporary / f"model{suffix}")
+        if original is not None:
+            write_weights(original, temporary / f"original{suffix}")
+        elif before is not None and before.has_original:
+            if not before.original_weights.is_file():
+                raise InputError(
+                    f"expected the original of the bundle the model came from at {before.original_weights}, received "
+                    "nothing there; pass original="
+                )
+            shutil.copy2(before.original_weights, temporary / f"original{suffix}")
+        (temporary / MANIFEST).write_text(manifest_of(temporary, directory, known.recipe, source, preprocessing))
+
+
+def _patched(patched: Any) -> Patched:
+    """Return what has model and recipe, for what `save` takes."""
+    if hasattr(patched, "model") and isinstance(getattr(patched, "recipe", None), Recipe):
+        return patched  # type: ignore[no-any-return]
+    bundle = getattr(patched, "__dict__", {}).get(MEMORY)
+    if not isinstance(bundle, Bundle):
+        raise InputError(
+            "expected a report of `patch`, a bundle, or a model that `load` returned, "
+            f"received {type(patched).__name__}: save what `patch` returned"
+        )
+    return replace(bundle, model=patched)
+
+
+def save_into(bundle: Bundle, directory: Path) -> None:
+    """Write the bundle's model and its original as a bundle among what else is in ``directory``.
+
+    Files of an older bundle there are replaced one by one, the manifest last; what it had besides is removed.
+    """
+    framework = bundle.recipe.framework
+    with staged(directory / MANIFEST, overwrite=True) as manifest:
+        write_weights(bundle.model, manifest.with_name(f"model{SUFFIX[framework]}"))
+        if bundle.has_original:
+            shutil.copy2(bundle.original_weights, manifest.with_name(bundle.original_weights.name))
+        text = manifest_of(manifest.parent, directory, bundle.recipe, bundle.source, bundle.preprocessing)
+        manifest.write_text(text)
+        written = {file.name for file in manifest.parent.iterdir()}
+    for name in (f"{which}{suffix}" for which in ("model", "original") for suffix in SUFFIX.values()):
+        if name not in written:
+            (directory / name).unlink(missing_ok=True)
+
+
+def load(directory: str | Path, *, model: Any = None, trust: bool = False) -> Any:
+    """Return the patched model in a bundle.
+
+    A torch bundle's architecture is built by running the code its source names, or is taken from ``model``, a
+    fresh unpatched copy; so is a Keras bundle's if Keras does not know its classes.
+    Where the source is a ``.pt2`` file, which can run code while it is read, ``trust`` says that it may.
+
+    Raises `InputError` if the folder is not a bundle, is damaged, is not trusted, or does not fit.
+    """
+    bundle = read(directory, model=model, trust=trust)
+    bundle.model.__dict__[MEMORY] = replace(bundle, model=None)
+    return bundle.model
+
+
+def read(directory: str | Path, *, model: Any = None, trust: bool = False) -> Bundle:
+    """Return everything in a bundle; see `load`."""
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    framework = manifest["framework"]
+    recipe = Recipe.from_dict(manifest["recipe"])
+    source = None if manifest["source"] is None else absolute_spec(manifest["source"], directory)
+    settings = manifest.get("preprocessing")
+    preprocessing = None if settings is None else Preprocessing.from_dict(settings)
+    weights = directory / f"model{SUFFIX[framework]}"
+    if framework == "keras":
+        model, recipe = _load_keras(weights, source, preprocessing, model, recipe)
+    else:
+        model = _build(directory, source, trust=trust) if model is None else as_module(model)
+        patch(model, recipe)
+        model = _filled(model, weights)
+    return Bundle(
+        directory=directory,
+        model=model,
+        recipe=recipe,
+        source=source,
+        preprocessing=preprocessing,
+        has_original=f"original{SUFFIX[framework]}" in manifest["sha256"],
+        trusted=trust,
+    )
+
+
+def _build(directory: Path, source: str | None, *, trust: bool) -> Any:
+    if source is None:
+        raise InputError(
+            f"expected a bundle that says where its architecture comes from, received {directory} without; "
+            "pass a fresh model to load(directory, model=...)"
+        )
+    return load_model(source, pretrained=False, trust=trust)
+
+
+def _load_keras(
+    path: Path, source: str | None, preprocessing: Preprocessing | None, model: Any = None, recipe: Recipe | None = None
+) -> tuple[Any, Any]:
+    """Return the model in a Keras file, which tells its architecture unless its classes are known to code alone.
+
+    Then it is built as a torch model is: by the source's code or given as ``model``, and patched by ``recipe``, which
+    is returned with this model's names.
+    """
+    if model is None:
+        from ..sources.keras.model_file import read_model
+
+        try:
+            model = read_model(path)
+        except InputError:
+            if source is None:
+                raise
+            model = load_model(source, pretrained=False)
+        else:
+            if recipe is not None:
+                from ..patchers.keras.sites import mark
+
+                mark(model, recipe)
+            return model, recipe
+    if preprocessing is not None and not model.built:
+        model(example_input(model, preprocessing.shape), training=False)
+    if recipe is not None:
+        recipe = patch(model, recipe).recipe
+    load_weights(model, path)
+    return model, recipe
+
+
+def _filled(model: Any, path: Path) -> Any:
+    load_weights(model, path)
+    return model.eval()

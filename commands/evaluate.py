@@ -1,0 +1,93 @@
+"""The command that measures accuracy: evaluate."""
+
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..console import progress, show
+from .options import json_option, model_options, weights_option
+
+if TYPE_CHECKING:
+    from ..finetune.run.accuracy import Accuracy
+
+
+@click.command()
+@click.argument("model")
+@click.option("--data", required=True, help="Labelled images.")
+@click.option("--against", help="Model or bundle to compare with: its accuracy, and how often both say the same.")
+@click.option("--batch-size", default=250, show_default=True)
+@weights_option
+@model_options
+@json_option
+def evaluate(
+    model: str, data: str, against: str | None, batch_size: int, weights: Path | None, as_json: bool, **shape: Any
+) -> None:
+    """Measure the accuracy of MODEL, a bundle, or an ONNX file (run in onnxruntime).
+
+    Example: normswap evaluate net-gn.onnx --data val/ --against net-gn
+    """
+    first = measure(model, data, batch_size, weights, shape)
+    result, text = {"model": model, **first.accuracy.to_dict()}, str(first)
+    if against is not None:
+        second = measure(against, data, batch_size, weights, shape)
+        agreement = first.agreement(second)
+        result |= {"against": {"model": against, **second.accuracy.to_dict()}, "agreement": agreement}
+        text = f"{model}: {first}\n{against}: {second}\nboth say the same of {agreement:.2f} % of the images"
+    show(as_json, result, text)
+
+
+@dataclass
+class Measured:
+    """How often a model is right, and the class it says each image is of."""
+
+    accuracy: "Accuracy"
+    answers: Any
+
+    def __str__(self) -> str:
+        found = self.accuracy
+        return f"top-1 {found.top1:.2f} %, top-5 {found.top5:.2f} % of {found.n} images"
+
+    def agreement(self, other: "Measured") -> float:
+        """Return the share of images, in percent, that both say the same of."""
+        return 100 * float((self.answers == other.answers).mean())
+
+
+def measure(model: str, data: str, batch_size: int, weights: Path | None, options: dict[str, Any]) -> Measured:
+    """Run a model, bundle or ONNX file on labelled images, with a bar on a terminal."""
+    import numpy as np
+
+    from ..data.dataset import open_data
+    from ..data.labels import check_labels
+    from ..finetune.run.accuracy import accuracy
+
+    predict, preprocessing = _opened(model, weights, options)
+    images = open_data(data, preprocessing)
+    answers: list[Any] = []
+    with progress(f"evaluating {model}", len(images)) as advance:
+
+        def answer(x: Any) -> Any:
+            scores = np.asarray(predict(x))
+            if not answers and scores.ndim == 2:
+                check_labels(images, scores.shape[1])
+            answers.append(scores.argmax(axis=-1))
+            return scores
+
+        found = accuracy(answer, images, batch_size=batch_size, on_batch=lambda _: advance(sum(map(len, answers))))
+    return Measured(found, np.concatenate(answers))
+
+
+def _opened(model: str, weights: Path | None, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Return a function from images to scores, and how images become its input."""
+    if model.endswith(".onnx"):
+        from ..verification.inference import open_onnx
+
+        return open_onnx(Path(model), options)
+    from ..bundles.opening import Opened
+
+    opened = Opened(model, weights, options)
+    engine = import_module(f"..finetune.run.{opened.framework}.train", __package__)
+    return partial(engine.predict, opened.model), opened.require_preprocessing()

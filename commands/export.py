@@ -1,0 +1,86 @@
+"""The command that writes an ONNX file: export."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..console import show, table
+from .options import json_option, model_options, overwrite_option, read_from, weights_option
+
+
+@click.command()
+@click.argument("model")
+@click.option("-o", "--output", type=Path, required=True, help="ONNX file to write.")
+@click.option("--opset", default=20, show_default=True)
+@click.option("--runtime", type=click.Choice(["portable", "ort"]), default="portable", show_default=True,
+              help="Operators every runtime knows, or those onnxruntime is fastest with.")  # fmt: skip
+@click.option("--dynamic-size", is_flag=True, help="Leave height and width open, not only the batch.")
+@click.option("--half", is_flag=True, help="Weights and arithmetic in float16; norms stay in float32.")
+@click.option("--prune-gates", type=float, default=0.0, metavar="EPS", help="Leave out SN's statistics of gates below.")
+@click.option("--latency/--no-latency", default=True, help="Time a bundle's file beside its original's; default yes.")
+@weights_option
+@model_options
+@overwrite_option
+@json_option
+def export(model: str, output: Path, weights: Path | None, as_json: bool, latency: bool, **options: Any) -> None:
+    """Write MODEL or a bundle to an ONNX file, norms folded, and prove it with onnxruntime.
+
+    Example: normswap export net-gn -o net-gn.onnx
+    """
+    from ..bundles.opening import Opened
+    from ..export.onnx import to_onnx
+    from ..sources.files import require_output
+
+    require_output(output, overwrite=options["overwrite"], sources=read_from(model, weights))
+    opened = Opened(model, weights, options)
+    settings = opened.preprocessing
+    example = None if opened.example is None else _noise(opened.example)
+    form = {name: options[name] for name in ("opset", "runtime", "dynamic_size", "half")}
+    report = to_onnx(
+        opened.model,
+        output,
+        example=example,
+        **form,
+        prune_gates=options["prune_gates"],
+        overwrite=options["overwrite"],
+        metadata={} if settings is None else {"preprocessing": settings.to_dict()},
+    )
+    assert report.verdict is not None
+    facts = [_row(str(output), report)]
+    if latency and opened.bundle is not None and example is not None:
+        facts = _beside_original(opened.bundle.original(), facts[0], example, form)
+    lines = [*(f"note: {note}" for note in report.notes)]
+    lines.append(f"{len(report.folded)} norms folded, {len(report.kept)} kept; verified: largest difference "
+                 f"{report.verdict.max_rel:.1e} of scale in {len(report.verdict.checks)} checks")  # fmt: skip
+    show(as_json, {**report.to_dict(), "files": facts}, table("what was written", facts, lines))
+
+
+def _noise(zeros: Any) -> Any:
+    """Return standard normal numbers in place of a batch of zeros, of which norms can make little."""
+    import numpy as np
+
+    noise = np.random.default_rng(0).standard_normal(tuple(zeros.shape), np.float32)
+    return noise if isinstance(zeros, np.ndarray) else zeros.new_tensor(noise)
+
+
+def _row(name: str, report: Any) -> dict[str, Any]:
+    return {"file": name, "nodes": report.nodes, "MB": round(report.size / 1e6, 2)}
+
+
+def _beside_original(original: Any, file: dict[str, Any], example: Any, form: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the facts of a file and of its original's, which is written for that, with the time both take."""
+    from tempfile import TemporaryDirectory
+
+    from ..export.onnx import to_onnx
+    from ..verification.latency import latencies
+
+    with TemporaryDirectory() as folder:
+        report = to_onnx(original, Path(folder) / "original.onnx", example=example, **form, check=False)
+        rows = [_row("its original", report), file]
+        paths = {"its original": report.output, str(file["file"]): Path(file["file"])}
+        for name, times in latencies(paths, [tuple(example.shape[1:])]).items():
+            row = next(row for row in rows if row["file"] == name)
+            for batch, (median, least) in times.items():
+                row |= {f"median ms, batch {batch}": round(median, 2), f"least, batch {batch}": round(least, 2)}
+    return rows

@@ -1,0 +1,338 @@
+"""The command that trains a patched model: finetune."""
+
+import json
+import math
+import tomllib
+import warnings
+from contextlib import nullcontext
+from dataclasses import fields
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..console import option_set, progress, show
+from ..errors import InputError, NormswapWarning
+from .options import json_option, model_options, overwrite_option
+
+if TYPE_CHECKING:
+    from ..bundles.bundle import Bundle
+    from ..data.dataset import Data
+    from ..finetune.run.settings import Settings
+
+RECIPE = "calibrate,norm,all"
+RATE, RATE_BATCH = 0.05, 64
+
+_TYPES: dict[str, tuple[set[type], str]] = {
+    "boolean": ({bool}, "true or false"),
+    "integer": ({int}, "an integer"),
+    "float": ({int, float}, "a number"),
+}
+"""What a TOML file must have for an option of each of click's types, which would convert it without a word."""
+_TEXT = {str, int, float}, "text or a number"
+_LISTS = {"stages", "augment", "input_shape", "size", "mean", "std"}
+
+_NEEDS = {
+    "temperature": "a teacher",
+    "features": "a teacher",
+    "gate_lr": "layers with gates",
+    "harden": "layers with gates",
+    "limits": "BRN layers",
+}
+"""What has to be there for an option to have an effect."""
+
+
+def _read_config(context: click.Context, parameter: click.Parameter, path: Path | None) -> None:
+    """Take the options in a TOML file where the command line gives none."""
+    if path is None:
+        return
+    try:
+        found = {name.replace("-", "_"): value for name, value in tomllib.loads(path.read_text()).items()}
+    except (OSError, ValueError) as error:
+        raise click.BadParameter(f"expected a TOML file, received {path}: {error}") from None
+    known = {each.name: each.type for each in context.command.params if each.name not in (None, "config")}
+    if unknown := sorted(found.keys() - known.keys()):
+        raise click.BadParameter(
+            f"expected options of this command in {path}, received {', '.join(unknown)}; "
+            f"there are {', '.join(sorted(known))}"
+        )
+    for name, value in found.items():
+        types, expected = _TYPES.get(known[name].name, _TEXT)
+        if name in _LISTS:
+            expected = "text, a number or a list of these"
+        parts = value if isinstance(value, list) and name in _LISTS else [value]
+        if any(type(part) not in types for part in parts):
+            said = json.dumps(value, default=str)
+            raise click.BadParameter(f"expected {expected} in {path}, received {name}={said}")
+    context.default_map = {name: _as_text(value) for name, value in found.items()}
+
+
+def _as_text(value: Any) -> Any:
+    return ",".join(map(str, value)) if isinstance(value, list) else value
+
+
+def _positive(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not 0 < value < math.inf:
+        raise click.BadParameter(f"expected a finite number above 0, received {value}")
+    return value
+
+
+def _batch_size(context: click.Context, parameter: click.Parameter, value: str) -> int | str:
+    if value == "auto":
+        return value
+    if not value.isdecimal() or int(value) < 1:
+        raise click.BadParameter(f"expected 'auto' or a positive number, received {value!r}")
+    return int(value)
+
+
+option = partial(click.option, show_default=True)
+what_learns = option_set(
+    option(
+        "--stages",
+        help="What learns when: norm, all and last:N, each with =STEPS if not its share of the "
+        f"steps, after calibrate or not; default {RECIPE}.",
+    ),
+    option("--train", help="One stage instead: norm, all or last:N, the last N blocks."),
+    option(
+        "--teacher",
+        type=click.Choice(["original", "none"]),
+        help="Learn from the model before the patch, "
+        "which needs no labels, or from the labels; default original, if the bundle has it.",
+    ),
+    option("--distill", is_flag=True, help="The same as --teacher original."),
+    option("--temperature", default=2.0, help="Softens what the teacher says."),
+    option(
+        "--features",
+        default=0.0,
+        help="Weight of the distance of the replaced layers' outputs from the teacher's.",
+    ),
+    option(
+        "--early-stop/--no-early-stop",
+        default=True,
+        help="End when as accurate as the teacher on --eval-data.",
+    ),
+    option("--calibration-size", default=256, help="Images for the stage calibrate."),
+)
+how_it_learns = option_set(
+    option("--steps", type=int, help="Training steps; default 100."),
+    option("--epochs", type=float, callback=_positive, help="Passes over the data, instead of --steps."),
+    option(
+        "--batch-size",
+        default="64",
+        callback=_batch_size,
+        help="Images at a time over all processes, or auto for what memory allows.",
+    ),
+    option("--accumulate", default=1, callback=_positive, help="Batches to a step."),
+    option(
+        "--lr",
+        type=float,
+        help=f"Peak learning rate of SGD with momentum 0.9; default {RATE} for "
+        f"{RATE_BATCH} images a step, in proportion for fewer.",
+    ),
+    option(
+        "--decay",
+        type=click.Choice(["cosine", "constant"]),
+        default="cosine",
+        help="What the rate does after --warmup.",
+    ),
+    option("--warmup", default=0.05, help="Share of the steps in which the rate rises."),
+    option("--weight-decay", default=0.0, help="Of all but norms, biases and gates."),
+    option("--gate-lr", default=1.0, help="Rate of SN's gates, as a multiple."),
+    option(
+        "--precision",
+        type=click.Choice(["no", "bf16", "fp16"]),
+        default="no",
+        help="Automatic mixed precision.",
+    ),
+    option(
+        "--ema",
+        default=0.0,
+        help="Deploy a moving average of the weights, with this weight of the old value, such as 0.99.",
+    ),
+    option("--seed", default=0),
+)
+what_norms_do = option_set(
+    option(
+        "--limits",
+        type=click.Choice(["pretrained", "paper", "sigmoid"]),
+        default="pretrained",
+        help="Schedule of Batch Renormalization's limits.",
+    ),
+    option(
+        "--blend",
+        default=0.0,
+        help="Lead over from BatchNorm to what replaced it, in this share of the steps.",
+    ),
+    option("--harden", is_flag=True, help="End with SN's gates one-hot, which export folds."),
+    option(
+        "--reestimate",
+        default=0,
+        help="Re-estimate running statistics on so many images before each evaluation and at the end.",
+    ),
+)
+how_it_goes = option_set(
+    option("--augment", default="none", help="Change images: crop or resized-crop, flip, or one of the two and flip."),
+    option("--workers", default=0, help="Processes (Keras: threads) that read images ahead."),
+    option("--checkpoint-every", default=100, help="Steps between checkpoints, each with an evaluation."),
+)
+
+
+@click.command()
+@click.argument("bundle")
+@click.option(
+    "-c",
+    "--config",
+    type=Path,
+    is_eager=True,
+    expose_value=False,
+    callback=_read_config,
+    help="TOML file with options, such as a run's run.toml; the command line comes first.",
+)
+@click.option("--data", required=True, help="Images to train on.")
+@click.option("--eval-data", help="Images to evaluate on; the best model on them is kept.")
+@click.option("-o", "--output", type=Path, required=True, help="Folder of the bundle to write.")
+@what_learns
+@how_it_learns
+@what_norms_do
+@how_it_goes
+@click.option("--resume", is_flag=True, help="Go on with the run in the output folder, if there is one.")
+@model_options
+@overwrite_option
+@json_option
+def finetune(bundle: str, output: Path, **options: Any) -> None:
+    """Fine-tune the model in BUNDLE and write another bundle.
+
+    The output's folder `run` has the settings, curves, TensorBoard events and checkpoints. Ctrl-C and SIGTERM finish
+    the step and save; --resume goes on. `accelerate launch -m normswap finetune ...` trains in several processes.
+
+    \b
+    Examples:
+      normswap finetune net-gn --data train/ --eval-data val/ -o net-gn-tuned
+      normswap finetune net-sn --data train/ --teacher none --train all --epochs 3 --batch-size 2 -o net-sn-tuned
+      normswap finetune net-sn -c net-sn-tuned/run/run.toml --seed 1 -o net-sn-again
+    """
+    from ..bundles.opening import Opened
+    from ..data.dataset import open_data
+    from ..finetune.run import run
+
+    _decide(options, "steps", "epochs")
+    _decide(options, "stages", "train")
+    _decide(options, "teacher", "distill")
+    _require_outside(output, options)
+    opened = Opened(bundle, None, options, need_bundle=True)
+    assert opened.bundle is not None
+    preprocessing = opened.require_preprocessing()
+    if options["distill"] or (options["teacher"] is None and opened.bundle.has_original):
+        options["teacher"] = "original"
+    options["teacher"] = options["teacher"] or "none"
+    data = open_data(options["data"], preprocessing, labelled=options["teacher"] == "none")
+    eval_data = None if options["eval_data"] is None else open_data(options["eval_data"], preprocessing)
+    engine = import_module(f"..finetune.run.{opened.framework}.train", __package__)
+    leads = engine.processes()[0] == 0
+    if leads:
+        _warn_of_no_effect(options, opened.bundle)
+    settings = _settings(options, opened.bundle, engine, data, output)
+    if options["batch_size"] == "auto":
+        click.echo(f"--batch-size auto: {settings.batch_size} images", err=True)
+    record = {"bundle": bundle, "output": str(output)} | {
+        name: _as_text(list(value) if isinstance(value, tuple) else value)
+        for name in ("data", "eval_data", "input_shape", "size", "mean", "std")
+        if (value := options[name]) is not None
+    }
+    with progress("fine-tuning", settings.steps) if leads else nullcontext(lambda *_, **__: None) as advance:
+        result = run.finetune(
+            opened.bundle,
+            output,
+            data,
+            settings,
+            eval_data=eval_data,
+            resume=options["resume"],
+            overwrite=options["overwrite"],
+            record=record,
+            on_step=lambda step, figures: advance(step, **figures),
+        )
+    if leads:
+        told = {**result.to_dict(), "batch_size": settings.batch_size}
+        show(options["as_json"], told, f"{result}; bundle written to {output}")
+
+
+def _decide(options: dict[str, Any], one: str, other: str) -> None:
+    """Of two options that exclude each other take the one on the command line, whatever a file says of the other."""
+    given = [name for name in (one, other) if _given(name)]
+    if len(given) == 2:
+        raise click.UsageError(f"expected one of --{one} and --{other}")
+    if given:
+        options[one if given == [other] else other] = None
+
+
+def _given(name: str) -> bool:
+    return click.get_current_context().get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
+def _require_outside(output: Path, options: dict[str, Any]) -> None:
+    """Raise `InputError` if the output would lie among the images, where its pictures are some of them later."""
+    for name in ("data", "eval_data"):
+        folder = options[name]
+        if folder and Path(folder).is_dir() and output.resolve().is_relative_to(Path(folder).resolve()):
+            raise InputError(
+                f"expected an output outside of {_flag(name)} {folder}, whose pictures are read as images, "
+                f"received output={output}"
+            )
+
+
+def _warn_of_no_effect(options: dict[str, Any], bundle: "Bundle") -> None:
+    """Warn of options on the command line that change nothing for this model, learning from what it does."""
+    kinds = {choice.target.kind for choice in bundle.recipe.choices}
+    there = {
+        "a teacher": options["teacher"] == "original",
+        "layers with gates": "sn" in kinds,
+        "BRN layers": "brn" in kinds,
+    }
+    for name, need in _NEEDS.items():
+        if _given(name) and not there[need]:
+            message = f"expected {need} for {_flag(name)}, received none; it has no effect"
+            warnings.warn(message, NormswapWarning, stacklevel=2)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _settings(options: dict[str, Any], bundle: "Bundle", engine: ModuleType, data: "Data", output: Path) -> "Settings":
+    """Return the run's settings, with what depends on bundle and data filled in."""
+    from ..finetune.run.settings import Settings
+
+    chosen = {field.name: options[field.name] for field in fields(Settings) if options.get(field.name) is not None}
+    if "stages" not in chosen and "train" not in chosen:
+        chosen["stages"] = RECIPE if bundle.has_original else RECIPE.partition(",")[2]
+    if chosen["batch_size"] == "auto":
+        chosen["batch_size"] = _largest_batch(chosen, bundle, engine, data, output, resume=options["resume"])
+    chosen["batch_size"] = min(chosen["batch_size"], len(data))
+    batch = chosen["batch_size"] * chosen["accumulate"]
+    chosen.setdefault("lr", RATE * min(1.0, batch / RATE_BATCH))
+    chosen.setdefault("steps", 100)
+    if options["epochs"] is not None:
+        chosen["steps"] = max(1, round(options["epochs"] * len(data) / batch))
+    return Settings(**chosen)
+
+
+def _largest_batch(
+    chosen: dict[str, Any], bundle: "Bundle", engine: ModuleType, data: "Data", output: Path, *, resume: bool
+) -> int:
+    """Return the batch size that memory allows, or that of the run to resume."""
+    from ..bundles.manifest import RUN
+    from ..finetune.run.batch_size import largest_batch
+    from ..finetune.run.folder import SETTINGS
+    from ..finetune.run.settings import Settings
+    from ..finetune.run.training import Training
+
+    before = output / RUN / SETTINGS
+    if resume and before.exists():
+        return Settings.from_toml(before).batch_size
+    known = {field.name for field in fields(Training)} - {"steps", "batch_size", "train"}
+    training = Training(**{name: value for name, value in chosen.items() if name in known})
+    teacher = bundle.original() if chosen["teacher"] == "original" else None
+    return largest_batch(engine, bundle.model, data, training, teacher)

@@ -1,0 +1,81 @@
+"""The command that proves an ONNX file: verify."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..console import show
+from ..errors import VerificationError
+from .options import json_option, model_options, overwrite_option, read_from, weights_option
+
+
+@click.command()
+@click.argument("model")
+@click.argument("file", type=Path, required=False)
+@click.option("--data", help="Images to run beside random inputs; labels are not used.")
+@click.option(
+    "--provider",
+    "providers",
+    multiple=True,
+    default=("cpu",),
+    show_default=True,
+    type=click.Choice(["cpu", "cuda", "tensorrt", "openvino", "coreml", "dml", "auto"]),
+    help="Where onnxruntime runs the file; may be given several times. auto: all that are installed.",
+)
+@click.option("--save-reference", type=Path, help="Write what MODEL answers to an .npz, to verify without it.")
+@click.option("--against", type=Path, help="Hold FILE against such an .npz; no MODEL and no framework is needed.")
+@weights_option
+@model_options
+@overwrite_option
+@json_option
+def verify(
+    model: str,
+    file: Path | None,
+    data: str | None,
+    providers: tuple[str, ...],
+    save_reference: Path | None,
+    against: Path | None,
+    weights: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Prove that an ONNX FILE computes what MODEL or a bundle computes; exits 5 if it does not.
+
+    \b
+    Examples:
+      normswap verify net-gn net-gn.onnx --data val/
+      normswap verify net-gn net-gn.onnx --save-reference net-gn.npz
+      normswap verify net-gn.onnx --against net-gn.npz
+    """
+    if (file is None) == (against is None):
+        raise click.UsageError("expected MODEL and FILE, or FILE and --against")
+    if against is not None and (data or save_reference):
+        raise click.UsageError("expected --data and --save-reference with a MODEL, received --against in its place")
+
+    from ..verification.verify import verify as prove
+    from ..verification.verify import verify_against
+
+    if file is None:
+        file = Path(model)
+        verdict = verify_against(str(against), file, providers=providers)
+    else:
+        from ..bundles.opening import Opened
+        from ..data.dataset import open_data
+        from ..sources.files import require_output
+
+        if save_reference is not None:
+            read = read_from(model, weights, file, data)
+            require_output(save_reference, overwrite=options["overwrite"], sources=read)
+        opened = Opened(model, weights, options)
+        batches = []
+        if data is not None and data != "random":
+            images = open_data(data, opened.require_preprocessing(), labelled=False)
+            batches = [images.batch(images.sample(16))[0]]
+        saved = {"save_reference": save_reference, "overwrite": options["overwrite"]}
+        verdict = prove(opened.model, file, data=batches, providers=providers, **saved)
+    text = f"passed: {len(verdict.checks)} checks, largest difference {verdict.max_rel:.1e} of scale"
+    text = "\n".join([*(f"note: {note}" for note in verdict.notes), text])
+    show(as_json, {"file": str(file), **verdict.to_dict()}, text if verdict else verdict.explain(str(file)))
+    if not verdict:
+        raise click.exceptions.Exit(VerificationError.exit_code)

@@ -1,0 +1,211 @@
+"""Labelled images as a model takes them, out of folders, arrays and what the `datasets` library loads."""
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InputError
+from ..sources.files import require_file
+from .augment import changed, generator, policies, random_box
+from .folders import Folder
+from .hub import HubImages
+from .images import Decoded, resized
+from .preprocessing import Preprocessing
+
+Array = NDArray[Any]
+
+CACHE_BYTES = 1 << 29
+
+_ROUNDING = 1e-3  # the step of float16 at 1
+
+
+class _Images(Protocol):
+    labels: NDArray[np.int64]
+
+    def read(self, index: int) -> Array: ...
+
+    def check(self) -> None: ...
+
+    def identity(self) -> bytes: ...
+
+
+class Data:
+    """Images and labels, read batch by batch in a model's own layout.
+
+    ``classes`` names the labels, or is None where they are plain integers.
+    """
+
+    def __init__(self, images: _Images, preprocessing: Preprocessing, classes: Sequence[str] | None = None) -> None:
+        self._images, self.preprocessing = images, preprocessing
+        self.classes = None if classes is None else list(classes)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """The label of every image (N,)."""
+        return self._images.labels
+
+    def batch(
+        self,
+        indices: Sequence[int] | NDArray[np.int64],
+        draw: tuple[int, int] | None = None,
+        augment: str = "none",
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return the preprocessed images and the labels at ``indices``.
+
+        With ``draw``, a seed and a step, each image is changed as ``augment`` says (see `sources.augment`), by random
+        numbers that depend on these two and its index alone.
+        """
+        chosen = [int(index) for index in indices]
+        images = [self._images.read(index) for index in chosen]
+        names = policies(augment)
+        if draw is None or not names:
+            images = [self.preprocessing.fit(image) for image in images]
+        else:
+            randoms = (generator(*draw, index) for index in chosen)
+            images = [self._augmented(*pair, names) for pair in zip(images, randoms, strict=True)]
+        return self.preprocessing.apply(np.stack(images)), self.labels[chosen]
+
+    def check(self) -> None:
+        """Raise `InputError`, naming the files, if images cannot be read."""
+        self._images.check()
+
+    def identity(self) -> str:
+        """Return a hash that tells these images and labels, and how they are read, from others."""
+        digest = hashlib.sha256(json.dumps([self.classes, self.preprocessing.to_dict()]).encode())
+        digest.update(self.labels.tobytes())
+        digest.update(self._images.identity())
+        return digest.hexdigest()
+
+    def batches(self, size: int, indices: Sequence[int] | NDArray[np.int64] | None = None) -> "Batches":
+        """Return what is at ``indices``, without them everything in order, in batches of ``size``."""
+        return Batches(self, range(len(self)) if indices is None else indices, size)
+
+    def sample(self, count: int, seed: int = 0) -> NDArray[np.int64]:
+        """Return the indices of ``count`` images drawn without replacement."""
+        return np.random.default_rng(seed).permutation(len(self))[:count]
+
+    def _augmented(self, image: Array, random: np.random.Generator, names: Sequence[str]) -> Array:
+        known = self.preprocessing
+        box = random_box(image, random) if "resized-crop" in names else None
+        image = known.fit(image) if box is None else resized(image, known.size, known.interpolation, box)
+        return changed(image, names, random)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Images and labels at ``indices`` in batches, read anew each time they are iterated over."""
+
+    data: Data
+    indices: Sequence[int] | NDArray[np.int64]
+    size: int
+
+    def __iter__(self) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+        for start in range(0, len(self.indices), self.size):
+            yield self.data.batch(self.indices[start : start + self.size])
+
+
+def open_data(
+    spec: str, preprocessing: Preprocessing, *, labelled: bool = True, cache_bytes: int = CACHE_BYTES
+) -> Data:
+    """Open a folder with one subfolder of images per class, an ``.npz`` with arrays ``x`` and ``y``, or a data set.
+
+    ``x`` is (N, H, W) or (N, H, W, C), uint8 in 0..255 or floating-point in 0..1; ``y`` is (N,) of integers. A data
+    set is ``hf:NAME[:CONFIG][SPLIT]``, anything `datasets.load_dataset` takes without running code. Of decoded files
+    up to ``cache_bytes`` are kept in memory. With ``labelled=False`` any folder of images will do, and an ``.npz``
+    without ``y``; labels are 0 then.
+
+    Raises `InputError` if the data is empty, malformed or does not fit the preprocessing.
+    """
+    path = Path(spec)
+    if path.suffix == ".npz":
+        return from_arrays(*_read_npz(path, labelled=labelled), preprocessing)
+    if spec.startswith("hf:"):
+        files: Folder | HubImages = HubImages(spec)
+    elif spec and path.is_dir():
+        files = Folder(path, labelled=labelled)
+    elif spec == "random":
+        raise InputError("expected labelled images, received data=random, which serves `verify` alone")
+    else:
+        raise InputError(f"expected a folder of class folders, an .npz file or hf:NAME[SPLIT], received data={spec}")
+    images = Decoded(files, preprocessing.channels, cache_bytes)
+    return Data(images, preprocessing, files.classes)
+
+
+def from_arrays(images: Array, labels: Array, preprocessing: Preprocessing) -> Data:
+    """Return images (N, H, W) or (N, H, W, C), uint8 or floating-point in 0..1, with integer labels (N,), as data.
+
+    They are of the model's size, and are neither resized nor cropped.
+
+    Raises `InputError` if they are empty, not finite, out of range, or do not fit each other or the preprocessing.
+    """
+    images = images[..., None] if images.ndim == 3 else images
+    wanted = (*preprocessing.size, preprocessing.channels)
+    if images.ndim != 4 or images.shape[1:] != wanted:
+        raise InputError(f"expected `x` of shape (N, {', '.join(map(str, wanted))}), received {images.shape}")
+    if len(images) == 0:
+        raise InputError("expected at least one image, received `x` without any")
+    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+        raise InputError(f"expected `x` of uint8 or floating-point, received dtype={images.dtype}")
+    if not np.isfinite(images).all():
+        bad = np.flatnonzero(~np.isfinite(images).all(axis=(1, 2, 3)))
+        raise InputError(
+            f"expected finite `x`, received NaN or infinity in {len(bad)} of {len(images)} images, first in x[{bad[0]}]"
+        )
+    low, high = images.min(), images.max()
+    if images.dtype != np.uint8 and (low < -_ROUNDING or high > 1 + _ROUNDING):
+        raise InputError(
+            f"expected floating-point `x` in 0..1, received {low:.4g} to {high:.4g}; divide what is in 0..255 by 255 "
+            "or make it uint8, and leave normalization to `mean` and `std`"
+        )
+    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+        raise InputError(
+            f"expected `y` of {len(images)} non-negative integers, received shape={labels.shape} "
+            f"and dtype={labels.dtype}"
+        )
+    if labels.min() < 0:
+        bad = np.flatnonzero(labels < 0)
+        raise InputError(
+            f"expected `y` of non-negative integers, received {len(bad)} of {len(labels)} below 0, "
+            f"first y[{bad[0]}]={labels[bad[0]]}"
+        )
+    return Data(_Arrays(images, labels.astype(np.int64)), replace(preprocessing, crop=1.0))
+
+
+class _Arrays:
+    def __init__(self, images: Array, labels: NDArray[np.int64]) -> None:
+        self.images, self.labels = images, labels
+
+    def read(self, index: int) -> Array:
+        image: Array = self.images[index]
+        return image
+
+    def check(self) -> None:
+        """Whatever could be wrong was, when they became data."""
+
+    def identity(self) -> bytes:
+        return hashlib.sha256(np.ascontiguousarray(self.images).data).digest()
+
+
+def _read_npz(path: Path, *, labelled: bool) -> tuple[Array, Array]:
+    require_file(path, "an .npz")
+    if not zipfile.is_zipfile(path):  # else NumPy takes it for a pickle, and says how to load one
+        raise InputError(f"expected an .npz in {path}, received a file of another kind or a truncated one")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            images = archive["x"]
+            known = labelled or "y" in archive
+            return images, archive["y"] if known else np.zeros(images.shape[:1], np.int64)
+    except (KeyError, ValueError, OSError, EOFError) as error:
+        raise InputError(f"expected arrays `x` and `y` in {path}, received: {error}") from None
+    except Exception as error:  # zipfile's own errors are no OSError
+        raise InputError(f"expected an .npz in {path}, received a damaged one: {error}") from None

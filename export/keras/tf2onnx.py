@@ -1,0 +1,183 @@
+"""Freeze a TensorFlow function and convert it to ONNX with tf2onnx.
+
+The convenience routes of tf2onnx and Keras all fail on some model (a Sequential one, one with a Normalization
+layer, one with a constant among its attributes). What works for all is to freeze the inference function, variables
+and captured constants alike, and to convert the frozen graph.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from ...errors import MissingDependencyError, UnsupportedError
+from .interface import Specs
+
+_CONVERTER_OPSET = 18  # the newest that tf2onnx writes
+
+
+def convert(
+    function: Callable[..., Sequence[Any]], model: Any, specs: Specs, names: Callable[[], Sequence[str]], opset: int
+) -> ir.Model:
+    """Return ``function``, which calls ``model`` on one tensor per entry of ``specs``, as an ONNX model.
+
+    The inputs are named as in ``specs``; ``names`` is asked for the outputs' names once the function is traced.
+    Raises `UnsupportedError` where TensorFlow cannot trace the function and for an operation that ONNX lacks, and
+    `MissingDependencyError`.
+    """
+    tf, freeze = _tensorflow()
+    signature = [tf.TensorSpec((None, *shape), dtype) for shape, dtype in specs.values()]
+    weights = {id(v): (v, keras.ops.convert_to_numpy(v)) for v in model.variables}.values()
+
+    def frozen_function(*tensors: Any) -> Sequence[Any]:
+        with keras.StatelessScope([(v, tf.constant(value, name=v.path.replace("/", "."))) for v, value in weights]):
+            return function(*tensors)
+
+    with _quiet(), _inlined(tf):
+        try:
+            frozen = tf.function(frozen_function, autograph=False).get_concrete_function(*signature)
+        except Exception as error:
+            raise UnsupportedError(
+                f"expected a model that TensorFlow can trace with inputs of {_described(specs)}, received "
+                f"{type(error).__name__}: {_first_sentence(error)}; give every dimension that the model needs"
+            ) from error
+        if frozen.captured_inputs or frozen.graph.as_graph_def().library.function:
+            frozen = freeze(frozen, lower_control_flow=False, aggressive_inlining=True)
+        proto = _convert_frozen(tf, frozen, [*specs], [*names()], min(opset, _CONVERTER_OPSET))
+    _require_onnx_operators(proto)
+    converted = ir.from_proto(proto)
+    for value, tensor in zip(converted.graph.outputs, frozen.outputs, strict=True):
+        value.shape = ir.Shape(tensor.shape.as_list())
+    used = {node.domain for node in converted.graph.all_nodes()}
+    for domain in set(converted.opset_imports) - used - {""}:
+        del converted.opset_imports[domain]
+    _raise_opset(converted, opset)
+    return converted
+
+
+def _convert_frozen(tf: Any, frozen: Any, inputs: Sequence[str], outputs: Sequence[str], opset: int) -> onnx.ModelProto:
+    """Return the frozen function as ONNX, its inputs and outputs renamed.
+
+    These are the steps of tf2onnx's ``from_graph_def`` but for two: that copies the whole graph, weights and all,
+    before each of some twenty passes, to carry on without those that fail, and once more into protobuf after each.
+    """
+    from tf2onnx import optimizer, tf_loader, tfonnx
+
+    sources = [tensor.name for tensor in frozen.inputs]
+    results = [tensor.name for tensor in frozen.outputs]
+    with tf.device("/cpu:0"):
+        definition = frozen.graph.as_graph_def(add_shapes=True)
+        with tf.Graph().as_default():
+            definition = tf_loader.tf_optimize(sources, results, definition)
+        with tf.Graph().as_default() as plain:
+            tf.import_graph_def(definition, name="")
+            graph = tfonnx.process_tf_graph(
+                plain,
+                continue_on_error=True,
+                opset=opset,
+                input_names=sources,
+                output_names=results,
+                tensors_to_rename=dict(zip([*sources, *results], [*inputs, *outputs], strict=True)),
+                custom_op_handlers={"Erfc": (_write_erfc, [])},
+            )
+            graph.update_proto = lambda: None  # which make_model does itself
+            graph = optimizer.optimize_graph(graph, catch_errors=False)
+            del graph.update_proto
+    proto: onnx.ModelProto = graph.make_model("model")
+    return proto
+
+
+def _write_erfc(graph: Any, node: Any, name: str, _: list[Any]) -> None:
+    """Write erfc, which TensorFlow's gelu is made of and ONNX lacks, as 1 - erf."""
+    dtype = graph.get_dtype(node.output[0])
+    one = graph.make_const(f"{name}_one", np.ones((), onnx.helper.tensor_dtype_to_np_dtype(dtype)))
+    erf = graph.make_node("Erf", list(node.input), dtypes=[dtype])
+    graph.remove_node(name)
+    graph.make_node("Sub", [one.output[0], erf.output[0]], name=name, outputs=node.output)
+
+
+def _raise_opset(model: ir.Model, opset: int) -> None:
+    if opset > model.opset_imports[""]:
+        from onnxscript import version_converter
+
+        version_converter.convert_version(model, opset, fallback=False)
+    if model.opset_imports[""] != opset:
+        raise UnsupportedError(
+            f"expected an operator set that tf2onnx and onnxscript can write, received opset={opset}; "
+            "choose one from 17 to 20"
+        )
+    model.ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)], True)
+
+
+def _require_onnx_operators(proto: onnx.ModelProto) -> None:
+    versions = {entry.domain: entry.version for entry in proto.opset_import}
+    known = onnx.defs.has
+    unknown = {n.op_type for n in _nodes(proto.graph) if not known(n.op_type, versions.get(n.domain, 1), n.domain)}
+    if unknown:
+        raise UnsupportedError(
+            f"expected operations that tf2onnx can write in ONNX, received {', '.join(sorted(unknown))}; "
+            "express them through other keras.ops"
+        )
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _nodes(inner)
+
+
+def _described(specs: Specs) -> str:
+    return ", ".join(f"{name}={shape}" for name, (shape, _) in specs.items())
+
+
+def _first_sentence(error: Exception) -> str:
+    """Return what went wrong; Keras prints that in bold, inside a description of the call."""
+    text = str(error)
+    _, _, bold = text.partition("\x1b[1m")
+    return " ".join((bold.partition("\x1b[0m")[0] or text).split()).partition(". ")[0].rstrip(".")
+
+
+def _tensorflow() -> tuple[Any, Any]:
+    """Return TensorFlow and its function that makes variables and captures constants."""
+    try:
+        import tensorflow as tf
+        import tf2onnx  # noqa: F401
+        from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"expected the packages that export a Keras model, received no module named {error.name!r}; "
+            "run pip install 'normswap[keras]'"
+        ) from error
+    return tf, convert_variables_to_constants_v2
+
+
+@contextmanager
+def _inlined(tf: Any) -> Iterator[None]:
+    """Let nested functions become part of the traced one: Keras compiles grouped convolutions on their own."""
+    before = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(True)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(before)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the converter's progress and deprecation notes off the user's terminal."""
+    loggers = [logging.getLogger(name) for name in ("tensorflow", "tf2onnx")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,1 @@
+"""Calibration: layers solved again on unlabelled inputs."""

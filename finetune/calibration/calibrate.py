@@ -1,0 +1,199 @@
+"""Calibration: re-solve each replacement, and the weights behind it, on unlabelled inputs, layer by layer."""
+
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...data.dataset import Data
+from ...errors import InputError, NormswapWarning, UnsupportedError, VerificationError
+from ...frameworks.detect import framework_of
+from .least_squares import Array, LinearFit, Moments
+
+
+@dataclass(frozen=True)
+class Residual:
+    """How far one layer's output was from the original's, before and after, as a share of its deviation."""
+
+    name: str
+    before: float
+    after: float
+
+
+def calibrate(model: Any, reference: Any, batches: Iterable[Any], *, refit: bool = True) -> list[Residual]:
+    r"""Bring ``model`` nearer to ``reference``, the model before the patch, on unlabelled ``batches``.
+
+    Layer by layer in call order, with everything before it calibrated already, a replaced layer that normalizes to
+    :math:`\hat x` gets, per channel,
+
+    .. math:: \gamma' = \mathrm{sign}(\gamma)\,\mathrm{std}(y)/\mathrm{std}(\hat x), \qquad
+              \beta' = \mathrm{mean}(y) - \gamma'\,\mathrm{mean}(\hat x)
+
+    where y is what the same layer of ``reference`` returns; a channel with γ = 0 keeps it. A convolution or dense
+    layer behind the first replaced one gets the weights :math:`W'` that take what reaches it now to what it returns
+    in ``reference``, by least squares with a ridge towards its own: :math:`\min \sum \lVert y - W' x \rVert^2 +
+    \lambda \lVert W' - W \rVert^2`. ``refit=False`` leaves those as they are, as frozen, shared, grouped and very
+    wide ones always are. A layer that is called several times is solved for all its calls together.
+
+    ``batches`` are inputs as the model takes them; a few hundred samples do. Each layer takes a pass over them: an
+    iterator is held in memory, anything else is iterated over again and may be of any length. Sums are float64, and
+    the outputs of one layer for one batch are all that is held. Returns the residual of each layer.
+
+    Raises `UnsupportedError` if the model has no replaced layers, `InputError` if the inputs are none or not finite, or
+    if ``reference`` lacks a layer of the model, `VerificationError` if they are constant at a layer.
+    """
+    adapter = _adapter(model)
+    batches = list(batches) if isinstance(batches, Iterator) else batches
+    first = next(iter(batches), None)
+    if first is None:
+        raise InputError("expected inputs to calibrate on, received none")
+    sites = site_layers(model)
+    if not sites:
+        raise UnsupportedError("expected a patched model to calibrate, received one without replaced layers")
+    linear: Mapping[str, Any] = adapter.linear_layers(model) if refit else {}
+    calls = _calls(adapter, model, [*sites, *linear], first)
+    known = adapter.all_layers(reference)
+    if missing := [name for name in calls if name not in known]:
+        raise InputError(
+            "expected a reference with the layers of the model, which it is before the patch, received one without "
+            f"{', '.join(missing)}"
+        )
+    changed = False  # before the first replaced layer the models are the same
+    residuals = []
+    for name, count in calls.items():
+        paired = _Paired(adapter, model, reference, batches, name, once=count == 1)
+        if name in sites:
+            residuals.append(_match(paired, sites[name]))
+            changed = True
+        elif changed:
+            residuals.append(_refit(paired, linear[name]))
+    return residuals
+
+
+def site_layers(model: Any) -> Mapping[str, Any]:
+    """Return the replaced layers that calibration solves by name: none that compute the original already."""
+    found: Mapping[str, Any] = _adapter(model).site_layers(model)
+    return found
+
+
+def sample(data: Data, count: int) -> list[NDArray[np.float32]]:
+    """Return ``count`` images drawn from ``data`` in batches of 64; warns if there are fewer."""
+    if len(data) < count:
+        warnings.warn(
+            f"expected {count} images to calibrate on, received {len(data)}; see what the residuals say",
+            NormswapWarning,
+            stacklevel=2,
+        )
+    return [images for images, _ in data.batches(64, data.sample(count))]
+
+
+def split(data: Data, count: int) -> tuple[list[NDArray[np.float32]], NDArray[np.float32]]:
+    """Return what `sample` does, and other images to judge by what it brings: as many, or a quarter of all.
+
+    Of fewer than four images they are the same. Warns if less than ``count`` are left to calibrate on.
+    """
+    others = min(count, len(data) // 4)
+    taken = min(count, len(data) - others)
+    if taken < count:
+        warnings.warn(
+            f"expected {count} images to calibrate on, received {taken} beside {others} to judge it by",
+            NormswapWarning,
+            stacklevel=2,
+        )
+    return sample(data, taken), data.batch(data.sample(len(data))[-others:])[0]
+
+
+@dataclass(frozen=True)
+class _Paired:
+    """One layer's calls in both models, batch by batch."""
+
+    adapter: ModuleType
+    model: Any
+    reference: Any
+    batches: Iterable[Any]
+    name: str
+    once: bool
+
+    def __iter__(self) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
+        """Yield the model's inputs and outputs and the original's outputs of each call, channels last."""
+        for batch in self.batches:
+            wanted = self._calls(self.reference, batch)
+            for (inputs, outputs), (_, original) in zip(self._calls(self.model, batch), wanted, strict=True):
+                yield inputs, outputs, original
+
+    def _calls(self, model: Any, batch: Any) -> list[tuple[NDArray[Any], NDArray[Any]]]:
+        calls: list[tuple[NDArray[Any], NDArray[Any]]] = []
+
+        def see(name: str, inputs: NDArray[Any], outputs: NDArray[Any]) -> bool:
+            calls.append((inputs, outputs))
+            return self.once  # spares the rest of the network
+
+        self.adapter.observe(model, [self.name], batch, see)
+        return calls
+
+
+def _match(paired: _Paired, layer: Any) -> Residual:
+    """Give a replaced layer the original's moments."""
+    adapter = paired.adapter
+    gamma, beta = adapter.get_affine(layer)
+    plain, wanted = Moments(), Moments()
+    adapter.set_affine(layer, np.ones_like(gamma), np.zeros_like(beta))
+    try:
+        for _, outputs, original in paired:
+            plain.add(outputs)
+            wanted.add(original)
+    finally:
+        adapter.set_affine(layer, gamma, beta)
+    if not np.isfinite(plain.deviation + wanted.deviation).all():
+        raise InputError(f"expected finite inputs and outputs, received batches on which {paired.name} has others")
+    constant = plain.deviation == 0
+    if constant.all():
+        raise VerificationError(f"expected inputs that differ, received batches on which {paired.name} is constant")
+    alive = (gamma != 0) & ~constant
+    safe = np.where(alive, plain.deviation, 1.0)
+    new_gamma = np.where(alive, np.sign(gamma) * wanted.deviation / safe, gamma)
+    new_beta = wanted.mean - new_gamma * plain.mean
+    adapter.set_affine(layer, new_gamma, new_beta)
+    before = _distance(wanted, gamma * plain.mean + beta, np.abs(gamma) * plain.deviation)
+    after = _distance(wanted, new_gamma * plain.mean + new_beta, np.abs(new_gamma) * plain.deviation)
+    return Residual(paired.name, before, after)
+
+
+def _refit(paired: _Paired, layer: Any) -> Residual:
+    """Give a layer the weights that return what the original's does, from what reaches it now."""
+    fit = LinearFit(paired.adapter.get_weights(layer))
+    for inputs, _, original in paired:
+        for x, y in zip(inputs, original, strict=True):  # a sample at a time, since patches overlap
+            fit.add(paired.adapter.patches(layer, x), y.reshape(-1, y.shape[-1]))
+    weights, before, after = fit.solve()
+    paired.adapter.set_weights(layer, weights)
+    return Residual(paired.name, before, after)
+
+
+def _calls(adapter: ModuleType, model: Any, names: list[str], batch: Any) -> Counter[str]:
+    """Return how often each layer is called on one batch, in the order of the first calls."""
+    calls: Counter[str] = Counter()
+
+    def see(name: str, inputs: NDArray[Any], outputs: NDArray[Any]) -> bool:
+        calls[name] += 1
+        return False
+
+    adapter.observe(model, names, batch, see)
+    return calls
+
+
+def _distance(wanted: Moments, mean: Array, deviation: Array) -> float:
+    """Root mean square over channels of the moments' distance, over the original's root mean square deviation."""
+    distance = np.square(mean - wanted.mean) + np.square(deviation - wanted.deviation)
+    scale = np.square(wanted.deviation).mean()
+    return float(np.sqrt(distance.mean() / scale)) if scale > 0 else 0.0
+
+
+def _adapter(model: Any) -> ModuleType:
+    return import_module(f".{framework_of(model)}.layers", __package__)

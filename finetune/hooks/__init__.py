@@ -1,0 +1,1 @@
+"""Small objects a training loop calls once a step, and what it learns from."""

@@ -1,0 +1,1 @@
+"""What the hooks do to a PyTorch model."""

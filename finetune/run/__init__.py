@@ -1,0 +1,1 @@
+"""A fine-tuning run from bundle to bundle."""

@@ -1,0 +1,81 @@
+"""How good a run's model is: its accuracy, and how far it is from the original."""
+
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...data.dataset import Data
+from ...errors import InputError, NormswapError, VerificationError
+from ..hooks.scores import logits
+from .accuracy import Accuracy, accuracy
+from .figures import drift
+
+WATCHED = 64
+"""How many of the images it learns from a model's scores are compared on."""
+
+MOST = 256
+"""How many images are predicted at once, where training has room for a fourth of it: nothing is kept for gradients."""
+
+
+class Evaluation:
+    """Measures ``model``, by the images to evaluate on and against ``original``, where a run has them.
+
+    Raises `VerificationError` if all images are the same.
+    """
+
+    def __init__(
+        self, engine: ModuleType, model: Any, original: Any, data: Data, eval_data: Data | None, batch_size: int
+    ) -> None:
+        self.model, self.original, self.eval_data = model, original, eval_data
+        self.batch_size = min(MOST, 4 * batch_size)
+        self._engine = engine
+        self._watched = data.batch(data.sample(WATCHED))[0]
+        if len(self._watched) > 1 and not np.ptp(self._watched, axis=0).any():
+            raise VerificationError(f"expected images that differ, received {len(self._watched)} that are all the same")
+
+    def accuracy(self, model: Any) -> Accuracy:
+        """Return a model's accuracy on all the data to evaluate on, of which each process sees its share."""
+        assert self.eval_data is not None
+        own = accuracy(
+            partial(self._scores, model),
+            self.eval_data,
+            batch_size=self.batch_size,
+            share=self._engine.processes(),
+        )
+        return Accuracy.merged(self._engine.gathered(own))
+
+    def drift(self, x: NDArray[np.float32] | None = None) -> float:
+        """Return how far the model is from the original (see `drift`) on ``x``, without it on images learned from."""
+        x = self._watched if x is None else x
+        found, wanted = (self._scores(model, x).astype(np.float64) for model in (self.model, self.original))
+        return drift(logits(found, np), logits(wanted, np))
+
+    def require_finite(self, step: int) -> None:
+        """Raise `VerificationError` if the model's scores are not: no loss tells of what the last step did."""
+        if not np.isfinite(self._scores(self.model, self._watched)).all():
+            raise VerificationError(
+                f"expected finite scores, received NaN or infinity from the model of step={step}; lower --lr"
+            )
+
+    def _scores(self, model: Any, x: NDArray[np.float32]) -> NDArray[Any]:
+        scores: NDArray[Any] = self._engine.predict(model, x, batch_size=self.batch_size)
+        return scores
+
+
+def first_scores(engine: ModuleType, model: Any, data: Data) -> NDArray[Any]:
+    """Return a model's scores for one image; raises `InputError` if it cannot take it."""
+    x = data.batch([0])[0]
+    try:
+        found: NDArray[Any] = engine.predict(model, x)
+    except NormswapError:
+        raise
+    except Exception as error:  # of either framework
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"expected images of a shape that the model takes, received {x.shape[1:]}: {reason}; "
+            "see --input-shape and --size"
+        ) from error
+    return found

@@ -1,0 +1,1 @@
+"""How a run trains a Keras model."""

@@ -1,0 +1,1 @@
+"""Other systems: their checkpoints, and what they have to know of these layers."""

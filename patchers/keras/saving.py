@@ -1,0 +1,86 @@
+"""Let layers whose own code builds their BatchNorms be saved patched.
+
+Keras saves a layer of a class of the user's as its constructor's arguments, from which its class builds BatchNorms
+again, and the saved weights do not fit. While replacements are in such a layer, its class is therefore a subclass that
+saves them too and puts them back when it is loaded.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import keras
+
+from ...frameworks.keras import distinct_layers, named_layers
+from .swap import MARK, BatchNorm, Swap, build_shape
+
+
+def keep_rebuildable(model: keras.Layer) -> None:
+    """Let every layer of ``model`` be saved with the replacements below it, or as ever where there are none."""
+    for layer in distinct_layers(model):
+        cls: Any = getattr(type(layer), "rebuilt", type(layer))
+        if not cls.__module__.startswith("keras."):
+            patched = any(MARK in below.__dict__ for below in distinct_layers(layer) if below is not layer)
+            layer.__class__ = _rebuilding(cls) if patched else cls
+
+
+class Rebuilt:
+    """What a class gets in front that rebuilds its layers: the replacements are saved and put back.
+
+    ``rebuilt`` is the class it stands in for.
+    """
+
+    rebuilt: type[keras.Layer]
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what the class would have saved, and every replacement by its name."""
+        layer: Any = self
+        cls, replaced = self.rebuilt, {name: each for name, each in named_layers(layer) if MARK in each.__dict__}
+        mine, layer.__class__ = type(self), cls  # Keras derives a config from the class that asks
+        try:
+            config = layer.get_config()
+        finally:
+            layer.__class__ = mine
+        name = keras.saving.get_registered_name(cls)
+        return {
+            "layer": {"module": cls.__module__, "class_name": cls.__name__, "registered_name": name, "config": config},
+            "replaced": {name: [each.__dict__[MARK], _serialized(each)] for name, each in replaced.items()},
+        }
+
+    @staticmethod
+    def from_config(config: dict[str, Any]) -> Any:
+        """Return the layer that its class builds, with those replacements back that are built by then."""
+        layer = keras.saving.deserialize_keras_object(config["layer"])
+        cls: Any = type(layer)
+        layer.__dict__["_replaced"] = config["replaced"]
+        layer.__class__ = _rebuilding(cls)
+        layer._put_back()
+        return layer
+
+    def load_own_variables(self, store: Any) -> None:
+        """Put the other replacements back, now that all is built, then load; the layers below load after this."""
+        self._put_back()
+        super().load_own_variables(store)  # type: ignore[misc]
+
+    def _put_back(self) -> None:
+        found = dict(named_layers(self))
+        for name, (kind, config) in self.__dict__.get("_replaced", {}).items():
+            layer = found.get(name)
+            if isinstance(layer, BatchNorm) and build_shape(layer) is not None:
+                Swap(layer, name, keras.saving.deserialize_keras_object(config), kind, {}).apply()
+
+
+@cache
+def _rebuilding(cls: Any) -> type[keras.Layer]:
+    names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    register: Callable[[type], type] = keras.saving.register_keras_serializable("normswap", "Rebuilt")
+    return register(type(cls.__name__, (Rebuilt, cls), {**names, "rebuilt": cls}))
+
+
+def _serialized(layer: keras.Layer) -> dict[str, Any]:
+    config: dict[str, Any] = keras.saving.serialize_keras_object(layer)
+    config.pop("build_config", None)
+    return config
+
+
+keras.saving.register_keras_serializable("normswap", "Rebuilt")(Rebuilt)

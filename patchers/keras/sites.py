@@ -1,0 +1,99 @@
+"""Find the BatchNorms of a Keras model and judge what stands in the way of replacing each."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+
+from ...convert.recipe import Recipe
+from ...convert.targets import BatchRenorm, SwitchNorm
+from ...errors import InputError
+from ...frameworks.keras import call, distinct_layers, named_layers, watching
+from ...layers import keras as layers
+from ..plan import Site
+from .swap import MARK, BatchNorm, Shape, build_shape
+
+_KINDS = {layers.SwitchNormalization: SwitchNorm.kind, layers.BatchRenormalization: BatchRenorm.kind}
+
+
+def find_sites(model: keras.Layer, example: Any = None) -> tuple[list[keras.Layer], list[Site]]:
+    """Return the BatchNorm layers of ``model``, patched ones included, and what is known of each.
+
+    Shapes come from a dry run on ``example``, or from what each layer was built for where that is all known. What is
+    not built is built on the example first, since it may hold layers only then.
+    """
+    if example is not None and not all(layer.built for layer in distinct_layers(model)):
+        _dry_run(model, {}, example)
+    names: dict[int, list[str]] = {}
+    found: dict[int, keras.Layer] = {}
+    for name, layer in named_layers(model):
+        if isinstance(layer, BatchNorm) or _kind(layer) is not None:
+            names.setdefault(id(layer), []).append(name)
+            found[id(layer)] = layer
+    seen = {} if example is None else _dry_run(model, found, example)
+    sites = []
+    for key, layer in found.items():
+        shape = build_shape(layer)
+        sites.append(
+            Site(
+                name=names[key][0],
+                aliases=tuple(names[key][1:]),
+                source=type(layer).__name__,
+                channels=0 if shape is None else int(shape[layer.axis]),
+                spatial=_spatial(seen.get(key, shape), layer.axis),
+                obstacle=_obstacle(layer, shape),
+                kind=_kind(layer),
+            )
+        )
+    return list(found.values()), sites
+
+
+def mark(model: keras.Layer, recipe: Recipe) -> None:
+    """Mark the replaced layers of a loaded model, since a GroupNorm does not tell that it was a BatchNorm.
+
+    Raises `InputError` if a layer of the recipe is not there or is a BatchNorm again.
+    """
+    found = dict(named_layers(model))
+    for choice in recipe.choices:
+        layer = found.get(choice.name)
+        if layer is None or isinstance(layer, BatchNorm):
+            kind = "no such layer" if layer is None else type(layer).__name__
+            raise InputError(
+                f"expected {choice.name} to be {choice.target.kind} in the bundle's model, received {kind}"
+            )
+        layer.__dict__[MARK] = choice.target.kind
+
+
+def _kind(layer: keras.Layer) -> str | None:
+    return layer.__dict__.get(MARK) or _KINDS.get(type(layer))
+
+
+def _obstacle(layer: keras.Layer, shape: Shape | None) -> str:
+    if _kind(layer) is not None:
+        return ""
+    if type(layer).call is not BatchNorm.call or "call" in layer.__dict__:
+        return f"{type(layer).__name__} overrides call: a replacement would lose what it adds"
+    if shape is None:
+        return "not built yet: give an example input, or call the model on one first"
+    if layer.axis % len(shape) == 0:
+        return f"it normalizes along the batch (axis={layer.axis})"
+    return ""
+
+
+def _spatial(shape: Shape | None, axis: int) -> tuple[int, ...] | None:
+    """Return the sizes of ``shape`` but batch and channels, None where one of them is unknown."""
+    if shape is None:
+        return None
+    sizes = [size for i, size in enumerate(shape) if i not in (0, axis % len(shape))]
+    return None if None in sizes else tuple(size for size in sizes if size is not None)
+
+
+def _dry_run(model: keras.Layer, watched: Mapping[int, keras.Layer], example: Any) -> dict[int, Shape]:
+    seen: dict[int, Shape] = {}
+    try:
+        with watching(watched, lambda key, inputs, _: seen.setdefault(key, tuple(inputs.shape))):
+            call(model, example)
+    except Exception as error:
+        message = f"expected an example the model accepts, received one on which it fails: {error}"
+        raise InputError(message) from error
+    return seen

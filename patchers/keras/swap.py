@@ -1,0 +1,176 @@
+"""Turn one BatchNorm layer into its replacement, keeping the object."""
+
+import inspect
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import keras
+import numpy as np
+
+from ...convert.carry_over import Array, BatchNormState, carry_over
+from ...convert.targets import BatchRenorm, GroupNorm, SwitchNorm
+from ...errors import InputError
+from ...layers import keras as layers
+from ..plan import Decision
+
+MARK = "_normswap"
+"""Attribute of a replaced layer that holds its target's kind."""
+
+BatchNorm = keras.layers.BatchNormalization
+Shape = Sequence[int | None]
+
+_AFFINE = {
+    *("axis", "epsilon", "activity_regularizer", "trainable", "name"),
+    *("gamma_initializer", "gamma_regularizer", "gamma_constraint"),
+    *("beta_initializer", "beta_regularizer", "beta_constraint"),
+}
+_MOVING = _AFFINE | {"momentum", "synchronized", "moving_mean_initializer", "moving_variance_initializer"}
+_KEPT = {
+    *("name", "activity_regularizer", "_dtype_policy", "_trainable", "_path", "_parent_path", "_remat_mode"),
+    *("_inbound_nodes", "_outbound_nodes", "_called", "_losses", "_loss_ids", "_losses_override"),
+}
+_REBOUND = {"build", "quantize"}  # closures over the object that Keras made them for
+
+
+class Swap:
+    """One site's replacement, applied to the layer object itself and reversible.
+
+    ``new`` is an unbuilt layer of the replacing class, which takes over those of the BatchNorm's variables that both
+    have. ``values`` gives names of variables the values to write.
+    """
+
+    def __init__(self, layer: keras.Layer, name: str, new: keras.Layer, kind: str, values: dict[str, Array]) -> None:
+        self.layer, self.name, self.kind, self.new = layer, name, kind, new
+        self.old_class, self.old_contents = type(layer), dict(layer.__dict__)
+        self.old_arguments = [(node, node.arguments) for node in layer._inbound_nodes]
+        _build(new, layer)
+        self.values = [(getattr(new, variable), value) for variable, value in values.items()]
+        written = [getattr(layer, variable, None) for variable in values]
+        self.old_values = [(variable, variable.numpy()) for variable in written if variable is not None]
+        # A native renorm keeps further averages, which ours would leave behind.
+        self.computes_batch_norm = kind == BatchRenorm.kind and not layer.renorm
+
+    def apply(self) -> None:
+        """Put the replacement in place."""
+        for variable, value in self.values:
+            variable.assign(value)
+        old, new = self.old_contents, {k: v for k, v in self.new.__dict__.items() if k not in _REBOUND}
+        kept = {key: value for key, value in old.items() if key in _KEPT}
+        extras = {key: value for key, value in old.items() if key not in _own_attributes()}
+        self._set(type(self.new), {**extras, **new, **kept, MARK: self.kind})
+        if self.kind == GroupNorm.kind:
+            self._take_batch_norm_arguments()
+        self.written = self.layer.get_weights()
+
+    def _take_batch_norm_arguments(self) -> None:
+        """Let graphs and code go on passing a mask, which a GroupNormalization does not take."""
+        for node, arguments in self.old_arguments:
+            kept = {k: v for k, v in arguments.kwargs.items() if k not in ("mask", "training")}
+            node.arguments = type(arguments)(*arguments.args[:1], **kept)
+        run = self.layer.call
+
+        def call(inputs: Any, **ignored: Any) -> Any:
+            return run(inputs)
+
+        self.layer.__dict__.update(call=call, _call_signature=inspect.signature(call))
+
+    def trained(self) -> bool:
+        """Return whether the replacement has changed since into something no BatchNorm computes."""
+        same = all(map(np.array_equal, self.layer.get_weights(), self.written))
+        return not (same or self.computes_batch_norm)
+
+    def restore(self) -> None:
+        """Put the BatchNorm back."""
+        for variable, value in self.old_values:
+            variable.assign(value)
+        for node, arguments in self.old_arguments:
+            node.arguments = arguments
+        kept = {key: value for key, value in self.layer.__dict__.items() if key in _KEPT}
+        self._set(self.old_class, {**self.old_contents, **kept})
+
+    def _set(self, cls: type[keras.Layer], contents: dict[str, Any]) -> None:
+        self.layer.__dict__.clear()
+        self.layer.__dict__.update(contents)
+        self.layer.__class__ = cls
+
+
+def swap_for(layer: keras.Layer, decision: Decision) -> Swap:
+    """Return what replaces a BatchNorm by a plan's decision, its values carried over."""
+    target, name = decision.target, decision.site.name
+    assert target is not None
+    settings = {key: getattr(layer, key) for key in _AFFINE} | {"dtype": layer.dtype_policy}
+    if isinstance(target, GroupNorm):
+        new = keras.layers.GroupNormalization(target.groups, **settings)
+        return Swap(layer, name, new, target.kind, _values(layer, decision))
+    settings |= {key: getattr(layer, key) for key in _MOVING}
+    if isinstance(target, SwitchNorm):
+        new = layers.SwitchNormalization(batch_statistics=target.batch_statistics, **settings)
+        return Swap(layer, name, new, target.kind, _values(layer, decision))
+    settings |= {"center": layer.center, "scale": layer.scale}
+    new = layers.BatchRenormalization(r_max=target.r_max, d_max=target.d_max, **settings)
+    return Swap(layer, name, new, target.kind, {})
+
+
+def read_state(layer: keras.Layer) -> BatchNormState:
+    """Return a BatchNorm's parameters and moving statistics in float64."""
+
+    def read(variable: Any) -> Array:
+        return np.asarray(variable.numpy(), np.float64)
+
+    mean = read(layer.moving_mean)
+    return BatchNormState(
+        gamma=np.ones_like(mean) if layer.gamma is None else read(layer.gamma),
+        beta=np.zeros_like(mean) if layer.beta is None else read(layer.beta),
+        mean=mean,
+        var=read(layer.moving_variance),
+        eps=float(layer.epsilon),
+    )
+
+
+def build_shape(layer: keras.Layer) -> Shape | None:
+    """Return the shape of the input that ``layer`` was built for, None if it is not built."""
+    shape: Shape | None = (layer.get_build_config() or {}).get("input_shape") if layer.built else None
+    return shape
+
+
+def _build(new: keras.Layer, layer: keras.Layer) -> None:
+    """Build ``new`` for the input of ``layer``, with those of its variables that both have."""
+    new._parent_path = layer._parent_path
+    create = new.add_weight
+
+    def add_weight(*args: Any, name: str, trainable: bool = True, **kwargs: Any) -> Any:
+        variable = getattr(layer, name, None)
+        if variable is None:
+            return create(*args, name=name, trainable=trainable, **kwargs)
+        flag, variable.trainable = variable.trainable, trainable  # the layer files it by this flag
+        new._track_variable(variable)
+        variable.trainable = flag
+        return variable
+
+    new.__dict__["add_weight"] = add_weight
+    new.build(build_shape(layer))
+    del new.__dict__["add_weight"]
+
+
+def _values(layer: keras.Layer, decision: Decision) -> dict[str, Array]:
+    """Return the value of each variable that the carry-over determines."""
+    target, site = decision.target, decision.site
+    assert target is not None
+    groups = target.groups if isinstance(target, GroupNorm) and isinstance(target.groups, int) else None
+    try:
+        carried = carry_over(read_state(layer), target, groups=groups, spatial=site.spatial)
+    except InputError as error:
+        raise InputError(f"{site.name}: {error}") from None
+    values = {"gamma": carried.gamma, "beta": carried.beta}
+    if carried.gate_logits is not None:
+        values |= {"mean_weight": carried.gate_logits, "var_weight": carried.gate_logits}
+    return values
+
+
+@cache
+def _own_attributes() -> frozenset[str]:
+    """Name what a BatchNormalization holds itself, so that what a user put on one can be told and kept."""
+    plain = BatchNorm(renorm=True, name="plain")
+    plain.build((None, 1))
+    return frozenset(plain.__dict__)

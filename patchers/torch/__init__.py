@@ -1,0 +1,1 @@
+"""PyTorch module trees, traced graphs and exported programs."""

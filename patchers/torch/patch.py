@@ -1,0 +1,105 @@
+"""Plan and replace the BatchNorms of a PyTorch module tree."""
+
+import copy
+import gc
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ...convert.recipe import Recipe, Rules
+from ...convert.targets import Target
+from ..plan import Plan, Report, decide
+from ..swap import carry_out
+from . import drift as torch_drift
+from .lifting import lifted
+from .sites import find_sites, named_modules
+from .swap import Swap, read_state
+
+
+def plans(
+    model: nn.Module,
+    targets: Sequence[Target | Recipe | Rules],
+    *,
+    example: Any = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    where: Callable[[nn.Module, str], bool] | None = None,
+) -> list[Plan]:
+    """Return what `patch` would do to ``model`` for each target, touching nothing but what is lazy."""
+    with lifted(model):
+        found = _Found(model, example)
+        return [found.decide(target, include, exclude, where) for target in targets]
+
+
+def patch(
+    model: nn.Module,
+    target: Target | Recipe | Rules,
+    *,
+    example: Any = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    where: Callable[[nn.Module, str], bool] | None = None,
+    inplace: bool = True,
+) -> Report:
+    """Replace the BatchNorms of ``model`` by ``target`` and return the report.
+
+    Every replacement is built before the first is put in place; if anything fails, the model is as it was.
+    """
+    if not inplace:
+        model = copy.deepcopy(model)
+    with lifted(model) as graphs, _collector_paused():
+        found = _Found(model, example)
+        decided = found.decide(target, include, exclude, where)
+        decided.require_work()
+        owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+        like = next((p for p in model.parameters() if p.is_floating_point()), None)
+        swaps = [Swap(found.modules[d.site.name], d, owners, like) for d in decided.having("replace")]
+    lifts = [graph.of({swap.name for swap in swaps}) for graph in graphs]
+    with _collector_paused():
+        return carry_out(model, decided, [*lifts, *swaps], lambda: _batch_norms(model), torch_drift)
+
+
+class _Found:
+    """The sites of a model, whose graphs are lifted, and the module of each by name."""
+
+    def __init__(self, model: nn.Module, example: Any) -> None:
+        modules, self.sites = find_sites(model, example)
+        self.modules = dict(zip((site.name for site in self.sites), modules, strict=True))
+
+    def decide(
+        self,
+        target: Target | Recipe | Rules,
+        include: Sequence[str],
+        exclude: Sequence[str],
+        where: Callable[[nn.Module, str], bool] | None,
+    ) -> Plan:
+        """Return the plan for one target."""
+        return decide(
+            "torch",
+            self.sites,
+            target,
+            include=include,
+            exclude=exclude,
+            where=None if where is None else lambda name: where(self.modules[name], name),
+            state_of=lambda name: read_state(self.modules[name]),
+        )
+
+
+def _batch_norms(model: nn.Module) -> Iterator[str]:
+    return (name for name, module in named_modules(model) if isinstance(module, _BatchNorm))
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Keep Python's cyclic garbage collector from searching a growing heap again and again for what is not there."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()

@@ -1,0 +1,1 @@
+"""What Keras keeps on disk."""

@@ -1,0 +1,67 @@
+"""Files that hold a whole Keras model."""
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ...errors import InputError, MissingDependencyError
+from ..files import require_file
+
+SUFFIXES = (".keras", ".h5", ".hdf5")
+
+
+def read_model(path: Path) -> Any:
+    """Return the model in a Keras file, read in safe mode; raises `InputError` if Keras refuses it."""
+    require_file(path)
+    keras = import_keras()
+
+    try:
+        return keras.models.load_model(path, compile=False)
+    except Exception as error:
+        raise InputError(f"expected a Keras model in {path}, received a file Keras refuses: {reason(error)}") from error
+
+
+def import_keras() -> Any:
+    """Import Keras without what TensorFlow's libraries write to stderr as they are loaded, past Python's."""
+    if "keras" in sys.modules:
+        return sys.modules["keras"]
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 2)
+            import keras
+    except (ImportError, RuntimeError) as error:
+        message = f"a keras: model needs keras: pip install 'normswap[keras]' ({error})"
+        raise MissingDependencyError(message) from None
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+    return keras
+
+
+@contextmanager
+def names_of_a_fresh_process() -> Iterator[None]:
+    """Let Keras number the layer names it makes up from the start, so that a model has the same names each time."""
+    state = sys.modules.get("keras.src.backend.common.global_state")
+    if state is None:
+        yield
+        return
+    numbers = state.get_global_attribute("object_name_uids")
+    state.set_global_attribute("object_name_uids", None)
+    try:
+        yield
+    finally:
+        state.set_global_attribute("object_name_uids", numbers)
+
+
+def reason(error: Exception) -> str:
+    """Return what Keras says is wrong, and in which layer, without the configurations it quotes around that."""
+    where, _, cause = str(error).strip().rpartition("Exception encountered: ")
+    name = re.search(r"""'name': '([^']*)'""", where[where.rfind("config=") :]) if where else None
+    lines = cause.strip().splitlines() or [type(error).__name__]
+    return f"layer {name[1]}: {lines[0]}" if name else lines[0]

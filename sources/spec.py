@@ -1,0 +1,60 @@
+"""What people call a model: a name in a zoo, a callable in Python code, or a file."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from .code import builder
+from .keras.model_file import SUFFIXES as KERAS_SUFFIXES
+from .keras.model_file import names_of_a_fresh_process, read_model
+from .zoo import ZOOS, load_from_zoo
+
+PROGRAM_SUFFIX = ".pt2"
+FORMS = (
+    "timm:NAME, torchvision:NAME, keras:NAME, file.py:callable, package.module:callable, FILE.keras, FILE.h5 or "
+    "FILE.pt2"
+)
+
+
+def load_source(spec: str, *, pretrained: bool = True, trust: bool = False) -> Any:
+    """Return what ``spec`` names: a module, a Keras model, or for a ``.pt2`` file a `torch.export.ExportedProgram`.
+
+    ``pretrained=False`` builds a zoo's architecture without fetching its weights. A callable is Python code and
+    is run. A ``.pt2`` file can run code while it is read, and is read with ``trust`` only.
+
+    Raises `InputError` if there is no such model or it is not trusted, `MissingDependencyError` if the zoo's package is
+    not installed.
+    """
+    kind, _, name = spec.partition(":")
+    if kind in ZOOS and name:
+        with names_of_a_fresh_process():
+            return load_from_zoo(kind, name, pretrained=pretrained)
+    if spec.endswith(KERAS_SUFFIXES):
+        return read_model(Path(spec))
+    if spec.endswith(PROGRAM_SUFFIX):
+        from .torch.program import read_program
+
+        return read_program(Path(spec), trust=trust)
+    if kind and name:
+        with names_of_a_fresh_process():
+            return builder(kind, name, FORMS)()
+    raise InputError(f"expected a model as {FORMS}, received model={spec}")
+
+
+def relative_spec(spec: str, directory: Path) -> str:
+    """Return ``spec`` with a file's path made relative to ``directory``, so that both can move together."""
+    file, colon, name = spec.rpartition(":")
+    path = Path(file if file.endswith(".py") else spec)
+    if path.suffix not in (".py", PROGRAM_SUFFIX, *KERAS_SUFFIXES):
+        return spec
+    relative = Path(os.path.relpath(path.resolve(), directory.resolve())).as_posix()
+    return f"{relative}{colon}{name}" if path.suffix == ".py" else relative
+
+
+def absolute_spec(spec: str, directory: Path) -> str:
+    """Return ``spec`` with a relative file's path resolved against ``directory``."""
+    file, colon, name = spec.rpartition(":")
+    if file.endswith(".py"):
+        return f"{(directory / file).resolve()}{colon}{name}"
+    return str((directory / spec).resolve()) if spec.endswith((PROGRAM_SUFFIX, *KERAS_SUFFIXES)) else spec

@@ -1,0 +1,115 @@
+"""State dicts of PyTorch models: read without running code, and fitted with a list of what does not fit."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from ...errors import InputError, UnsupportedError
+from ..files import require_file
+
+PICKLE_SUFFIXES = (".pt", ".pth", ".th", ".bin")
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")
+_SHOWN = 10
+_PATCHED = "  they look like a patched model's: patch the model before loading them, or give the bundle"
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Return the tensors in a ``.safetensors`` file or in a torch checkpoint of plain weights, by name.
+
+    A checkpoint's ``state_dict`` entry and the prefixes ``module.`` and ``_orig_mod.`` that wrappers leave are
+    taken off.
+
+    Raises `InputError` for anything but plain weights; nothing in the file is ever executed. Raises
+    `UnsupportedError` for TorchScript.
+    """
+    require_file(path)
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"expected weights in {path}, received a damaged file: {error}") from None
+    if path.suffix not in PICKLE_SUFFIXES:
+        known = ", ".join((".safetensors", *PICKLE_SUFFIXES))
+        raise InputError(f"expected weights in a file ending in {known}, received {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"expected plain weights in {path}, received a pickle that holds more and could run code; nothing was "
+            f"run. Save model.state_dict() instead ({_first_line(error)})"
+        ) from None
+    except Exception as error:
+        if "TorchScript" in str(error):
+            raise UnsupportedError(
+                f"expected weights in {path}, received a TorchScript archive; save the original module's state_dict()"
+            ) from None
+        raise InputError(f"expected weights in {path}, received a damaged file: {_first_line(error)}") from None
+    return _unwrap(content, path)
+
+
+def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+    """Load ``state`` into ``model``; raises `InputError` that lists what is missing, unexpected or of another shape.
+
+    A missing ``num_batches_tracked`` is no misfit: old checkpoints lack it.
+    """
+    own = model.state_dict()
+    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    unexpected = [k for k in state if k not in own]
+    shapes = [
+        f"{k}: {tuple(own[k].shape)} in the model, {tuple(state[k].shape)} in the file"
+        for k in own
+        if k in state and own[k].shape != state[k].shape
+    ]
+    if missing or unexpected or shapes:
+        parts = [
+            _listing("missing", missing),
+            _listing("unexpected", unexpected),
+            _listing("other shape", shapes),
+            _PATCHED if _of_a_patched_model(missing, unexpected) else "",
+        ]
+        raise InputError(f"expected weights that fit the model, received {origin}:\n" + "\n".join(filter(None, parts)))
+    model.load_state_dict(state, strict=False)
+
+
+def write_state_dict(model: nn.Module, path: Path) -> None:
+    """Write the model's state to a ``.safetensors`` file; tensors that share memory are written each for itself."""
+    safetensors.torch.save_file({k: v.detach().cpu().clone().contiguous() for k, v in model.state_dict().items()}, path)
+
+
+def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
+    for name in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()) or not content:
+        kind = type(content).__name__
+        raise InputError(f"expected a state dict of tensors in {path}, received a {kind} with other content")
+    state = {str(name): tensor for name, tensor in content.items()}
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
+
+
+def _of_a_patched_model(missing: list[str], unexpected: list[str]) -> bool:
+    """Return whether the misfit is that of a patched model's weights: SN's gates, BRN's limits, GN's lack of either."""
+    if any(name.endswith(("mean_weight", "r_max")) for name in unexpected):
+        return True
+    return bool(missing) and not unexpected and all(n.endswith(("running_mean", "running_var")) for n in missing)
+
+
+def _listing(label: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f"\n    and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"  {label} ({len(names)}):\n    " + "\n    ".join(names[:_SHOWN]) + more
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,48 @@
+"""Run an ONNX file for its predictions alone."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..data.preprocessing import Preprocessing
+from ..errors import InputError
+from .file import read_model
+from .runtime import session
+
+Predict = Callable[[NDArray[Any]], NDArray[Any]]
+
+
+def open_onnx(path: Path, options: Mapping[str, Any]) -> tuple[Predict, Preprocessing]:
+    """Return a function from a batch of images to scores in onnxruntime, and how images become its input.
+
+    The preprocessing is the file's own, with what ``options`` (``mean``, ``std``) say in its place.
+    Raises `InputError` if the file is no ONNX model of one input, or does not tell its preprocessing.
+    """
+    file = read_model(path)
+    stored = file.metadata.get("preprocessing")
+    if len(file.inputs) != 1:
+        raise InputError(f"expected a file with one input to evaluate, received {len(file.inputs)}")
+    if stored is None:
+        raise InputError(f"expected a file that says how images become its input, received {path} without; "
+                         "export it with --input-shape")  # fmt: skip
+    try:
+        known = Preprocessing.from_dict(stored)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"expected how images become the input of {path}, received {stored!r}: {error!r}") from None
+    changed = replace(known, **{name: options[name] for name in ("mean", "std") if options.get(name) is not None})
+    runner = session(file.content, folder=path.parent)
+    entry = runner.get_inputs()[0]
+    dtype = np.float16 if entry.type == "tensor(float16)" else np.float32
+
+    def predict(x: NDArray[Any]) -> NDArray[Any]:
+        try:
+            result: NDArray[Any] = runner.run(None, {entry.name: x.astype(dtype, copy=False)})[0]
+        except Exception as error:
+            raise InputError(f"expected images the file takes, received some on which it fails: {error}") from None
+        return result
+
+    return predict, changed

@@ -1,0 +1,259 @@
+"""The proof that an ONNX file computes what a model computes.
+
+The file is run in onnxruntime with graph optimisation off and on, at several batch sizes, input scales and, where
+they are free, heights and widths, on random inputs and on data where given. An output passes if it is finite and
+differs from the framework's by at most 1e-5 of its largest value; bounds relative to the output's scale hold for
+any input scale, where absolute ones fail correct models. On a miss a float64 copy of the model is asked whether the
+model is ill-conditioned on that input: there, ten times the framework's own float32 error is allowed.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from itertools import product
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+
+from ..errors import InputError, MissingDependencyError
+from ..frameworks.detect import framework_of
+from .evaluator import evaluate, first_infinite
+from .file import OnnxFile, read_model
+from .reference import BATCH_SIZES, Arrays, Batch, Input, Reference, collect, samples
+from .runtime import chosen_providers, session
+from .stored import load_reference
+from .stored import save_reference as save
+from .verdict import ERRORS, HALF_LAYER, HALF_TOLERANCE, LAYER, MOST, TOLERANCE, Check, Verdict, compare, unequal
+
+__all__ = ["Check", "Verdict", "verify", "verify_against"]
+
+Array = NDArray[Any]
+
+
+def verify(
+    model: Any,
+    path: str | Path,
+    *,
+    data: Sequence[Array] = (),
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    providers: Sequence[str] = ("cpu",),
+    save_reference: str | Path | None = None,
+    overwrite: bool = False,
+    seed: int = 0,
+) -> Verdict:
+    """Hold an ONNX file against the model it was made from; the verdict is true if the file passes.
+
+    Random inputs are scaled standard normal at each of ``batch_sizes``, or at the one the file is fixed to; ``data``
+    are further inputs (N, ...) for a model of one input. ``providers`` are names of `runtime.PROVIDERS` or ``auto``.
+    On a miss the verdict names the first layer, in call order, whose output differs. ``save_reference`` is an
+    ``.npz`` to write the model's answers to, for `verify_against`.
+
+    Raises `InputError` or `UnsupportedError` if the file is not an ONNX model onnxruntime loads,
+    `MissingDependencyError` if a provider is not installed, `OutputExistsError` if ``save_reference`` exists.
+    """
+    file = read_model(Path(path))
+    runs = _Runs(file, providers)
+    adapter = import_module(f"..export.{framework_of(model)}.trace", __package__)
+    inputs = [Input.of(value) for value in file.inputs]
+    if problems := _input_problems(adapter, model, inputs):
+        return Verdict((), tuple(problems))
+    reference = collect(model, adapter, inputs, data=data, batch_sizes=batch_sizes, seed=seed)
+    if save_reference is not None and not reference.problems:
+        save(reference, Path(save_reference), overwrite=overwrite)
+    return _judge(runs, reference)
+
+
+def verify_against(reference: str | Path, path: str | Path, *, providers: Sequence[str] = ("cpu",)) -> Verdict:
+    """Hold an ONNX file against the answers `verify` saved of a model; needs no framework.
+
+    Raises `InputError` if the reference is damaged or belongs to a model of other inputs or outputs, and what
+    `verify` raises.
+    """
+    file = read_model(Path(path))
+    stored = load_reference(Path(reference))
+    first = stored.batches[0]
+    problems = [
+        *unequal(list(first.arrays), [value.name for value in file.inputs], "inputs"),
+        *unequal(list(first.outputs), [value.name for value in file.proto.graph.output], "outputs"),
+    ]
+    for value, batch in product([] if problems else file.inputs, stored.batches):
+        problems += _unfit(value, batch.arrays[value.name], "input")
+    if problems:
+        raise InputError(f"expected a reference of the model in {path}, received {reference} of another: {problems[0]}")
+    return _judge(_Runs(file, providers), stored)
+
+
+class _Runs:
+    """The sessions a file is judged by: every provider, optimisation off and on.
+
+    Without optimisation the layers' outputs can be asked for too.
+    """
+
+    def __init__(self, file: OnnxFile, providers: Sequence[str]) -> None:
+        self.file = file
+        self.sites = file.sites
+        self.outputs = [value.name for value in file.proto.graph.output]
+        contents = {"off": file.with_outputs(sorted(set(self.sites.values()))), "on": file.content}
+        self.sessions: dict[tuple[str, str], onnxruntime.InferenceSession] = {}
+        self.notes: list[str] = []
+        for provider in chosen_providers(providers):
+            try:
+                self.sessions |= {
+                    (provider, level): session(
+                        content, optimised=level == "on", provider=provider, spinning=False, folder=file.path.parent
+                    )
+                    for level, content in contents.items()
+                }
+            except MissingDependencyError as error:
+                if provider in providers:
+                    raise
+                self.notes.append(f"{provider} left out: {error}")
+
+    def layers(self, batch: Batch) -> Arrays:
+        """Return what the file computes for each layer on a batch."""
+        values = list(dict.fromkeys(self.sites.values()))  # no names would stand for all
+        found = self.run(next(iter(self.sessions.values())), batch, values) if values else {}
+        return {site: found[value] for site, value in self.sites.items()}
+
+    def every_value(self, batch: Batch) -> Arrays:
+        """Return every value in the graph, in order, without optimisation."""
+        names = list(dict.fromkeys(name for node in self.file.proto.graph.node for name in node.output if name))
+        runner = session(self.file.with_outputs(names), optimised=False, folder=self.file.path.parent)
+        return self.run(runner, batch, names)
+
+    def feed(self, batch: Batch) -> Arrays:
+        """Return a batch's inputs in the file's own floating-point type."""
+        half = {v.name for v in self.file.inputs if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16}
+        return {name: array.astype(np.float16) if name in half else array for name, array in batch.arrays.items()}
+
+    def run(self, runner: onnxruntime.InferenceSession, batch: Batch, names: Sequence[str]) -> Arrays:
+        """Return the values asked for, by name."""
+        return dict(zip(names, runner.run(list(names), self.feed(batch)), strict=True))
+
+
+def _judge(runs: _Runs, reference: Reference) -> Verdict:
+    if problems := reference.problems or _output_problems(runs, reference.batches[0]):
+        return Verdict((), tuple(problems), notes=(*reference.notes, *runs.notes))
+    checks: list[Check] = []
+    ran: list[Batch] = []
+    failed: list[Batch] = []
+    for batch in reference.batches:
+        if runs.file.half and (batch.scale or 1.0) > 1:
+            continue  # float16 ends at 65504
+        try:
+            found = {how: runs.run(runner, batch, runs.outputs) for how, runner in runs.sessions.items()}
+        except Exception as error:
+            shapes = ", ".join(str(array.shape) for array in batch.arrays.values())
+            problems.append(f"onnxruntime fails on inputs of shape {shapes}, which the model takes: {error}")
+            continue
+        new = [c for how, out in found.items() for c in _checks(out, batch, reference, how, half=runs.file.half)]
+        if not all(check.passed for check in new) and (own := _undetermined(batch, reference)):
+            reference.notes.append(
+                f"inputs x{batch.scale:g} left out: float32 does not determine the model there, {own} of scale"
+            )
+            continue
+        checks += new
+        ran.append(batch)
+        failed += [] if all(check.passed for check in new) else [batch]
+    values: Arrays = {}
+    if runs.file.half and ran:
+        try:
+            values = evaluate(runs.file, runs.feed(ran[0]))
+            checks += _checks(values, ran[0], reference, ("onnx.reference", "off"), half=True)
+        except Exception as error:
+            problems.append(f"onnx.reference fails, which shows what overflows in float16: {error}")
+    elif failed and not all(check.finite for check in checks):
+        values = runs.every_value(failed[0])
+    suspect = next(iter(failed or ran), None)
+    bound = HALF_LAYER if runs.file.half else TOLERANCE if failed else LAYER
+    diverging = suspect and _first_diverging(runs, reference, suspect, bound)
+    diverging = diverging or next((check.output for check in checks if not check.passed), None)
+    infinite = None if all(check.finite for check in checks) else first_infinite(runs.file, values)
+    return Verdict(tuple(checks), tuple(problems), diverging, (*reference.notes, *runs.notes), infinite)
+
+
+def _undetermined(batch: Batch, reference: Reference) -> str:
+    """Return where the framework's own error on scaled inputs is beyond what a file could be held to, or nothing.
+
+    A BatchNorm's running statistics do not scale with its input: what is multiplied behind it (gates, stars) may grow
+    by powers. Inputs as they are, and data, count in any case.
+    """
+    if batch.scale in (None, 1.0):
+        return ""
+    exact_outputs, exact_layers = reference.exact(batch)
+    for found, exact in ((batch.layers, exact_layers), (batch.outputs, exact_outputs)):
+        for name in (name for name in found if name in exact):
+            own = compare(found[name], found[name], exact[name]).get("own", 0.0)
+            if own > MOST / ERRORS:
+                return f"{name} is off by {own:.1e}"
+    return ""
+
+
+def _checks(
+    found: Mapping[str, Array], batch: Batch, reference: Reference, how: tuple[str, str], *, half: bool
+) -> Iterator[Check]:
+    inputs = "data" if batch.scale is None else f"x{batch.scale:g}"
+    tolerance = HALF_TOLERANCE if half else TOLERANCE
+    for name, expected in batch.outputs.items():
+        figures = compare(found[name], expected)
+        if figures["finite"] and figures["max_rel"] > tolerance and not half:
+            figures = compare(found[name], expected, reference.exact(batch)[0].get(name))
+        yield Check(name, batch.size, inputs, *how, tolerance=tolerance, **figures)
+
+
+def _first_diverging(runs: _Runs, reference: Reference, batch: Batch, tolerance: float) -> str | None:
+    """Return the first layer in call order whose output differs by more than ``tolerance`` of its scale.
+
+    A layer may differ where the outputs do not, as a scaled convolution before a GroupNorm.
+    """
+    if not batch.layers:  # a stored reference has those of its first batch alone
+        batch = reference.batches[0]
+    found = runs.layers(batch)
+    for name in (name for name in batch.layers if name in found):
+        own, expected = samples(found[name]), batch.layers[name]
+        figures = compare(own, expected)
+        if figures["finite"] and figures["max_rel"] > tolerance and not runs.file.half:
+            figures = compare(own, expected, reference.exact(batch)[1].get(name))
+        if not figures["finite"] or (figures["max_rel"] > tolerance and figures.get("ratio", np.inf) > ERRORS):
+            return name
+    return None
+
+
+def _input_problems(adapter: ModuleType, model: Any, inputs: Sequence[Input]) -> list[str]:
+    """Return where the file's inputs are not the model's: names and order, and shapes for a model that knows them."""
+    if problems := unequal(adapter.input_names(model, len(inputs)), [entry.name for entry in inputs], "inputs"):
+        return problems
+    for entry, own in zip(inputs, adapter.input_shapes(model) or (), strict=False):
+        free = [size if isinstance(size, int) else None for size in entry.shape[1:]]
+        if len(free) != len(own) or any(b is not None and a != b for a, b in zip(free, own, strict=True)):
+            problems.append(
+                f"expected the input {entry.name} of shape {tuple(own)} without the batch, received {entry}"
+            )
+    return problems
+
+
+def _output_problems(runs: _Runs, batch: Batch) -> list[str]:
+    """Return where the outputs the file declares are not those the model returns."""
+    declared = runs.file.proto.graph.output
+    return unequal(list(batch.outputs), runs.outputs, "outputs") or [
+        problem for value in declared for problem in _unfit(value, batch.outputs[value.name], "output")
+    ]
+
+
+def _unfit(value: onnx.ValueInfoProto, array: Array, what: str) -> list[str]:
+    """Return a problem if what a graph declares of a value does not allow an array."""
+    tensor = value.type.tensor_type
+    if not tensor.elem_type:
+        return [f"expected the {what} {value.name} to be a tensor, received {value.type.WhichOneof('value')}"]
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+    sizes = [size.dim_value if size.HasField("dim_value") else None for size in tensor.shape.dim]
+    rounded = dtype == np.float16 and array.dtype == np.float32
+    fits = len(sizes) == array.ndim and all(a in (None, b) for a, b in zip(sizes, array.shape, strict=True))
+    if (dtype == array.dtype or rounded) and (fits or not tensor.HasField("shape")):
+        return []
+    shape = ", ".join("?" if size is None else str(size) for size in sizes)
+    return [f"expected the {what} {value.name} of {array.dtype} {array.shape}, received {dtype} ({shape})"]
