@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from ..convert.recipe import Recipe
 from ..data.preprocessing import Preprocessing
 from ..errors import InputError
-from ..frameworks.detect import example_input
+from ..frameworks.detect import get_framework
 from ..patchers.patch import as_module, patch
 from ..sources.files import sha256, staged
 from ..sources.spec import absolute_spec
@@ -207,12 +207,12 @@ def _load_keras(
             model = load_model(source, pretrained=False)
         else:
             if recipe is not None:
-                from ..patchers.keras.sites import mark
+                from ..patchers.keras.saving import mark
 
                 mark(model, recipe)
             return model, recipe
     if preprocessing is not None and not model.built:
-        model(example_input(model, preprocessing.shape), training=False)
+        model(get_framework(model).zeros(model, preprocessing.shape), training=False)
     if recipe is not None:
         recipe = patch(model, recipe).recipe
     load_weights(model, path)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..data.preprocessing import Preprocessing, preprocessing_of
 from ..errors import InputError
-from ..frameworks.detect import example_input, framework_of
+from ..frameworks.detect import framework_of, get_framework
 from . import bundle as bundles
 from .manifest import is_bundle, is_unfinished
 from .source import load_model
@@ -33,7 +33,7 @@ class Opened:
         known = self.bundle.preprocessing if self.bundle else preprocessing_of(self.model, input_shape=shape)
         self.preprocessing = _adjust(known, self.framework, options)
         shape = shape or (self.preprocessing.shape if self.preprocessing else None)
-        self.example = None if shape is None else example_input(self.model, shape)
+        self.example = None if shape is None else get_framework(self.model).zeros(self.model, shape)
 
     def require_preprocessing(self) -> Preprocessing:
         """Return how images become the model's input; raises `InputError` if the shape of one is not known."""

@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -12,9 +12,11 @@ from ..convert.targets import BatchRenorm, GroupNorm, SwitchNorm, Target
 from ..data.dataset import Data, from_arrays
 from ..data.preprocessing import Preprocessing
 from ..export.onnx import to_onnx
+from ..finetune.calibration.contract import layers_of
 from ..finetune.hooks.hook import RenormLimits
 from ..finetune.run.accuracy import accuracy
 from ..finetune.run.training import Training
+from ..frameworks.detect import get_framework
 from ..patchers.patch import patch
 from ..verification.inference import open_onnx
 
@@ -40,6 +42,24 @@ TARGETS: Mapping[str, Target] = {
 STEPS, BATCH_SIZE, LEARNING_RATE = 60, 64, 0.02
 
 
+class Network(Protocol):
+    """The demo's network in one framework."""
+
+    def trained(self, data: Data, steps: int = 300) -> Any:
+        """Return the network trained on ``data``."""
+
+
+def network_of(framework: str) -> Network:
+    """Return the demo's network in ``"torch"`` or ``"keras"``."""
+    if framework == "torch":
+        from . import torch
+
+        return torch
+    from . import keras
+
+    return keras
+
+
 def run(framework: str, say: Callable[[str], None]) -> list[dict[str, Any]]:
     """Run the demo in ``"torch"`` or ``"keras"`` and return a row of accuracies in percent for each target.
 
@@ -48,8 +68,7 @@ def run(framework: str, say: Callable[[str], None]) -> list[dict[str, Any]]:
     relative to the output's scale.
     """
     engine = import_module(f"..finetune.run.{framework}.train", __package__)
-    sites = import_module(f"..finetune.calibration.{framework}.layers", __package__)
-    network = import_module(f".{framework}", __package__)
+    network = network_of(framework)
     train, test = digits("channels_first" if framework == "torch" else "channels_last")
 
     def top1(model: Any) -> float:
@@ -62,9 +81,10 @@ def run(framework: str, say: Callable[[str], None]) -> list[dict[str, Any]]:
         say(f"{name}: patch, distil {STEPS} steps, export, verify")
         model = patch(original, target, example=train.batch(range(2))[0], inplace=False).model
         row: dict[str, Any] = {"target": name, "bn": top1(original), "copied": None, "patched": top1(model)}
+        sites = layers_of(model)
         carried = {site: sites.get_affine(layer) for site, layer in sites.site_layers(model).items()}
         if carried:
-            reference = network.layers(original)
+            reference = dict(get_framework(original).named_layers(original))
             for site, layer in sites.site_layers(model).items():
                 sites.set_affine(layer, *sites.get_affine(reference[site]))
             row["copied"] = top1(model)

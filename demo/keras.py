@@ -5,7 +5,6 @@ from keras import layers as kinds
 
 from ..data.dataset import Data
 from ..finetune.run.batches import batch_indices
-from ..frameworks.keras import named_layers
 
 
 def build() -> keras.Model:
@@ -39,8 +38,3 @@ def trained(data: Data, steps: int = 300) -> keras.Model:
     for step in range(steps):
         model.train_on_batch(*data.batch(batch_indices(len(data), 64, step, seed=0)))
     return model
-
-
-def layers(model: keras.Model) -> dict[str, keras.Layer]:
-    """Return the model's layers by name."""
-    return dict(named_layers(model))

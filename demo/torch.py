@@ -38,8 +38,3 @@ def trained(data: Data, steps: int = 300) -> nn.Module:
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return model.eval()
-
-
-def layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the model's layers by name."""
-    return dict(model.named_modules())

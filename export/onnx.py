@@ -4,9 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,10 +16,12 @@ from onnxscript import version_converter
 
 from .. import __version__
 from ..errors import InputError, UnsupportedError, VerificationError
-from ..frameworks.detect import framework_of
+from ..frameworks.detect import framework_of, get_framework
+from ..frameworks.example import Inputs
 from ..sources.files import staged
 from ..verification.verdict import TOLERANCE, Verdict
 from ..verification.verify import verify
+from .contract import tracer_of
 from .fold import Fold, fold_batch_norms, simplify
 from .forms import RUNTIMES, Form, Runtime, choose, write_norm
 from .half import to_half
@@ -77,13 +77,13 @@ def to_onnx(
 ) -> ExportReport:
     """Write ``model`` in inference mode to an ONNX file, its norms folded or in constant form, and prove the file.
 
-    ``example`` is an input as the model takes it: an array or tensor (N, ...), or a tuple of them; a Keras model
-    that knows its input shapes needs none. The batch dimension of the file is free, with ``dynamic_size`` the others
-    but the channels too. ``runtime`` is "portable" for operators every runtime knows, or "ort" for what onnxruntime
-    runs fastest. ``half`` stores weights and computes in float16, norms and inputs and outputs excepted.
-    ``prune_gates`` leaves out a statistic of a Switchable Normalization whose gate is below it; the report's notes say
-    which, and how far the output moves. ``metadata`` is stored in the file as JSON under ``normswap.NAME``. With
-    ``check`` the file is verified before it gets its name. Weights over 2 GB go into ``path`` + ".data".
+    ``example`` is what the model takes (see `normswap.Inputs`); a Keras model that knows its input shapes needs none.
+    The batch dimension of the file is free, with ``dynamic_size`` the others but the channels too. ``runtime`` is
+    "portable" for operators every runtime knows, or "ort" for what onnxruntime runs fastest. ``half`` stores weights
+    and computes in float16, norms and inputs and outputs excepted. ``prune_gates`` leaves out a statistic of a
+    Switchable Normalization whose gate is below it; the report's notes say which, and how far the output moves.
+    ``metadata`` is stored in the file as JSON under ``normswap.NAME``. With ``check`` the file is verified before it
+    gets its name. Weights over 2 GB go into ``path`` + ".data".
 
     Raises `UnsupportedError` for a model, dtype or opset that cannot be exported, `VerificationError` if the file
     computes something else than the model, `OutputExistsError` if ``path`` exists. No file is left on an error.
@@ -96,16 +96,16 @@ def to_onnx(
         raise InputError(f"expected a runtime out of {', '.join(RUNTIMES)}, received runtime={runtime!r}")
     if not 0 <= prune_gates < 1 / 3:
         raise InputError(f"expected `prune_gates` from 0 to below 1/3, received prune_gates={prune_gates}")
-    adapter = adapter_of(model)
-    if problem := adapter.dtype_problem(model):
+    tracer = tracer_of(model)
+    if problem := tracer.dtype_problem(model):
         raise UnsupportedError(f"expected float32 weights, received {problem}")
-    arrays = example_arrays(adapter, model, example)
-    notes = adapter.notes(model)
-    with staged(path, overwrite=overwrite) as temporary, _pruned(adapter, model, arrays, prune_gates, notes):
+    inputs = _inputs(model, example)
+    notes = tracer.notes(model)
+    with staged(path, overwrite=overwrite) as temporary, _pruned(model, inputs, prune_gates, notes):
         for careful in (False, True):
-            traced = adapter.trace(model, arrays, opset=opset, dynamic=dynamic_size)
+            traced = tracer.trace(model, inputs, opset=opset, dynamic=dynamic_size)
             folds, forms = _write(traced, runtime, careful=careful)
-            facts = adapter.norm_facts(model)
+            facts = tracer.norm_facts(model)
             for name, form in forms.items():
                 facts.setdefault(name.partition("#")[0], {})["form"] = form
             stored = {"framework": framework_of(model), "norms": facts, "sites": traced.sites, **(metadata or {})}
@@ -113,7 +113,7 @@ def to_onnx(
             if half:
                 to_half(traced.model, forms)
             _save(traced.model, temporary)
-            verdict = verify(model, temporary) if check else None
+            verdict = verify(model, temporary, example=inputs) if check else None
             if verdict is None or verdict or not forms:
                 break
             notes.append(
@@ -128,32 +128,28 @@ def to_onnx(
     return ExportReport(path, folded, kept, sum(1 for _ in traced.model.graph), size, verdict, notes)
 
 
-def adapter_of(model: Any) -> ModuleType:
-    """Return the module of this folder that speaks the model's framework."""
-    return import_module(f".{framework_of(model)}.trace", __package__)
-
-
-def example_arrays(adapter: ModuleType, model: Any, example: Any) -> list[Array]:
-    """Return example inputs as NumPy arrays of at least two samples; noise of the model's own shapes if none."""
-    if example is None:
-        shapes: Sequence[tuple[int, ...]] | None = adapter.input_shapes(model)
-        if shapes is None or any(size is None for shape in shapes for size in shape):
-            raise InputError(f"expected an example input (--input-shape) to export, received example={example}")
-        rng = np.random.default_rng(0)
-        return [rng.standard_normal((2, *shape), np.float32) for shape in shapes]
-    parts = example if isinstance(example, tuple | list) else (example,)
-    return [np.ascontiguousarray(part.detach().cpu() if hasattr(part, "detach") else part) for part in parts]
+def _inputs(model: Any, example: Any) -> Inputs:
+    """Return the inputs to trace with; noise of the model's own shapes if there is no example."""
+    if example is not None:
+        inputs = Inputs.of(example)
+        return inputs.map(lambda x: np.ascontiguousarray(x.detach().cpu() if hasattr(x, "detach") else x))
+    shapes = get_framework(model).input_shapes(model)
+    if shapes is None or any(size is None for shape in shapes for size in shape):
+        raise InputError(f"expected an example input (--input-shape) to export, received example={example}")
+    rng = np.random.default_rng(0)
+    return Inputs(*(rng.standard_normal((2, *(size or 1 for size in shape)), np.float32) for shape in shapes))
 
 
 @contextmanager
-def _pruned(adapter: ModuleType, model: Any, arrays: list[Array], threshold: float, notes: list[str]) -> Iterator[None]:
+def _pruned(model: Any, inputs: Inputs, threshold: float, notes: list[str]) -> Iterator[None]:
     """Close the gates below ``threshold`` for the time being; note which, and what it does to the output."""
     if threshold == 0:
         yield
         return
-    before, _ = adapter.run(model, arrays)
-    with adapter.prune(model, threshold) as dropped:
-        after, _ = adapter.run(model, arrays)
+    framework = get_framework(model)
+    before, _ = framework.record(model, inputs)
+    with tracer_of(model).prune(model, threshold) as dropped:
+        after, _ = framework.record(model, inputs)
         moved = max(float(np.abs(after[k] - before[k]).max() / max(np.abs(before[k]).max(), 1e-30)) for k in before)
         for gates in sorted({tuple(gates) for gates in dropped.values()}):
             names = ", ".join(name for name, own in dropped.items() if tuple(own) == gates)

@@ -1,14 +1,28 @@
 """Which framework a model belongs to, without importing a framework the user has not."""
 
 import sys
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import InputError, UnsupportedError
 
-Framework = Literal["torch", "keras"]
+if TYPE_CHECKING:
+    from .contract import Framework
+
+Name = Literal["torch", "keras"]
 
 
-def framework_of(model: Any) -> Framework:
+def get_framework(model: Any) -> "Framework":
+    """Return what can be asked of ``model``, by its framework; raises as `framework_of` does."""
+    if framework_of(model) == "torch":
+        from . import torch
+
+        return torch
+    from . import keras
+
+    return keras
+
+
+def framework_of(model: Any) -> Name:
     """Return the framework of ``model``.
 
     Raises `UnsupportedError` for a Keras 2 model, `InputError` for anything else but a torch module or a Keras model.
@@ -33,13 +47,3 @@ def traced_shape(model: Any) -> tuple[int | None, ...] | None:
     if len(inputs) != 1 or not hasattr(inputs[0], "shape"):
         return None
     return tuple(size if isinstance(size, int) else None for size in inputs[0].shape)
-
-
-def example_input(model: Any, shape: tuple[int, ...]) -> Any:
-    """Return zero samples of ``shape`` as the model takes them: two, or as many as it was traced for."""
-    if framework_of(model) == "torch":
-        batch = (traced_shape(model) or (None,))[0]
-        return sys.modules["torch"].zeros(2 if batch is None else batch, *shape)
-    import numpy as np
-
-    return np.zeros((2, *shape), np.float32)

@@ -1,12 +1,31 @@
-"""Walk a Keras model's layers, call it, and watch it being called."""
+"""What any Keras model can be asked; see `contract`."""
 
+import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import wraps
 from typing import Any
 
 import keras
+import numpy as np
+
+from ..errors import InputError, UnsupportedError
+from ..layers.keras import BatchRenormalization, SwitchNormalization
+from ..layers.keras.statistics import wide
+from .contract import Array, Arrays, Key
+from .example import Inputs, is_array
+
+Shape = Sequence[int | None]
+Specs = Mapping[str, tuple[tuple[int | None, ...], str]]
+"""Shape without the batch, and dtype, of each input by name."""
+
+_PER_CHANNEL = (
+    keras.layers.BatchNormalization,
+    keras.layers.GroupNormalization,
+    BatchRenormalization,
+    SwitchNormalization,
+)
 
 
 def named_layers(model: keras.Layer) -> Iterator[tuple[str, keras.Layer]]:
@@ -24,37 +43,316 @@ def distinct_layers(model: keras.Layer) -> list[keras.Layer]:
 
 
 def call(model: keras.Layer, example: Any) -> Any:
-    """Call ``model`` at inference on an example: an array, or a list or mapping of arrays."""
-    if isinstance(getattr(model, "input", None), list) and not isinstance(example, list | tuple | Mapping):
-        example = [example]  # as models of the older formats, whose single input is a list, expect it
-    return model(example, training=False)
+    """Call ``model`` on an example at inference."""
+    args, kwargs = _arguments(model, Inputs.of(example))
+    return model(*args, **kwargs, training=False)
+
+
+def inference(model: keras.Layer, *, compiled: bool = True) -> AbstractContextManager[None]:
+    """Run the body without gradients; `call` is at inference anyway, and layers that are called run as written."""
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return torch.no_grad()
+    return nullcontext()
 
 
 @contextmanager
-def watching(watched: Mapping[Any, keras.Layer], observe: Callable[[Any, Any, Any], object]) -> Iterator[None]:
-    """Run the body and tell ``observe(key, inputs, outputs)`` of every call of the watched layers.
+def watching(
+    layers: Mapping[Key, keras.Layer], see: Callable[[Key, Any, Any], object], *, first: bool = False
+) -> Iterator[None]:
+    """Tell ``see(key, input, output)`` of every call of the layers.
 
-    Wrappers that go past ``__call__``, such as `keras.layers.TimeDistributed`, are seen too.
+    Wrappers that go past ``__call__``, such as `keras.layers.TimeDistributed`, are seen too. What a layer returns is
+    its own in any case.
     """
-    before = {key: layer.__dict__.get("call") for key, layer in watched.items()}
 
-    def spy(key: Any, run: Callable[..., Any]) -> Callable[..., Any]:
+    def spy(key: Key, run: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(run)
         def call(inputs: Any, *args: Any, **kwargs: Any) -> Any:
             outputs = run(inputs, *args, **kwargs)
-            observe(key, inputs, outputs)
+            see(key, inputs, outputs)
             return outputs
 
         return call
 
-    for key, layer in watched.items():
-        layer.__dict__["call"] = spy(key, layer.call)
+    with ExitStack() as stack:
+        for key, layer in layers.items():
+            stack.enter_context(overriding(layer, "call", spy(key, layer.call)))
+        yield
+
+
+@contextmanager
+def overriding(layer: keras.Layer, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """Put ``method`` in place of one of the layer's own within the context."""
+    before = layer.__dict__.get(name)
+    layer.__dict__[name] = method
     try:
         yield
     finally:
-        for key, layer in watched.items():
-            del layer.__dict__["call"]
-            layer.__dict__.update({} if before[key] is None else {"call": before[key]})
+        del layer.__dict__[name]
+        layer.__dict__.update({} if before is None else {name: before})
+
+
+def snapshot(model: keras.Layer) -> Callable[[], None]:
+    """Return what gives the model back all variables that it has now, random states and counters among them."""
+    kept = [(variable, np.array(keras.ops.convert_to_numpy(variable))) for variable in model.variables]
+
+    def restore() -> None:
+        for variable, value in kept:
+            variable.assign(value)
+
+    return restore
+
+
+def in_double(model: Any) -> Any:
+    """Return a copy of ``model`` whose layers compute in float64; raises `UnsupportedError` if none can be made."""
+    described = f"{type(model).__name__} {model.name!r}"
+    if getattr(model, "inputs", None) is None:
+        raise UnsupportedError(f"expected a Sequential or Functional model to rebuild in float64, received {described}")
+
+    def retyped(layer: Any) -> Any:
+        return type(layer).from_config(_retyped(layer.get_config()))
+
+    try:
+        with keras.utils.CustomObjectScope({type(layer).__name__: type(layer) for _, layer in named_layers(model)}):
+            copy = keras.models.clone_model(model, clone_function=retyped, recursive=True)
+        twins = dict(named_layers(copy))
+        for path, layer in named_layers(model):
+            store: dict[str, Any] = {}
+            layer.save_own_variables(store)
+            if store:
+                twins[path].load_own_variables(store)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise UnsupportedError(
+            f"expected a model that can be rebuilt in float64 from its configuration, received {described}: {reason}"
+        ) from error
+    return copy
+
+
+def record(model: keras.Layer, example: Inputs) -> tuple[Arrays, Arrays]:
+    """Return the outputs and the sites' outputs of ``model`` in inference mode, by name and in call order.
+
+    What convolutions and per-channel norms compute is (N, C, ...). A model of a mixed policy computes in float32, as
+    its file does.
+    """
+    interface = Interface(model, example)
+    with single_precision(model), recording(model) as returned:
+        result = interface.call(interface.tensors())
+    outputs = named_outputs(result, model, taken=interface.names)
+    sites = {site: tensor for site, tensor in returned.items() if not is_symbolic(tensor)}
+    return _to_numpy(outputs), _to_numpy(sites)
+
+
+def input_names(model: keras.Layer, example: Inputs) -> list[str]:
+    """Return the names of the inputs of ``model``: its input layers, or the arguments of its ``call``."""
+    symbolic = getattr(model, "inputs", None)
+    if symbolic:
+        own = [layer_name(tensor) for tensor in symbolic]
+    else:
+        names, places = _parameters(model), list(example.arrays)
+        if len(example.args) > len(names):  # in one list
+            places = [(0, *place) for place in places]
+        named = [(names[first] if isinstance(first, int) else first, *way) for first, *way in places]
+        own = ["_".join(map(str, place)) for place in named]
+    found: list[str] = []
+    for name in own:
+        found.append(unique(name, found))
+    return found
+
+
+def input_shapes(model: Any) -> list[tuple[int | None, ...]] | None:
+    """Return the shape of each input of ``model`` without the batch, or None where the model does not know."""
+    inputs = getattr(model, "inputs", None)
+    return None if not inputs else [tuple(tensor.shape[1:]) for tensor in inputs]
+
+
+def zeros(model: keras.Layer, shape: tuple[int, ...]) -> Array:
+    """Return two samples of zeros."""
+    return np.zeros((2, *shape), np.float32)
+
+
+def to_numpy(value: Any) -> Array:
+    """Return a tensor as an array, in float32 where it is narrower."""
+    return np.asarray(keras.ops.convert_to_numpy(wide(value)))
+
+
+def build_shape(layer: keras.Layer) -> Shape | None:
+    """Return the shape of the input that ``layer`` was built for, None if it is not built."""
+    shape: Shape | None = (layer.get_build_config() or {}).get("input_shape") if layer.built else None
+    return shape
+
+
+def weighted_layers(model: Any) -> dict[str, Any]:
+    """Return every layer that owns weights, once, by its path of layer names.
+
+    A recurrent layer stands for its cell: a cell runs inside a loop, where no single value is its output.
+    """
+    found: dict[str, Any] = {}
+    seen: set[int] = set()
+    recurrent: tuple[str, ...] = ()
+    for path, layer in named_layers(model):
+        if id(layer) in seen or path.startswith(recurrent):
+            continue
+        seen.add(id(layer))
+        if isinstance(layer, keras.layers.RNN):
+            recurrent += (f"{path}/",)
+        if isinstance(layer, keras.layers.RNN) or _owns_weights(layer):
+            found[path] = layer
+    return found
+
+
+@contextmanager
+def recording(model: Any) -> Iterator[dict[str, Any]]:
+    """Collect the first tensor that each call of a weighted layer returns while the context is open.
+
+    The names are the layers' paths, the second call of a layer is ``"name#2"``; the order is that of the calls.
+    What convolutions and per-channel norms return is given as (N, C, ...), the layout it has in ONNX.
+    """
+    returned: dict[str, Any] = {}
+    calls: Counter[str] = Counter()
+    layers = weighted_layers(model)
+
+    def observe(path: str, inputs: Any, outputs: Any) -> None:
+        calls[path] += 1
+        name = path if calls[path] == 1 else f"{path}#{calls[path]}"
+        tensor = keras.tree.flatten(outputs)[0]
+        last = len(tensor.shape) > 2 and _has_channels_last(layers[path], len(tensor.shape))
+        returned[name] = keras.ops.moveaxis(tensor, -1, 1) if last else tensor
+
+    with watching(layers, observe):
+        yield returned
+
+
+def _has_channels_last(layer: Any, rank: int) -> bool:
+    if isinstance(layer, _PER_CHANNEL):
+        return layer.axis in {-1, rank - 1}
+    return getattr(layer, "data_format", None) == "channels_last"
+
+
+def is_symbolic(tensor: Any) -> bool:
+    """Whether ``tensor`` belongs to a graph under construction (the body of a loop) and has no value."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return bool(tf.is_symbolic_tensor(tensor))
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return isinstance(tensor, jax.core.Tracer)
+    return False
+
+
+def unique(name: str, taken: Collection[str | None]) -> str:
+    """Return ``name``, or ``"name_2"`` and so on where it is taken."""
+    candidate, number = name, 1
+    while candidate in taken:
+        number += 1
+        candidate = f"{name}_{number}"
+    return candidate
+
+
+class Interface:
+    """The inputs of a model as an example gives them: their names, shapes and dtypes, and how the model takes them.
+
+    With ``dynamic`` every size that the model leaves open is None.
+
+    Raises `UnsupportedError` for a model that was never called, `InputError` for an example that does not fit.
+    """
+
+    def __init__(self, model: Any, example: Inputs, *, dynamic: bool = False) -> None:
+        if not model.built:
+            raise UnsupportedError(
+                f"expected a model that knows its weights, received {type(model).__name__} {model.name!r} that was "
+                "never called; call it once on a batch"
+            )
+        self._model, self._example = model, example
+        shapes: Sequence[Shape] = [tuple(array.shape[1:]) for array in example.arrays.values()]
+        shapes = _opened(model, shapes) if dynamic else shapes
+        self.names = input_names(model, example)
+        own = getattr(model, "inputs", None) or None
+        if own is not None:
+            _require_fitting(shapes, dict(zip(self.names, input_shapes(model) or [], strict=True)))
+        dtypes = ["float32"] * len(self.names) if own is None else [tensor.dtype for tensor in own]
+        self.specs: dict[str, tuple[tuple[int | None, ...], str]] = {
+            name: (tuple(shape), dtype) for name, shape, dtype in zip(self.names, shapes, dtypes, strict=True)
+        }
+
+    def call(self, tensors: Sequence[Any]) -> Any:
+        """Call the model at inference with ``tensors`` where the example has its arrays."""
+        return call(self._model, self._example.filled(tensors))
+
+    def tensors(self) -> list[Any]:
+        """Return the example's arrays as the model's tensors."""
+        arrays = self._example.arrays.values()
+        dtypes = [dtype for _, dtype in self.specs.values()]
+        return [keras.ops.convert_to_tensor(array, dtype) for array, dtype in zip(arrays, dtypes, strict=True)]
+
+
+def named_outputs(result: Any, model: Any, taken: Sequence[str]) -> dict[str, Any]:
+    """Return the tensors of ``result`` by name: the keys of a dictionary, or else the output layers."""
+    flat = keras.tree.flatten_with_path(result)
+    own = getattr(model, "output_names", None) or list(map(layer_name, getattr(model, "outputs", None) or []))
+    if len(own) != len(flat):
+        own = ["output"] if len(flat) == 1 else [f"output_{index}" for index in range(len(flat))]
+    named: dict[str, Any] = {}
+    for (path, tensor), name in zip(flat, own, strict=True):
+        if any(isinstance(key, str) for key in path):
+            name = "/".join(str(key) for key in path)
+        named[unique(name, [*taken, *named])] = tensor
+    return named
+
+
+def layer_name(tensor: Any) -> str:
+    """Return the layer behind a symbolic tensor; unlike the tensor's own name, it survives saving."""
+    return str(tensor._keras_history.operation.name)
+
+
+def is_mixed(layer: keras.Layer) -> bool:
+    """Whether ``layer`` computes in fewer bits than its variables have."""
+    return layer.variable_dtype == "float32" and layer.compute_dtype in {"float16", "bfloat16"}
+
+
+@contextmanager
+def single_precision(model: Any) -> Iterator[None]:
+    """Let every layer whose variables are float32 compute in float32 while the context is open."""
+    policies = [(layer, layer.dtype_policy) for layer in distinct_layers(model) if is_mixed(layer)]
+    try:
+        for layer, _ in policies:
+            layer.dtype_policy = "float32"
+        yield
+    finally:
+        for layer, policy in policies:
+            layer.dtype_policy = policy
+
+
+def _arguments(model: keras.Layer, example: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments as the model takes them: a graph's in its own structure, code's by its signature."""
+    args, kwargs = example.args, example.kwargs
+    if getattr(model, "inputs", None):
+        if kwargs and not args:
+            return (kwargs,), {}
+        if len(args) == 1 and not is_array(args[0]):
+            return args, {}
+        arrays = list(example.arrays.values())
+        if isinstance(model, keras.Sequential):
+            return (arrays[0],), {}
+        return (keras.tree.pack_sequence_as(model.input, arrays),), {}
+    names = _parameters(model)
+    if kwargs and not args and not set(kwargs) <= set(names):
+        return (kwargs,), {}
+    return ((list(args),), kwargs) if len(args) > len(names) else (args, kwargs)
+
+
+def _parameters(model: keras.Layer) -> list[str]:
+    """Return the names of what the model's ``call`` takes beside mode and mask."""
+    return [
+        parameter.name
+        for parameter in inspect.signature(model.call).parameters.values()
+        if parameter.kind in {parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD}
+        and parameter.name not in {"training", "mask"}
+    ]
 
 
 def _below(layer: keras.Layer, prefix: str) -> Iterator[tuple[str, keras.Layer]]:
@@ -64,3 +362,54 @@ def _below(layer: keras.Layer, prefix: str) -> Iterator[tuple[str, keras.Layer]]
         path = f"{prefix}{child.name}" if met[child.name] == 1 else f"{prefix}{child.name}#{met[child.name]}"
         yield path, child
         yield from _below(child, f"{path}/")
+
+
+def _retyped(config: Any) -> Any:
+    """Return a layer's configuration with every dtype policy made float64, those of wrapped layers too."""
+    if isinstance(config, dict):
+        return {key: "float64" if key == "dtype" else _retyped(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return type(config)(_retyped(value) for value in config)
+    return config
+
+
+def _owns_weights(layer: Any) -> bool:
+    inherited = {id(weight) for child in layer._layers for weight in child.weights}
+    return any(id(weight) not in inherited for weight in layer.weights)
+
+
+def _opened(model: Any, shapes: Sequence[Shape]) -> list[tuple[int | None, ...]]:
+    """Return ``shapes`` with every size left open that the model leaves open: without inputs of its own, all spatial.
+
+    Raises `UnsupportedError` if the model leaves none open.
+    """
+    own = input_shapes(model)
+    if own is None:
+        last = keras.config.image_data_format() == "channels_last"
+        return [
+            tuple(size if axis == (len(shape) - 1 if last else 0) else None for axis, size in enumerate(shape))
+            for shape in shapes
+        ]
+    if not any(size is None for shape in own for size in shape):
+        inputs = ", ".join(f"{layer_name(tensor)}={shape}" for tensor, shape in zip(model.inputs, own, strict=True))
+        raise UnsupportedError(
+            f"expected a model that leaves height and width open, received one with inputs of {inputs}; "
+            "build it with None for them"
+        )
+    return own
+
+
+def _require_fitting(shapes: Sequence[Shape], own: Mapping[str, Shape]) -> None:
+    def fits(given: Shape, expected: Shape) -> bool:
+        return len(given) == len(expected) and all(b is None or a == b for a, b in zip(given, expected, strict=True))
+
+    if len(shapes) != len(own) or not all(map(fits, shapes, own.values())):
+        expected = ", ".join(f"{name}={tuple(shape)}" for name, shape in own.items())
+        raise InputError(
+            f"expected one input shape without the batch for each of {expected}, "
+            f"received shapes={[tuple(shape) for shape in shapes]}"
+        )
+
+
+def _to_numpy(tensors: Mapping[str, Any]) -> dict[str, Array]:
+    return {name: keras.ops.convert_to_numpy(tensor) for name, tensor in tensors.items()}

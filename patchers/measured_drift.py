@@ -1,16 +1,16 @@
 """How far a patched model is from the original on an example: each replaced layer's output and the model's."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
-from ..frameworks.detect import framework_of
+from ..frameworks.detect import get_framework
+from .contract import patcher_of
 
 See = Callable[[str, NDArray[Any]], None]
 Run = Callable[[Collection[str], See], dict[str, NDArray[Any]]]
@@ -32,25 +32,23 @@ class Drift:
     max: float | None
 
 
-class Probe(Protocol):
-    """What a framework's adapter does for a measurement."""
+class Swapped(Protocol):
+    """A replacement in place, which can compute what its BatchNorm did."""
 
-    def watch(self, model: Any, example: Any, names: Collection[str], see: See) -> dict[str, NDArray[Any]]:
-        """Run ``model`` on an example at inference; tell ``see(name, output)`` of each call of the named layers.
+    name: str
 
-        Returns the model's outputs, named as `outputs_of` does.
-        """
-
-    def as_original(self, swaps: Sequence[Any]) -> AbstractContextManager[None]:
-        """Have each replacement compute within the context what its BatchNorm did."""
+    def as_original(self) -> AbstractContextManager[None]:
+        """Have the replacement compute within the context what its BatchNorm did, and nothing else changed."""
 
 
-def drift_from_original(probe: Probe, model: Any, swaps: Sequence[Any], example: Any) -> list[Drift]:
+def drift_from_original(model: Any, swaps: Sequence[Swapped], example: Any) -> list[Drift]:
     """Return how far ``model`` is from what it computed before ``swaps``, which stay as they are."""
-    run = _run(probe, model, example)
+    run = _run(model, example)
 
     def original(names: Collection[str], see: See) -> dict[str, NDArray[Any]]:
-        with probe.as_original(swaps):
+        with ExitStack() as stack:
+            for swap in swaps:
+                stack.enter_context(swap.as_original())
             return run(names, see)
 
     return _compare(original, run, [swap.name for swap in swaps])
@@ -58,8 +56,7 @@ def drift_from_original(probe: Probe, model: Any, swaps: Sequence[Any], example:
 
 def drift_between(model: Any, reference: Any, names: Sequence[str], example: Any) -> list[Drift]:
     """Return how far ``model`` is from ``reference``, the model before the patch, at the named layers and the end."""
-    probe: Any = import_module(f".{framework_of(model)}.drift", __package__)
-    return _compare(_run(probe, reference, example), _run(probe, model, example), names)
+    return _compare(_run(reference, example), _run(model, example), names)
 
 
 def outputs_of(value: Any, name: str = "output") -> Iterator[tuple[str, Any]]:
@@ -74,10 +71,21 @@ def outputs_of(value: Any, name: str = "output") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def _run(probe: Probe, model: Any, example: Any) -> Run:
+def _run(model: Any, example: Any) -> Run:
+    framework, patcher = get_framework(model), patcher_of(model)
+
     def run(names: Collection[str], see: See) -> dict[str, NDArray[Any]]:
+        def note(name: str, x: Any, y: Any) -> None:
+            see(name, framework.to_numpy(y))
+
         try:
-            return probe.watch(model, example, names, see)
+            with (
+                patcher.layers_by_name(model) as layers,
+                framework.inference(model, compiled=False),
+                framework.watching({name: layers[name] for name in names}, note),
+            ):
+                outputs = dict(outputs_of(framework.call(model, example)))
+                return {name: framework.to_numpy(y) for name, y in outputs.items()}
         except Exception as error:
             message = f"expected an example the model accepts, received one on which it fails: {error}"
             raise InputError(message) from error

@@ -2,13 +2,11 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 from ..convert.recipe import Recipe, Rules
 from ..convert.targets import Target, as_target
-from ..frameworks.detect import framework_of
+from .contract import patcher_of
 from .plan import Plan, Report
 
 
@@ -46,10 +44,7 @@ def plans(
     """Return what `plan` decides for each of ``targets``, on one look at the model."""
     model = as_module(model)
     resolved = [_resolved(target) for target in targets]
-    found: list[Plan] = _adapter(model).plans(
-        model, resolved, example=example, include=include, exclude=exclude, where=where
-    )
-    return found
+    return patcher_of(model).plans(model, resolved, example=example, include=include, exclude=exclude, where=where)
 
 
 def patch(
@@ -72,10 +67,9 @@ def patch(
     Raises `UnsupportedError` if a selected site cannot be replaced or there is none, `InputError` as `plan`.
     """
     model = as_module(model)
-    report: Report = _adapter(model).patch(
+    return patcher_of(model).patch(
         model, _resolved(target), example=example, include=include, exclude=exclude, where=where, inplace=inplace
     )
-    return report
 
 
 def as_module(model: Any) -> Any:
@@ -83,12 +77,10 @@ def as_module(model: Any) -> Any:
     exporting = sys.modules.get("torch.export")
     if exporting is None or not isinstance(model, exporting.ExportedProgram):
         return model
-    return import_module(".torch.programs", __package__).as_module(model)
+    from .torch import programs
+
+    return programs.as_module(model)
 
 
 def _resolved(target: str | Target | Recipe | Rules) -> Target | Recipe | Rules:
     return target if isinstance(target, Recipe | Rules) else as_target(target)
-
-
-def _adapter(model: Any) -> ModuleType:
-    return import_module(f".{framework_of(model)}.patch", __package__)

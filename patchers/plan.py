@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..convert.carry_over import BatchNormState
 from ..convert.expected_drift import expected_drift, folds
@@ -13,7 +13,9 @@ from ..convert.groups import resolve_groups
 from ..convert.recipe import Choice, Recipe, Rule, Rules
 from ..convert.targets import BatchRenorm, GroupNorm, SwitchNorm, Target, target_to_dict
 from ..errors import InputError, UnsupportedError
-from .measured_drift import Drift
+
+if TYPE_CHECKING:
+    from .measured_drift import Drift
 
 Action = Literal["replace", "skip", "refuse", "done"]
 
@@ -131,7 +133,7 @@ class Report:
     model: Any
     plan: Plan
     _undo: Callable[[], None]
-    _drift: Callable[[Any], list[Drift]]
+    _drift: Callable[[Any], list["Drift"]]
     recipe: Recipe = field(init=False)
 
     def __post_init__(self) -> None:
@@ -156,7 +158,7 @@ class Report:
         """Restore the original layers; see the class."""
         self._undo()
 
-    def drift(self, example: Any) -> list[Drift]:
+    def drift(self, example: Any) -> list["Drift"]:
         """Return how far each replaced layer's output and the model's is from the original's on an example.
 
         The same inputs go through the model with its BatchNorms and as it is, both at inference; nothing of the model

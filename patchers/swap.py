@@ -5,14 +5,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from ..errors import UnsupportedError
-from .measured_drift import Drift, Probe, drift_from_original
+from .measured_drift import Drift, Swapped, drift_from_original
 from .plan import Plan, Report
 
 
-class Swap(Protocol):
+class Swap(Swapped, Protocol):
     """One site's replacement, built and ready, in place of the BatchNorm called ``name``."""
-
-    name: str
 
     def apply(self) -> None:
         """Put the replacement in place."""
@@ -29,13 +27,12 @@ def carry_out(
     plan: Plan,
     swaps: Sequence[Swap],
     batch_norms: Callable[[], Iterable[str]],
-    probe: Probe,
     around: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Report:
     """Apply ``swaps`` to ``model`` and return the report; if anything fails, the model is as it was.
 
     ``batch_norms()`` names the BatchNorms that are left, among which no replaced one may be. Changes are made within
-    ``around()``. ``probe`` measures the drift.
+    ``around()``.
     """
     replaced = {decision.site.name for decision in plan.having("replace")}
     done: list[Swap] = []
@@ -69,6 +66,6 @@ def carry_out(
         require_untrained("what else has changed is not known: compare with the original model, loaded again")
         if swaps and not done:
             raise UnsupportedError("expected a patched model, received one whose patch was undone")
-        return drift_from_original(probe, model, [swap for swap in done if swap.name in replaced], example)
+        return drift_from_original(model, [swap for swap in done if swap.name in replaced], example)
 
     return Report(model, plan, undo, drift)

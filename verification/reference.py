@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import cycle
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,8 @@ import onnx
 from numpy.typing import NDArray
 
 from ..errors import InputError
+from ..frameworks.detect import get_framework
+from ..frameworks.example import Inputs
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
@@ -111,26 +112,23 @@ class Reference:
 
 def collect(
     model: Any,
-    adapter: ModuleType,
+    template: Inputs,
     inputs: Sequence[Input],
     *,
-    data: Sequence[Array] = (),
+    data: Sequence[Arrays] = (),
     batch_sizes: Sequence[int] = BATCH_SIZES,
     seed: int = 0,
 ) -> Reference:
     """Return what ``model`` computes on inputs of the kind a file declares.
 
     The model is run twice on the first batch: one that is random at inference is no reference for anything.
-    ``data`` are further inputs (N, ...) for a model of one input.
-
-    Raises `InputError` if data is given for several inputs.
+    ``template`` has an array for each of the inputs where the model takes it; ``data`` are further inputs by name.
     """
-    if data and len(inputs) != 1:
-        raise InputError(f"expected a file with one input to run data on, received {len(inputs)}")
-    twin = cache(lambda: adapter.in_double(model))
+    framework = get_framework(model)
+    twin = cache(lambda: framework.in_double(model))
 
     def run(arrays: Arrays, of: Any = model) -> tuple[Arrays, Arrays]:
-        outputs, layers = adapter.run(of, list(arrays.values()))
+        outputs, layers = framework.record(of, template.filled(list(arrays.values())))
         return outputs, {name: samples(layer) for name, layer in layers.items()}
 
     def double(arrays: Arrays) -> tuple[Arrays, Arrays]:
@@ -152,9 +150,13 @@ def collect(
                 reference.batches.append(batch)
             else:
                 reference.notes.append(f"inputs x{scale:g} left out: the model itself is not finite there")
-        for array in data:
-            fixed = inputs[0].shape[0]
-            arrays = {inputs[0].name: np.ascontiguousarray(array[:fixed] if isinstance(fixed, int) else array)}
+        for given in data:
+            arrays = {
+                entry.name: np.ascontiguousarray(given[entry.name][: entry.shape[0]])
+                if entry.shape and isinstance(entry.shape[0], int)
+                else np.ascontiguousarray(given[entry.name])
+                for entry in inputs
+            }
             reference.batches.append(Batch(None, arrays, *run(arrays)))
         for name in (name for batch in reference.batches for name in batch.infinite):
             reference.problems = [f"the model's own {name} is not finite"]

@@ -8,10 +8,8 @@ model is ill-conditioned on that input: there, ten times the framework's own flo
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import import_module
 from itertools import product
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,8 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from ..errors import InputError, MissingDependencyError
-from ..frameworks.detect import framework_of
+from ..frameworks.detect import get_framework
+from ..frameworks.example import Inputs
 from .evaluator import evaluate, first_infinite
 from .file import OnnxFile, read_model
 from .reference import BATCH_SIZES, Arrays, Batch, Input, Reference, collect, samples
@@ -38,7 +37,8 @@ def verify(
     model: Any,
     path: str | Path,
     *,
-    data: Sequence[Array] = (),
+    example: Any = None,
+    data: Sequence[Any] = (),
     batch_sizes: Sequence[int] = BATCH_SIZES,
     providers: Sequence[str] = ("cpu",),
     save_reference: str | Path | None = None,
@@ -57,11 +57,12 @@ def verify(
     """
     file = read_model(Path(path))
     runs = _Runs(file, providers)
-    adapter = import_module(f"..export.{framework_of(model)}.trace", __package__)
     inputs = [Input.of(value) for value in file.inputs]
-    if problems := _input_problems(adapter, model, inputs):
+    template = _template(inputs, example)
+    if problems := _input_problems(model, inputs, template):
         return Verdict((), tuple(problems))
-    reference = collect(model, adapter, inputs, data=data, batch_sizes=batch_sizes, seed=seed)
+    batches = [_batch(file, entry) for entry in data]
+    reference = collect(model, template, inputs, data=batches, batch_sizes=batch_sizes, seed=seed)
     if save_reference is not None and not reference.problems:
         save(reference, Path(save_reference), overwrite=overwrite)
     return _judge(runs, reference)
@@ -223,11 +224,32 @@ def _first_diverging(runs: _Runs, reference: Reference, batch: Batch, tolerance:
     return None
 
 
-def _input_problems(adapter: ModuleType, model: Any, inputs: Sequence[Input]) -> list[str]:
+def _template(inputs: Sequence[Input], example: Any) -> Inputs:
+    """Return arguments as the model takes them, with an array for each of the file's inputs: by position at least."""
+    if example is not None and len(found := Inputs.of(example)) == len(inputs):
+        return found
+    return Inputs(*(np.zeros([size if isinstance(size, int) else 1 for size in i.shape], i.dtype) for i in inputs))
+
+
+def _batch(file: OnnxFile, data: Any) -> Arrays:
+    """Return one entry of the data by the names of the file's inputs; raises `InputError` if it has not as many."""
+    found = Inputs.of(data).arrays
+    if len(found) != len(file.inputs):
+        raise InputError(
+            f"expected data of {len(file.inputs)} arrays, one for each input of the file, received {len(found)}"
+        )
+    arrays = (x.detach().cpu().numpy() if hasattr(x, "detach") else np.asarray(x) for x in found.values())
+    return {value.name: array for value, array in zip(file.inputs, arrays, strict=True)}
+
+
+def _input_problems(model: Any, inputs: Sequence[Input], template: Inputs) -> list[str]:
     """Return where the file's inputs are not the model's: names and order, and shapes for a model that knows them."""
-    if problems := unequal(adapter.input_names(model, len(inputs)), [entry.name for entry in inputs], "inputs"):
+    framework = get_framework(model)
+    own_shapes = framework.input_shapes(model)
+    names = framework.input_names(model, template)
+    if problems := unequal(names, [entry.name for entry in inputs], "inputs"):
         return problems
-    for entry, own in zip(inputs, adapter.input_shapes(model) or (), strict=False):
+    for entry, own in zip(inputs, own_shapes or (), strict=False):
         free = [size if isinstance(size, int) else None for size in entry.shape[1:]]
         if len(free) != len(own) or any(b is not None and a != b for a, b in zip(free, own, strict=True)):
             problems.append(

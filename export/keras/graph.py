@@ -8,7 +8,7 @@ import keras
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from .calls import unique
+from ...frameworks.keras import unique
 
 _FIRST_EXPONENT = 1000.0
 

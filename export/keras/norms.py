@@ -12,14 +12,11 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from ...frameworks.keras import named_layers, watching
+from ...frameworks.keras import is_symbolic, named_layers, watching
 from ...layers.keras import BatchRenormalization, SwitchNormalization
 from ...patchers.keras.swap import MARK
 from ..norms import BATCH, LAYER, Gates, Norm, amplification_of, three
-from .calls import is_symbolic
-
-Mark = Callable[[Any, int], Any]
-"""Returns a tensor like the first argument, whose node in the traced graph is known by the second."""
+from .graph import mark
 
 _KINDS = (
     keras.layers.BatchNormalization,
@@ -32,16 +29,16 @@ _KINDS = (
 class StandIns:
     """The calls of a model's norms in one trace; the n-th left the mark n."""
 
-    def __init__(self, model: Any, mark: Mark) -> None:
+    def __init__(self, model: Any) -> None:
         self.calls: list[Norm] = []
-        self._mark = mark
         self._layers: dict[str, Any] = {}
         for name, layer in named_layers(model):
             if _has_form(layer) and all(layer is not other for other in self._layers.values()):
                 self._layers[name] = layer
         self._norms = {name: _norm(name, layer) for name, layer in self._layers.items()}
 
-    def look(self, call: Callable[[], Any]) -> None:
+    @contextmanager
+    def looking(self) -> Iterator[None]:
         """Note for each norm without running statistics how far its input's means are above its deviation."""
         seen: dict[str, float] = {}
 
@@ -51,9 +48,8 @@ class StandIns:
                 seen[name] = max(seen.get(name, 0.0), amplification_of(x, norm.groups, norm.eps))
 
         plain = {name: self._layers[name] for name, norm in self._norms.items() if norm.mean is None}
-        if plain:
-            with watching(plain, note):
-                call()
+        with watching(plain, note):
+            yield
         self._norms |= {name: replace(self._norms[name], seen=value) for name, value in seen.items()}
 
     @contextmanager
@@ -83,7 +79,7 @@ class StandIns:
                 return call(inputs, *args, **kwargs)
             last = rank > 2 and layer.axis != 1
             x = keras.ops.moveaxis(inputs, -1, 1) if last else inputs
-            y = self._mark(x, len(self.calls))
+            y = mark(x, len(self.calls))
             self.calls.append(norm.call(x.shape, self.calls))
             return keras.ops.moveaxis(y, 1, -1) if last else y
 

@@ -6,9 +6,9 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
+from ...frameworks.keras import Specs
 from ..fold import simplify
-from ..torch.trace import export_module
-from .interface import Specs
+from ..torch.exporter import export_module
 
 _SIZE = 64  # of the example, where the model leaves a size open
 

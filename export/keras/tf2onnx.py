@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 
 from ...errors import MissingDependencyError, UnsupportedError
-from .interface import Specs
+from ...frameworks.keras import Specs
 
 _CONVERTER_OPSET = 18  # the newest that tf2onnx writes
 

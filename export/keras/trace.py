@@ -1,61 +1,67 @@
 """A Keras model as an ONNX graph, and as a reference to hold that graph against."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
-from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import keras
 import numpy as np
+import onnx_ir as ir
 
 from ...convert.carry_over import CLOSED_GATE
 from ...errors import UnsupportedError
-from ...frameworks.keras import distinct_layers, named_layers
+from ...frameworks.example import Inputs
+from ...frameworks.keras import (
+    Interface,
+    Specs,
+    distinct_layers,
+    is_mixed,
+    named_layers,
+    named_outputs,
+    recording,
+    single_precision,
+    unique,
+    weighted_layers,
+)
 from ...layers.keras import SwitchNormalization
 from ...patchers.keras.swap import MARK
 from ..norms import STATISTICS
 from ..traced import Traced
-from .calls import is_symbolic, recording, unique, weighted_layers
 from .graph import add_biases, mark, marks, merge_outputs, name_sites, probe, take_probe, tidy, write_gemms
-from .interface import Inputs, Shape, input_shapes, named_outputs, opened
 from .layout import sink_transposes
 from .norms import StandIns
 
-__all__ = [
-    "dtype_problem",
-    "in_double",
-    "input_names",
-    "input_shapes",
-    "norm_facts",
-    "notes",
-    "prune",
-    "run",
-    "trace",
-]
-
 Array = np.ndarray[Any, Any]
 
-_CONVERTERS = {"tensorflow": ".tf2onnx", "torch": ".on_torch"}
+
+class _Converter(Protocol):
+    """What turns a function of a Keras backend into an ONNX model."""
+
+    def convert(
+        self,
+        function: Callable[..., Sequence[Any]],
+        model: Any,
+        specs: Specs,
+        names: Callable[[], Sequence[str]],
+        opset: int,
+    ) -> ir.Model:
+        """Return ``function``, which calls ``model`` on one tensor per entry of ``specs``, as an ONNX model."""
 
 
-def trace(model: Any, examples: Sequence[Shape | Array], *, opset: int, dynamic: bool = False) -> Traced:
+def trace(model: Any, example: Inputs, *, opset: int, dynamic: bool = False) -> Traced:
     """Return ``model`` in inference mode as an ONNX graph of operator set ``opset``, nothing folded.
 
-    ``examples`` has for each input its shape in Keras's own layout and without the batch, None for a dimension
-    left open, or an array (N, ...) of that shape; with ``dynamic`` every size that the model leaves open is open.
-    `Traced.sites` name values as `run` returns them: what convolutions and per-channel norms compute is (N, C, ...)
-    there. Where the graph has such a value channels last only, the site is a Transpose that nothing uses, which
-    cleaning takes away.
+    The arrays of ``example`` have the batch first, which is left open; with ``dynamic`` every size that the model
+    leaves open is open. `Traced.sites` name values as `record` returns them: what convolutions and per-channel norms
+    compute is (N, C, ...) there. Where the graph has such a value channels last only, the site is a Transpose that
+    nothing uses, which cleaning takes away.
 
     Raises `InputError` if the shapes do not fit the model, `UnsupportedError` if the model is not built, runs on
     JAX, has no open size for ``dynamic`` or uses an operation that ONNX lacks, and `MissingDependencyError`.
     """
     converter = _converter()
-    shapes = [_shape(example) for example in examples]
-    inputs = Inputs(model, opened(model, shapes) if dynamic else shapes)
-    arrays = [example for example in examples if isinstance(example, np.ndarray)]
-    stand_ins = StandIns(model, mark)
+    inputs = Interface(model, example, dynamic=dynamic)
+    stand_ins = StandIns(model)
     names: list[str] = []
     sites: list[str] = []
 
@@ -64,16 +70,16 @@ def trace(model: Any, examples: Sequence[Shape | Array], *, opset: int, dynamic:
             return getattr(tensor, "graph", None) is getattr(tensors[0], "graph", None)
 
         with stand_ins.standing_in(within), recording(model) as returned:
-            outputs = named_outputs(_call(model, inputs.pack(tensors)), model, taken=inputs.names)
+            outputs = named_outputs(inputs.call(tensors), model, taken=inputs.names)
         own = {site: tensor for site, tensor in returned.items() if within(tensor)}
         names[:] = outputs
         sites[:] = own
         marked = [mark(tensor, number) for number, tensor in enumerate(own.values(), len(stand_ins.calls))]
         return [*outputs.values(), probe(marked)]
 
-    with _single_precision(model):
-        if len(arrays) == len(inputs.names):
-            stand_ins.look(lambda: _call(model, inputs.pack(_tensors(inputs, arrays))))
+    with single_precision(model):
+        with stand_ins.looking():
+            inputs.call(inputs.tensors())
         converted = converter.convert(inference, model, inputs.specs, lambda: [*names, unique("probe", names)], opset)
     found = marks(converted.graph)
     norms = {found[number]: norm for number, norm in enumerate(stand_ins.calls) if number in found}
@@ -89,37 +95,18 @@ def trace(model: Any, examples: Sequence[Shape | Array], *, opset: int, dynamic:
     return Traced(converted, {site: str(value.name) for site, value in located.items()}, norms)
 
 
-def run(model: Any, arrays: Sequence[Array]) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Return the outputs and the sites' outputs of ``model`` in inference mode, by name and in call order.
-
-    Sites are laid out as in `trace`: convolutions and per-channel norms channels first. A model of a mixed policy
-    computes in float32, as its file does.
-    """
-    inputs = Inputs(model, [_shape(array) for array in arrays])
-    with _single_precision(model), recording(model) as returned:
-        result = _call(model, inputs.pack(_tensors(inputs, arrays)))
-    outputs = named_outputs(result, model, taken=inputs.names)
-    sites = {site: tensor for site, tensor in returned.items() if not is_symbolic(tensor)}
-    return _to_numpy(outputs), _to_numpy(sites)
-
-
-def input_names(model: Any, count: int) -> list[str]:
-    """Return the names of the ``count`` inputs of ``model``."""
-    return Inputs(model, input_shapes(model) or [()] * count).names
-
-
 def dtype_problem(model: Any) -> str | None:
     """Return why ``model``'s number format cannot be exported, or None; a mixed policy's weights are float32."""
     for path, layer in named_layers(model):
         for dtype in (layer.variable_dtype, layer.compute_dtype):
-            if dtype in {"float64", "float16", "bfloat16"} and not _is_mixed(layer):
+            if dtype in {"float64", "float16", "bfloat16"} and not is_mixed(layer):
                 return f"{dtype} in layer {path!r}: rebuild the model with the dtype policy float32"
     return None
 
 
 def notes(model: Any) -> list[str]:
     """Return what is to be known of a file made from ``model``."""
-    policies = sorted({layer.dtype_policy.name for layer in distinct_layers(model) if _is_mixed(layer)})
+    policies = sorted({layer.dtype_policy.name for layer in distinct_layers(model) if is_mixed(layer)})
     return [f"the model's dtype policy is {name}: the file computes in float32" for name in policies]
 
 
@@ -165,81 +152,17 @@ def prune(model: Any, threshold: float) -> Iterator[dict[str, list[str]]]:
             variable.assign(weight)
 
 
-def in_double(model: Any) -> Any:
-    """Return a copy of ``model`` whose layers compute in float64; raises `UnsupportedError` if none can be made."""
-    described = f"{type(model).__name__} {model.name!r}"
-    if getattr(model, "inputs", None) is None:
-        raise UnsupportedError(f"expected a Sequential or Functional model to rebuild in float64, received {described}")
-
-    def retyped(layer: Any) -> Any:
-        return type(layer).from_config(_retyped(layer.get_config()))
-
-    try:
-        with keras.utils.CustomObjectScope({type(layer).__name__: type(layer) for _, layer in named_layers(model)}):
-            copy = keras.models.clone_model(model, clone_function=retyped, recursive=True)
-        twins = dict(named_layers(copy))
-        for path, layer in named_layers(model):
-            store: dict[str, Any] = {}
-            layer.save_own_variables(store)
-            if store:
-                twins[path].load_own_variables(store)
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise UnsupportedError(
-            f"expected a model that can be rebuilt in float64 from its configuration, received {described}: {reason}"
-        ) from error
-    return copy
-
-
-def _retyped(config: Any) -> Any:
-    """Return a layer's configuration with every dtype policy made float64, those of wrapped layers too."""
-    if isinstance(config, dict):
-        return {key: "float64" if key == "dtype" else _retyped(value) for key, value in config.items()}
-    if isinstance(config, list | tuple):
-        return type(config)(_retyped(value) for value in config)
-    return config
-
-
-def _converter() -> ModuleType:
+def _converter() -> _Converter:
     backend = keras.backend.backend()
-    if backend not in _CONVERTERS:
-        raise UnsupportedError(
-            f"expected the tensorflow or the torch backend, received backend={backend!r}; save the model as .keras "
-            "and export it with KERAS_BACKEND=tensorflow"
-        )
-    return import_module(_CONVERTERS[backend], __package__)
+    if backend == "tensorflow":
+        from . import tf2onnx
 
+        return tf2onnx
+    if backend == "torch":
+        from . import on_torch
 
-def _shape(example: Shape | Array) -> Shape:
-    return example.shape[1:] if isinstance(example, np.ndarray) else tuple(example)
-
-
-def _call(model: Any, arguments: tuple[Any, ...]) -> Any:
-    return model(*arguments, training=False)
-
-
-def _tensors(inputs: Inputs, arrays: Sequence[Array]) -> list[Any]:
-    dtypes = [dtype for _, dtype in inputs.specs.values()]
-    return [keras.ops.convert_to_tensor(array, dtype) for array, dtype in zip(arrays, dtypes, strict=True)]
-
-
-def _is_mixed(layer: Any) -> bool:
-    """Whether ``layer`` computes in fewer bits than its variables have."""
-    return layer.variable_dtype == "float32" and layer.compute_dtype in {"float16", "bfloat16"}
-
-
-@contextmanager
-def _single_precision(model: Any) -> Iterator[None]:
-    """Let every layer whose variables are float32 compute in float32 while the context is open."""
-    policies = [(layer, layer.dtype_policy) for layer in distinct_layers(model) if _is_mixed(layer)]
-    try:
-        for layer, _ in policies:
-            layer.dtype_policy = "float32"
-        yield
-    finally:
-        for layer, policy in policies:
-            layer.dtype_policy = policy
-
-
-def _to_numpy(tensors: Mapping[str, Any]) -> dict[str, Array]:
-    return {name: keras.ops.convert_to_numpy(tensor) for name, tensor in tensors.items()}
+        return on_torch
+    raise UnsupportedError(
+        f"expected the tensorflow or the torch backend, received backend={backend!r}; save the model as .keras "
+        "and export it with KERAS_BACKEND=tensorflow"
+    )

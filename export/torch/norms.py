@@ -3,8 +3,8 @@
 Traced like any other layer, a norm would be the operators that its forward happens to call.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ...frameworks.torch import watching
 from ...layers.torch.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from ...layers.torch.switch_norm import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d
 from ..norms import BATCH, LAYER, Gates, Norm, amplification_of, three
@@ -31,24 +32,16 @@ class StandIns:
         self._norms = {name: module for name, module in model.named_modules() if _has_form(module)}
         self._seen: dict[str, float] = {}
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
+    def looking(self) -> AbstractContextManager[None]:
         """Note for each norm without running statistics how far its input's means are above its deviation."""
 
-        def note(name: str) -> Callable[[Any, tuple[Any, ...]], None]:
-            def hook(module: Any, inputs: tuple[Any, ...]) -> None:
-                found = amplification_of(_double(inputs[0]), _groups(module), module.eps)
-                self._seen[name] = max(self._seen.get(name, 0.0), found)
-
-            return hook
+        def note(name: str, x: Tensor, output: Any) -> None:
+            module: Any = self._norms[name]
+            found = amplification_of(_double(x), _groups(module), module.eps)
+            self._seen[name] = max(self._seen.get(name, 0.0), found)
 
         plain = {name: module for name, module in self._norms.items() if _statistics(module)[0] is None}
-        handles = [module.register_forward_pre_hook(note(name)) for name, module in plain.items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return watching(plain, note)
 
     def put(self) -> None:
         """Let every norm leave a node that stands for it in place of its own operators."""

@@ -2,10 +2,9 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,15 @@ from numpy.typing import NDArray
 
 from ...data.dataset import Data
 from ...errors import InputError, NormswapWarning, UnsupportedError, VerificationError
-from ...frameworks.detect import framework_of
+from ...frameworks.detect import get_framework
+from .contract import CalibrationLayers, layers_of
 from .least_squares import Array, LinearFit, Moments
+
+See = Callable[[str, NDArray[Any], NDArray[Any]], object]
+
+
+class _PassEnded(BaseException):
+    """Raised to leave a forward pass once its last wanted layer has run; Keras rewraps every `Exception`."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ def calibrate(model: Any, reference: Any, batches: Iterable[Any], *, refit: bool
     Raises `UnsupportedError` if the model has no replaced layers, `InputError` if the inputs are none or not finite, or
     if ``reference`` lacks a layer of the model, `VerificationError` if they are constant at a layer.
     """
-    adapter = _adapter(model)
+    adapter = layers_of(model)
     batches = list(batches) if isinstance(batches, Iterator) else batches
     first = next(iter(batches), None)
     if first is None:
@@ -57,8 +63,8 @@ def calibrate(model: Any, reference: Any, batches: Iterable[Any], *, refit: bool
     if not sites:
         raise UnsupportedError("expected a patched model to calibrate, received one without replaced layers")
     linear: Mapping[str, Any] = adapter.linear_layers(model) if refit else {}
-    calls = _calls(adapter, model, [*sites, *linear], first)
-    known = adapter.all_layers(reference)
+    calls = _calls(model, [*sites, *linear], first)
+    known = dict(get_framework(reference).named_layers(reference))
     if missing := [name for name in calls if name not in known]:
         raise InputError(
             "expected a reference with the layers of the model, which it is before the patch, received one without "
@@ -78,8 +84,7 @@ def calibrate(model: Any, reference: Any, batches: Iterable[Any], *, refit: bool
 
 def site_layers(model: Any) -> Mapping[str, Any]:
     """Return the replaced layers that calibration solves by name: none that compute the original already."""
-    found: Mapping[str, Any] = _adapter(model).site_layers(model)
-    return found
+    return layers_of(model).site_layers(model)
 
 
 def sample(data: Data, count: int) -> list[NDArray[np.float32]]:
@@ -113,7 +118,7 @@ def split(data: Data, count: int) -> tuple[list[NDArray[np.float32]], NDArray[np
 class _Paired:
     """One layer's calls in both models, batch by batch."""
 
-    adapter: ModuleType
+    adapter: CalibrationLayers
     model: Any
     reference: Any
     batches: Iterable[Any]
@@ -134,7 +139,7 @@ class _Paired:
             calls.append((inputs, outputs))
             return self.once  # spares the rest of the network
 
-        self.adapter.observe(model, [self.name], batch, see)
+        observe(model, [self.name], batch, see)
         return calls
 
 
@@ -176,15 +181,30 @@ def _refit(paired: _Paired, layer: Any) -> Residual:
     return Residual(paired.name, before, after)
 
 
-def _calls(adapter: ModuleType, model: Any, names: list[str], batch: Any) -> Counter[str]:
+def observe(model: Any, names: Sequence[str], batch: Any, see: See) -> None:
+    """Run ``model`` on one batch and tell ``see(name, input, output)`` of each call of the named layers.
+
+    Channels come last, a linear layer's features as they are. If ``see`` returns True, the forward pass ends there.
+    """
+    framework, adapter = get_framework(model), layers_of(model)
+    known = dict(framework.named_layers(model))
+
+    def note(name: str, x: Any, y: Any) -> None:
+        if see(name, *adapter.channels_last(known[name], x, y)):
+            raise _PassEnded
+
+    with (
+        suppress(_PassEnded),
+        framework.inference(model, compiled=False),
+        framework.watching({name: known[name] for name in names}, note, first=True),
+    ):
+        framework.call(model, batch)
+
+
+def _calls(model: Any, names: Sequence[str], batch: Any) -> Counter[str]:
     """Return how often each layer is called on one batch, in the order of the first calls."""
     calls: Counter[str] = Counter()
-
-    def see(name: str, inputs: NDArray[Any], outputs: NDArray[Any]) -> bool:
-        calls[name] += 1
-        return False
-
-    adapter.observe(model, names, batch, see)
+    observe(model, names, batch, lambda name, x, y: calls.update([name]))
     return calls
 
 
@@ -193,7 +213,3 @@ def _distance(wanted: Moments, mean: Array, deviation: Array) -> float:
     distance = np.square(mean - wanted.mean) + np.square(deviation - wanted.deviation)
     scale = np.square(wanted.deviation).mean()
     return float(np.sqrt(distance.mean() / scale)) if scale > 0 else 0.0
-
-
-def _adapter(model: Any) -> ModuleType:
-    return import_module(f".{framework_of(model)}.layers", __package__)

@@ -6,7 +6,7 @@ layers and custom code that holds the layer work on without being rebuilt, in mo
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,14 +15,13 @@ import keras
 from ...convert.recipe import Recipe, Rules
 from ...convert.targets import Target
 from ...errors import UnsupportedError
-from ...frameworks.keras import distinct_layers
+from ...frameworks.keras import distinct_layers, named_layers
 from ..plan import Plan, Report, decide
 from ..swap import carry_out
-from . import drift as keras_drift
 from .names import renamed
 from .saving import keep_rebuildable
 from .sites import find_sites
-from .swap import MARK, read_state, swap_for
+from .swap import MARK, read_state, swaps_for
 
 
 def plans(
@@ -60,15 +59,20 @@ def patch(
     found = _Found(model, example)
     decided = found.decide(target, include, exclude, where)
     decided.require_work()
-    swaps = [swap_for(found.layers[decision.site.name], decision) for decision in decided.having("replace")]
+    swaps = swaps_for(model, found.layers, decided.having("replace"))
     return carry_out(
         model,
         decided,
         swaps,
         lambda: (site.name for site in find_sites(model)[1] if site.kind is None),
-        keras_drift,
         around=lambda: _retraced(model),
     )
+
+
+@contextmanager
+def layers_by_name(model: keras.Layer) -> Iterator[Mapping[str, keras.Layer]]:
+    """Give every layer by name within the context."""
+    yield dict(named_layers(model))
 
 
 class _Found:

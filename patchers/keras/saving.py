@@ -11,8 +11,10 @@ from typing import Any
 
 import keras
 
-from ...frameworks.keras import distinct_layers, named_layers
-from .swap import MARK, BatchNorm, Swap, build_shape
+from ...convert.recipe import Recipe
+from ...errors import InputError
+from ...frameworks.keras import build_shape, distinct_layers, named_layers
+from .swap import MARK, BatchNorm, Swap
 
 
 def keep_rebuildable(model: keras.Layer) -> None:
@@ -22,6 +24,22 @@ def keep_rebuildable(model: keras.Layer) -> None:
         if not cls.__module__.startswith("keras."):
             patched = any(MARK in below.__dict__ for below in distinct_layers(layer) if below is not layer)
             layer.__class__ = _rebuilding(cls) if patched else cls
+
+
+def mark(model: keras.Layer, recipe: Recipe) -> None:
+    """Mark the replaced layers of a loaded model, since a GroupNorm does not tell that it was a BatchNorm.
+
+    Raises `InputError` if a layer of the recipe is not there or is a BatchNorm again.
+    """
+    found = dict(named_layers(model))
+    for choice in recipe.choices:
+        layer = found.get(choice.name)
+        if layer is None or isinstance(layer, BatchNorm):
+            kind = "no such layer" if layer is None else type(layer).__name__
+            raise InputError(
+                f"expected {choice.name} to be {choice.target.kind} in the bundle's model, received {kind}"
+            )
+        layer.__dict__[MARK] = choice.target.kind
 
 
 class Rebuilt:

@@ -5,13 +5,12 @@ from typing import Any
 
 import keras
 
-from ...convert.recipe import Recipe
 from ...convert.targets import BatchRenorm, SwitchNorm
 from ...errors import InputError
-from ...frameworks.keras import call, distinct_layers, named_layers, watching
+from ...frameworks.keras import Shape, build_shape, call, distinct_layers, inference, named_layers, watching
 from ...layers import keras as layers
 from ..plan import Site
-from .swap import MARK, BatchNorm, Shape, build_shape
+from .swap import MARK, BatchNorm
 
 _KINDS = {layers.SwitchNormalization: SwitchNorm.kind, layers.BatchRenormalization: BatchRenorm.kind}
 
@@ -48,22 +47,6 @@ def find_sites(model: keras.Layer, example: Any = None) -> tuple[list[keras.Laye
     return list(found.values()), sites
 
 
-def mark(model: keras.Layer, recipe: Recipe) -> None:
-    """Mark the replaced layers of a loaded model, since a GroupNorm does not tell that it was a BatchNorm.
-
-    Raises `InputError` if a layer of the recipe is not there or is a BatchNorm again.
-    """
-    found = dict(named_layers(model))
-    for choice in recipe.choices:
-        layer = found.get(choice.name)
-        if layer is None or isinstance(layer, BatchNorm):
-            kind = "no such layer" if layer is None else type(layer).__name__
-            raise InputError(
-                f"expected {choice.name} to be {choice.target.kind} in the bundle's model, received {kind}"
-            )
-        layer.__dict__[MARK] = choice.target.kind
-
-
 def _kind(layer: keras.Layer) -> str | None:
     return layer.__dict__.get(MARK) or _KINDS.get(type(layer))
 
@@ -91,7 +74,10 @@ def _spatial(shape: Shape | None, axis: int) -> tuple[int, ...] | None:
 def _dry_run(model: keras.Layer, watched: Mapping[int, keras.Layer], example: Any) -> dict[int, Shape]:
     seen: dict[int, Shape] = {}
     try:
-        with watching(watched, lambda key, inputs, _: seen.setdefault(key, tuple(inputs.shape))):
+        with (
+            inference(model, compiled=False),
+            watching(watched, lambda key, x, _: seen.setdefault(key, tuple(x.shape))),
+        ):
             call(model, example)
     except Exception as error:
         message = f"expected an example the model accepts, received one on which it fails: {error}"

@@ -1,24 +1,27 @@
 """Turn one BatchNorm layer into its replacement, keeping the object."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 
 from ...convert.carry_over import Array, BatchNormState, carry_over
 from ...convert.targets import BatchRenorm, GroupNorm, SwitchNorm
 from ...errors import InputError
+from ...frameworks.keras import build_shape, overriding
 from ...layers import keras as layers
+from ...layers.keras.statistics import wide
 from ..plan import Decision
 
 MARK = "_normswap"
 """Attribute of a replaced layer that holds its target's kind."""
 
 BatchNorm = keras.layers.BatchNormalization
-Shape = Sequence[int | None]
 
 _AFFINE = {
     *("axis", "epsilon", "activity_regularizer", "trainable", "name"),
@@ -80,6 +83,24 @@ class Swap:
         same = all(map(np.array_equal, self.layer.get_weights(), self.written))
         return not (same or self.computes_batch_norm)
 
+    def as_original(self) -> AbstractContextManager[None]:
+        """Have the replacement compute within the context what its BatchNorm did, and nothing else changed."""
+        return overriding(self.layer, "call", self._batch_norm())
+
+    def _batch_norm(self) -> Callable[..., Any]:
+        """Return what the BatchNorm that was replaced computes at inference."""
+        old, written = self.old_contents, {id(variable): value for variable, value in self.old_values}
+        mean, var, gamma, beta = (
+            None if (variable := old[name]) is None else written.get(id(variable), variable.numpy())
+            for name in ("moving_mean", "moving_variance", "gamma", "beta")
+        )
+
+        def call(inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            y = ops.batch_normalization(wide(inputs), mean, var, old["axis"], beta, gamma, old["epsilon"])
+            return ops.cast(y, self.layer.compute_dtype)
+
+        return call
+
     def restore(self) -> None:
         """Put the BatchNorm back."""
         for variable, value in self.old_values:
@@ -95,7 +116,12 @@ class Swap:
         self.layer.__class__ = cls
 
 
-def swap_for(layer: keras.Layer, decision: Decision) -> Swap:
+def swaps_for(model: keras.Layer, layers: Mapping[str, keras.Layer], decisions: Sequence[Decision]) -> list[Swap]:
+    """Return what replaces the BatchNorms of ``model``, given by name, as a plan has decided."""
+    return [_swap(layers[decision.site.name], decision) for decision in decisions]
+
+
+def _swap(layer: keras.Layer, decision: Decision) -> Swap:
     """Return what replaces a BatchNorm by a plan's decision, its values carried over."""
     target, name = decision.target, decision.site.name
     assert target is not None
@@ -126,12 +152,6 @@ def read_state(layer: keras.Layer) -> BatchNormState:
         var=read(layer.moving_variance),
         eps=float(layer.epsilon),
     )
-
-
-def build_shape(layer: keras.Layer) -> Shape | None:
-    """Return the shape of the input that ``layer`` was built for, None if it is not built."""
-    shape: Shape | None = (layer.get_build_config() or {}).get("input_shape") if layer.built else None
-    return shape
 
 
 def _build(new: keras.Layer, layer: keras.Layer) -> None:

@@ -1,7 +1,7 @@
 """The BatchNorm calls of a traced graph turned into the modules that such calls come from, and back."""
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch.nn.functional as F
@@ -77,6 +77,10 @@ class Lift:
             vars(self.module).update(self.stubs)
             self.module.graph = self.graph
         self.before.clear()
+
+    def as_original(self) -> AbstractContextManager[None]:
+        """Change nothing: the modules compute what the calls did."""
+        return nullcontext()
 
     def trained(self) -> bool:
         """Return False: what the modules hold is the calls' own."""

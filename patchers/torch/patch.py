@@ -2,8 +2,7 @@
 
 import copy
 import gc
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,12 +11,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...convert.recipe import Recipe, Rules
 from ...convert.targets import Target
+from ...frameworks.torch import named_layers
 from ..plan import Plan, Report, decide
 from ..swap import carry_out
-from . import drift as torch_drift
 from .lifting import lifted
-from .sites import find_sites, named_modules
-from .swap import Swap, read_state
+from .sites import find_sites
+from .swap import read_state, swaps_for
 
 
 def plans(
@@ -55,12 +54,10 @@ def patch(
         found = _Found(model, example)
         decided = found.decide(target, include, exclude, where)
         decided.require_work()
-        owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
-        like = next((p for p in model.parameters() if p.is_floating_point()), None)
-        swaps = [Swap(found.modules[d.site.name], d, owners, like) for d in decided.having("replace")]
+        swaps = swaps_for(model, found.modules, decided.having("replace"))
     lifts = [graph.of({swap.name for swap in swaps}) for graph in graphs]
     with _collector_paused():
-        return carry_out(model, decided, [*lifts, *swaps], lambda: _batch_norms(model), torch_drift)
+        return carry_out(model, decided, [*lifts, *swaps], lambda: _batch_norms(model))
 
 
 class _Found:
@@ -89,8 +86,15 @@ class _Found:
         )
 
 
+@contextmanager
+def layers_by_name(model: nn.Module) -> Iterator[Mapping[str, nn.Module]]:
+    """Give every module by name within the context, the BatchNorms that are calls in a traced graph, too."""
+    with lifted(model):
+        yield dict(named_layers(model))
+
+
 def _batch_norms(model: nn.Module) -> Iterator[str]:
-    return (name for name, module in named_modules(model) if isinstance(module, _BatchNorm))
+    return (name for name, module in named_layers(model) if isinstance(module, _BatchNorm))
 
 
 @contextmanager

@@ -3,12 +3,9 @@
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import chain
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,16 +14,17 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
 from ...errors import InputError, UnsupportedError
+from ...frameworks.torch import call, inference, named_layers, watching
 from ..plan import Site
+from .batch_norm import channels_of, is_frozen, overrides, rank_of
 from .graphs import norms_of
-from .subclasses import After, after, nothing_more
+from .subclasses import after
 
 MARK = "_normswap"
 """Attribute of a replaced module that holds its target's kind."""
 
 _PARALLEL = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
 _QUANTIZED = ("torch.ao.nn.", "torch.nn.intrinsic", "torch.nn.qat", "torch.nn.quantized")
-_RANKS = {cls._check_input_dim: rank for rank, cls in enumerate((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), 1)}
 _FOLDS = {"running_mean", "running_var", "fuse_conv_bn_eval", "fuse_conv_bn_weights"}
 
 
@@ -42,7 +40,7 @@ def find_sites(model: nn.Module, example: Any = None) -> tuple[list[nn.Module], 
     _require_open(model)
     names: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
-    for name, module in named_modules(model):
+    for name, module in named_layers(model):
         names.setdefault(id(module), []).append(name)
         modules[id(module)] = module
     found = {key: module for key, module in modules.items() if _is_site(module)}
@@ -62,93 +60,10 @@ def find_sites(model: nn.Module, example: Any = None) -> tuple[list[nn.Module], 
     return holders, sites
 
 
-def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield every module under every name, as the model is called where it is not compiled."""
-    for name, module in model.named_modules(remove_duplicate=False):
-        yield (_uncompiled(name) if "_orig_mod" in name else name), module
-
-
-def channels_of(module: nn.Module) -> int:
-    """Return the number of channels a BatchNorm or its replacement normalizes."""
-    for name in ("num_features", "num_channels"):
-        if isinstance(channels := getattr(module, name, None), int):
-            return channels
-    return int(module.running_mean.numel())  # type: ignore[operator]
-
-
-def rank_of(module: nn.Module, spatial: tuple[int, ...] | None) -> int | None:
-    """Return how many dimensions follow the channels, 1 where there is none too; None if the class takes any."""
-    if spatial is not None:
-        return max(1, len(spatial))
-    if not isinstance(module, _BatchNorm):
-        return 2 if _is_frozen(module) else None
-    return _RANKS.get(type(module)._check_input_dim)
-
-
-def added_by(module: nn.Module) -> After:
-    """Return what the module's class does after the normalization."""
-    cls: Any = type(module)
-    return next((added for owner, _ in _overrides(cls) if (added := after(owner))), nothing_more)
-
-
-def normalized(module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
-    """Return what the normalization in a BatchNorm gives at inference, without what its class adds in ``output``."""
-    if added_by(module) is nothing_more:
-        return output
-    mean, var = module.running_mean, module.running_var
-    return F.batch_norm(x, mean, var, module.weight, module.bias, mean is None, 0.0, module.eps)  # type: ignore[arg-type]
-
-
-def call(model: nn.Module, example: Any) -> Any:
-    """Call ``model`` on an example: a tensor or array, a tuple of positional or a mapping of keyword inputs.
-
-    All go to the device of the model; arrays of floats take its type, too.
-    """
-    device = next((state.device for state in _states(model)), None)
-
-    def tensor(value: Any) -> Any:
-        if isinstance(value, np.ndarray):
-            value = torch.from_numpy(value)
-            value = value.to(float_type(model)) if value.is_floating_point() else value
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    if isinstance(example, Mapping):
-        return model(**{name: tensor(value) for name, value in example.items()})
-    return model(*map(tensor, example)) if isinstance(example, tuple) else model(tensor(example))
-
-
-def float_type(model: nn.Module) -> torch.dtype:
-    """Return the type of floats that ``model`` computes in."""
-    return next((state.dtype for state in _states(model) if state.is_floating_point()), torch.float32)
-
-
-@contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """Run the body with every module in eval mode and without gradients, then restore each module's own flag."""
-    flags = [(module, module.training) for module in model.modules()]
-    for module in model.modules():  # not model.eval(), which a module made by torch.export refuses
-        module.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in flags:
-            module.training = training
-
-
 def _is_site(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule):
         return "BatchNorm" in module.original_name and hasattr(module, "running_mean")
-    return isinstance(module, _BatchNorm) or MARK in module.__dict__ or _is_frozen(module)
-
-
-def _states(model: nn.Module) -> Iterator[Tensor]:
-    return chain(model.parameters(), model.buffers())
-
-
-def _is_frozen(module: nn.Module) -> bool:
-    """Tell the frozen BatchNorms that torchvision, detectron2, timm and others write alike."""
-    return "FrozenBatchNorm" in type(module).__name__ and "running_mean" in module._buffers
+    return isinstance(module, _BatchNorm) or MARK in module.__dict__ or is_frozen(module)
 
 
 def _judge(
@@ -159,7 +74,7 @@ def _judge(
     if MARK not in module.__dict__:
         if any(cls.__module__.startswith(_QUANTIZED) for _, cls in [*above, ("", type(module))]):
             left = "part of a quantization-aware module"
-        elif _is_frozen(module):
+        elif is_frozen(module):
             left = "frozen: a constant scale and shift, which no batch can disturb"
     readers = (f"{name or 'the model'} ({folds})" for name, cls in above if (folds := _folds(cls)))
     return Site(
@@ -187,7 +102,7 @@ def _obstacle(module: nn.Module, left: str) -> str:
         return "not initialised yet: run one forward pass first, or give an example input"
     if "forward" in module.__dict__:
         return "its forward was replaced on the object itself: patch the model before that"
-    for owner, method in () if _is_frozen(module) else _overrides(cls):
+    for owner, method in () if is_frozen(module) else overrides(cls):
         if after(owner) is None:
             return (
                 f"{owner.__name__} overrides {method}, which a replacement would lose: say what it adds with "
@@ -199,13 +114,6 @@ def _obstacle(module: nn.Module, left: str) -> str:
     if not {"weight", "bias"}.isdisjoint(module.__dict__):
         return "its weight or bias is computed by a hook: make it permanent first, as torch.nn.utils.prune.remove does"
     return ""
-
-
-@functools.cache
-def _overrides(cls: type) -> tuple[tuple[type, str], ...]:
-    """Return the classes outside torch that give ``cls`` its forward and its train, each with which of them."""
-    owners = ((next(base for base in cls.__mro__ if name in vars(base)), name) for name in ("forward", "train"))
-    return tuple((owner, name) for owner, name in owners if not owner.__module__.startswith("torch.nn."))
 
 
 @functools.cache
@@ -238,10 +146,9 @@ class _DryRun(TorchFunctionMode):
         self.shapes: dict[int, tuple[int, ...]] = {}
         self.calls: dict[int, int] = {}
 
-    def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(self, key: int, x: Tensor, output: Any) -> None:
         """Take down the shape of a site's input."""
-        x = args[0] if args else next(iter(kwargs.values()))
-        self.shapes.setdefault(id(module), tuple(x.shape[2:]))
+        self.shapes.setdefault(key, tuple(x.shape[2:]))
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -267,24 +174,12 @@ def _dry_run(
     model: nn.Module, modules: Mapping[int, nn.Module], sites: Mapping[int, nn.Module], example: Any
 ) -> _DryRun:
     seen = _DryRun(modules, sites)
-    handles = [module.register_forward_pre_hook(seen.note, with_kwargs=True) for module in sites.values()]
     try:
-        with inference(model), seen, eager():
+        with inference(model, compiled=False), watching(sites, seen.note), seen:
             call(model, example)
     except Exception as error:
         raise InputError(f"expected an example the model accepts, received one on which it fails: {error}") from error
-    finally:
-        for handle in handles:
-            handle.remove()
     return seen
-
-
-def eager() -> AbstractContextManager[None]:
-    """Run what torch.compile has wrapped without compiling it."""
-    if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    stance: Callable[[str], AbstractContextManager[None]] = torch.compiler.set_stance
-    return stance("force_eager")
 
 
 def _is_graph(module: nn.Module) -> bool:
@@ -314,10 +209,6 @@ def _require_open(model: nn.Module) -> None:
 @functools.cache
 def _wrapper(cls: type) -> str:
     return next((base.__name__ for base in cls.__mro__ if base.__name__ in _PARALLEL), "")
-
-
-def _uncompiled(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _join(prefix: str, name: str) -> str:

@@ -6,7 +6,7 @@ plain-list reference and optimizer that points at it or at its parameters keeps 
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,8 @@ from ...errors import InputError
 from ...layers import torch as layers
 from ...layers.torch.group_norm import guard
 from ..plan import Decision, Site
-from .sites import MARK, added_by, channels_of, rank_of
+from .batch_norm import added_by, channels_of, rank_of
+from .sites import MARK
 from .subclasses import After, nothing_more
 
 _SWITCH_NORMS = {1: layers.SwitchNorm1d, 2: layers.SwitchNorm2d, 3: layers.SwitchNorm3d}
@@ -93,7 +94,19 @@ class Swap:
             return False
         return not all(torch.equal(t, self.written[name].to(t)) for name, t in self._tensors() if not t.is_meta)
 
-    def original(self, x: Tensor) -> Tensor:
+    @contextmanager
+    def as_original(self) -> Iterator[None]:
+        """Run the body with the replacement computing what its BatchNorm computes, and nothing else changed."""
+        contents = self.module.__dict__
+        before = contents.get("forward")
+        contents["forward"] = self._original
+        try:
+            yield
+        finally:
+            del contents["forward"]
+            contents.update({} if before is None else {"forward": before})
+
+    def _original(self, x: Tensor) -> Tensor:
         """Return what the BatchNorm computed of ``x`` at inference, without what its class adds to that."""
         old, now = self.old_contents["_buffers"], self.module._buffers
         affine = self.module._parameters if self.kind == BatchRenorm.kind else self.affine  # its own go on learning
@@ -149,6 +162,13 @@ class Swap:
         self.module.__dict__.clear()
         self.module.__dict__.update(contents)
         self.module.__class__ = cls
+
+
+def swaps_for(model: nn.Module, layers: Mapping[str, nn.Module], decisions: Sequence[Decision]) -> list[Swap]:
+    """Return what replaces the BatchNorms of ``model``, given by name, as a plan has decided."""
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    like = next((p for p in model.parameters() if p.is_floating_point()), None)
+    return [Swap(layers[decision.site.name], decision, owners, like) for decision in decisions]
 
 
 @dataclass(frozen=True)
@@ -241,12 +261,12 @@ def _carry(
     return {name: torch.from_numpy(value) for name, value in values.items()}
 
 
-def read_state(module: nn.Module) -> BatchNormState | None:
+def read_state(layer: nn.Module) -> BatchNormState | None:
     """Return a BatchNorm's parameters and running statistics in float64, None where it holds no values."""
-    if any(tensor.is_meta for tensor in _own_tensors(module)):
+    if any(tensor.is_meta for tensor in _own_tensors(layer)):
         return None
-    tensors = {name: getattr(module, name, None) for name in (*_AFFINE, *_STATISTICS)}
-    return _state(tensors, float(module.eps), channels_of(module))  # type: ignore[arg-type]
+    tensors = {name: getattr(layer, name, None) for name in (*_AFFINE, *_STATISTICS)}
+    return _state(tensors, float(layer.eps), channels_of(layer))  # type: ignore[arg-type]
 
 
 def _state(tensors: Mapping[str, Tensor | None], eps: float, channels: int) -> BatchNormState:

@@ -8,9 +8,11 @@ import onnxruntime
 from keras import layers
 
 from normswap.export.forms import write_norm
-from normswap.export.keras.trace import input_shapes, run, trace
+from normswap.export.keras.trace import trace
 from normswap.export.onnx import to_onnx
 from normswap.export.traced import Traced
+from normswap.frameworks.example import Inputs
+from normswap.frameworks.keras import input_shapes, record
 
 TOLERANCE = 5e-6  # of the output's scale
 
@@ -71,10 +73,11 @@ def assert_close(actual, expected):
 def assert_traced(model, shapes=None, *, opset=20, batches=(1, 2, 5)) -> Traced:
     """Trace ``model`` and hold its outputs and sites against the model's own, at each batch size."""
     shapes = input_shapes(model) if shapes is None else shapes
-    traced = trace(model, shapes, opset=opset)
+    dynamic = any(size is None for shape in shapes for size in shape)
+    traced = trace(model, Inputs(*drawn(shapes, 2)), opset=opset, dynamic=dynamic)
     for batch in batches:
         arrays = drawn(shapes, batch)
-        outputs, sites = run(model, arrays)
+        outputs, sites = record(model, Inputs(*arrays))
         found = ort_values(traced, arrays, wanted=traced.sites.values())
 
         assert [value.name for value in traced.model.graph.outputs] == list(outputs)

@@ -8,7 +8,9 @@ import pytest
 from keras import layers, ops
 
 from normswap.errors import InputError, UnsupportedError
-from normswap.export.keras.trace import dtype_problem, in_double, run, trace
+from normswap.export.keras.trace import dtype_problem, trace
+from normswap.frameworks.example import Inputs
+from normswap.frameworks.keras import in_double, record
 
 from .exporting import assert_close, assert_traced, drawn, operators, settled, small_net
 
@@ -42,7 +44,7 @@ class TestGraph:
 
     def test_takes_arrays_for_shapes(self):
         """An example batch stands for its shape."""
-        traced = trace(small_net(shape=(None, None, 3)), [np.zeros((2, 6, 7, 3), np.float32)], opset=20)
+        traced = trace(small_net(shape=(None, None, 3)), Inputs(np.zeros((2, 6, 7, 3), np.float32)), opset=20)
 
         assert str(traced.model.graph.inputs[0].shape) == "[batch,6,7,3]"
 
@@ -117,7 +119,7 @@ class TestGraph:
         model = keras.Model(image, layers.MaxPooling2D(3, strides=2)(layers.ZeroPadding2D(1)(x)))
         negative = -np.ones((1, 6, 6, 2), np.float32)
 
-        proto = ir.to_proto(trace(model, [(6, 6, 2)], opset=20).model)
+        proto = ir.to_proto(trace(model, Inputs(*drawn([(6, 6, 2)], 2)), opset=20).model)
         session = onnxruntime.InferenceSession(proto.SerializeToString())
 
         assert session.run(None, {"image": negative})[0].max() == 0
@@ -127,8 +129,8 @@ class TestGraph:
         model = small_net()
         weights = model.get_weights()
         attributes = {layer.name: set(vars(layer)) for layer in model.layers}
-        trace(model, [(8, 8, 3)], opset=20)
-        run(model, drawn([(8, 8, 3)], 2))
+        trace(model, Inputs(*drawn([(8, 8, 3)], 2)), opset=20)
+        record(model, Inputs(*drawn([(8, 8, 3)], 2)))
 
         assert all(np.array_equal(a, b) for a, b in zip(weights, model.get_weights(), strict=True))
         assert {layer.name: set(vars(layer)) for layer in model.layers} == attributes
@@ -173,7 +175,7 @@ class TestRun:
         """The float64 reference comes from a copy and agrees with float32 to its precision."""
         model = small_net()
         arrays = drawn([(8, 8, 3)], 2)
-        (single, _), (double, sites) = run(model, arrays), run(in_double(model), arrays)
+        (single, _), (double, sites) = record(model, Inputs(*arrays)), record(in_double(model), Inputs(*arrays))
 
         assert double["scores"].dtype == sites["norm"].dtype == np.float64
         assert_close(single["scores"], double["scores"])
@@ -199,7 +201,7 @@ class TestRefusals:
     def test_of_shapes_that_do_not_fit(self):
         """The message gives the model's own shapes."""
         with pytest.raises(InputError) as raised:
-            trace(small_net(), [(8, 8, 1)], opset=20)
+            trace(small_net(), Inputs(*drawn([(8, 8, 1)], 2)), opset=20)
 
         assert str(raised.value) == (
             "expected one input shape without the batch for each of image=(8, 8, 3), received shapes=[(8, 8, 1)]"
@@ -208,7 +210,7 @@ class TestRefusals:
     def test_of_a_model_never_called(self):
         """A model without weights is not exported."""
         with pytest.raises(UnsupportedError) as raised:
-            trace(keras.Sequential([layers.Dense(2)], name="unbuilt"), [(3,)], opset=20)
+            trace(keras.Sequential([layers.Dense(2)], name="unbuilt"), Inputs(*drawn([(3,)], 2)), opset=20)
 
         assert str(raised.value) == (
             "expected a model that knows its weights, received Sequential 'unbuilt' that was never called; "
@@ -220,7 +222,7 @@ class TestRefusals:
         vector = keras.Input((3,))
         model = keras.Model(vector, ops.erfinv(vector))
         with pytest.raises(UnsupportedError) as raised:
-            trace(model, [(3,)], opset=20)
+            trace(model, Inputs(*drawn([(3,)], 2)), opset=20)
 
         assert str(raised.value) == (
             "expected operations that tf2onnx can write in ONNX, received Erfinv; express them through other keras.ops"
@@ -231,7 +233,7 @@ class TestRefusals:
         image = keras.Input((None, None, 2), name="image")
         model = keras.Model(image, layers.UpSampling2D(interpolation="bilinear")(image))
         with pytest.raises(UnsupportedError) as raised:
-            trace(model, [(None, None, 2)], opset=20)
+            trace(model, Inputs(*drawn([(9, 9, 2)], 2)), opset=20, dynamic=True)
 
         assert str(raised.value) == (
             "expected a model that TensorFlow can trace with inputs of image=(None, None, 2), received "
@@ -243,7 +245,7 @@ class TestRefusals:
         """Only TensorFlow can be frozen; the message says how to get there."""
         monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
         with pytest.raises(UnsupportedError) as raised:
-            trace(None, [], opset=20)
+            trace(None, Inputs(), opset=20)
 
         assert str(raised.value) == (
             "expected the tensorflow or the torch backend, received backend='jax'; save the model as .keras "

@@ -6,11 +6,13 @@ import pytest
 from keras import layers
 
 from normswap.convert.targets import GroupNorm
-from normswap.export.keras.trace import in_double, norm_facts, prune, run, trace
+from normswap.export.keras.trace import norm_facts, prune, trace
+from normswap.frameworks.example import Inputs
+from normswap.frameworks.keras import in_double, record
 from normswap.layers.keras import BatchRenormalization, SwitchNormalization
 from normswap.patchers.keras.patch import patch
 
-from .exporting import assert_traced, operators, ort_values, settled, small_net
+from .exporting import assert_traced, drawn, operators, ort_values, settled, small_net
 
 pytestmark = pytest.mark.keras
 
@@ -53,8 +55,8 @@ class TestNorms:
         image = keras.Input((8, 8, 4))
         model = keras.Model(image, SwitchNormalization(batch_statistics="none")(image))
         x = np.random.default_rng(0).normal(1e4, 1, (2, 8, 8, 4)).astype(np.float32)
-        found = next(iter(ort_values(trace(model, [(8, 8, 4)], opset=20), [x]).values()))
-        double = next(iter(run(in_double(model), [x])[0].values()))
+        found = next(iter(ort_values(trace(model, Inputs(x), opset=20), [x]).values()))
+        double = next(iter(record(in_double(model), Inputs(x))[0].values()))
 
         assert np.abs(found - double).max() <= 2 * np.spacing(np.float32(1e4))
 
@@ -85,22 +87,22 @@ class TestNorms:
         assert norm_facts(model) == {"norm": {"kind": "gn", "eps": 0.001, "groups": 2}}
 
     def test_tells_how_far_means_lie_from_zero_10(self):
-        """Without running statistics the example says whether E[x²] - E[x]² is good; a shape says nothing."""
+        """Without running statistics the example says whether E[x²] - E[x]² is good."""
         image = keras.Input((8, 8, 4))
         model = keras.Model(image, layers.GroupNormalization(2)(image))
         near, far = (np.random.default_rng(0).normal(mean, 1, (2, 8, 8, 4)).astype(np.float32) for mean in (0, 100))
-        seen = [next(iter(trace(model, [each], opset=20).norms.values())).seen for each in (near, far, (8, 8, 4))]
+        seen = [next(iter(trace(model, Inputs(each), opset=20).norms.values())).seen for each in (near, far)]
 
         assert seen[0] < 0.1
         assert 1e4 < seen[1] < 2e4
-        assert seen[2] is None
 
     def test_names_are_the_layers_paths_26(self):
         """A norm has the path of its layer, the second call of a shared one a number."""
         norm = layers.BatchNormalization(name="norm")
         encoder = keras.Sequential([keras.Input((4, 4, 2)), layers.Conv2D(2, 1), norm], name="encoder")
         first, second = keras.Input((4, 4, 2)), keras.Input((4, 4, 2))
-        traced = trace(keras.Model([first, second], encoder(first) + encoder(second)), [(4, 4, 2)] * 2, opset=20)
+        model = keras.Model([first, second], encoder(first) + encoder(second))
+        traced = trace(model, Inputs(*drawn([(4, 4, 2)] * 2, 2)), opset=20)
 
         assert [each.name for each in traced.norms.values()] == ["encoder/norm", "encoder/norm#2"]
 

@@ -9,12 +9,11 @@ from keras import layers
 
 from normswap.convert.targets import BatchRenorm, GroupNorm, SwitchNorm
 from normswap.errors import InputError
-from normswap.finetune.calibration.calibrate import calibrate
+from normswap.finetune.calibration.calibrate import calibrate, observe
 from normswap.finetune.calibration.keras.layers import (
     get_affine,
     get_weights,
     linear_layers,
-    observe,
     patches,
     set_affine,
     set_weights,

@@ -10,9 +10,9 @@ from torch import nn
 import normswap
 from normswap import GroupNorm
 from normswap.errors import InputError, UnsupportedError, VerificationError
-from normswap.finetune.calibration.calibrate import calibrate
+from normswap.finetune.calibration.calibrate import calibrate, observe
 from normswap.finetune.calibration.least_squares import LinearFit, Moments
-from normswap.finetune.calibration.torch.layers import get_weights, linear_layers, observe, patches, set_weights
+from normswap.finetune.calibration.torch.layers import get_weights, linear_layers, patches, set_weights
 
 from .conftest import exactly, fingerprint, trained_
 

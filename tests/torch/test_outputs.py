@@ -15,8 +15,8 @@ from normswap.finetune.hooks.torch.statistics import update_statistics
 from normswap.finetune.run.torch import train as engine
 from normswap.finetune.run.torch.train import place, predict, train
 from normswap.finetune.run.training import Training
+from normswap.frameworks.torch import call
 from normswap.layers.torch import SwitchNorm2d
-from normswap.patchers.torch.sites import call
 
 from .conftest import exactly
 from .runs import coloured

@@ -242,14 +242,17 @@ class TestHalf:
 
 
 def test_data_for_a_file_of_several_inputs(tmp_path):
-    """Data is of one input; which of several it would be for cannot be told."""
+    """An entry of the data has an array for each input, as an example has; with one for two it is refused."""
     model = Two().eval()
     example = (torch.zeros(2, dtype=torch.int64), torch.zeros(2, 3))
     normswap.to_onnx(model, tmp_path / "m.onnx", example=example, check=False)
     with pytest.raises(normswap.errors.InputError) as caught:
         normswap.verify(model, tmp_path / "m.onnx", data=[np.zeros((2, 3), np.float32)])
 
-    assert str(caught.value) == "expected a file with one input to run data on, received 2"
+    assert str(caught.value) == "expected data of 2 arrays, one for each input of the file, received 1"
+    verdict = normswap.verify(model, tmp_path / "m.onnx", data=[example])
+    assert verdict
+    assert "data" in {check.inputs for check in verdict.checks}
 
 
 def test_a_model_that_normalizes_by_its_batch_19(images, tmp_path):

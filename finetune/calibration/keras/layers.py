@@ -1,6 +1,6 @@
 """What calibration needs of a Keras model: its layers, what goes through them, and their parameters."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -9,19 +9,12 @@ from keras import ops
 from numpy.typing import NDArray
 
 from ....convert.targets import BatchRenorm
-from ....frameworks.keras import call, named_layers, watching
+from ....frameworks.keras import named_layers, to_numpy
 from ....layers.keras import SwitchNormalization
-from ....layers.keras.statistics import wide
 from ....patchers.keras.swap import MARK
 from ..least_squares import WIDEST, Array
 
-See = Callable[[str, NDArray[Any], NDArray[Any]], bool]
-
 _REPLACEMENTS = (SwitchNormalization, keras.layers.GroupNormalization)
-
-
-class _PassEnded(BaseException):
-    """Raised to leave a forward pass once its last wanted layer has run; Keras rewraps every `Exception`."""
 
 
 def all_layers(model: keras.Layer) -> dict[str, keras.Layer]:
@@ -53,25 +46,10 @@ def linear_layers(model: keras.Layer) -> dict[str, keras.Layer]:
     return found
 
 
-def observe(model: keras.Layer, names: Sequence[str], batch: Any, see: See) -> None:
-    """Run ``model`` on one batch and tell ``see(name, input, output)`` of each call of the named layers.
-
-    ``batch`` is an array, or a list or mapping of arrays. Channels come last, in float32, or in float64 where the
-    layer computes in it. If ``see`` returns True, the forward pass ends there.
-    """
-    layers = all_layers(model)
-
-    def note(name: str, inputs: Any, outputs: Any) -> None:
-        axis = _channel_axis(layers[name])
-        x, y = (np.moveaxis(np.asarray(ops.convert_to_numpy(wide(t))), axis, -1) for t in (inputs, outputs))
-        if see(name, x, y):
-            raise _PassEnded
-
-    try:
-        with watching({name: layers[name] for name in names}, note):
-            call(model, batch)
-    except _PassEnded:
-        pass
+def channels_last(layer: keras.Layer, x: Any, y: Any) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return a call's input and output with the channels last, in float32 or wider."""
+    axis = _channel_axis(layer)
+    return np.moveaxis(to_numpy(x), axis, -1), np.moveaxis(to_numpy(y), axis, -1)
 
 
 def get_affine(layer: keras.Layer) -> tuple[Array, Array]:

@@ -1,7 +1,7 @@
 """What calibration needs of a PyTorch model: its layers, what goes through them, and their parameters."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -11,19 +11,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ....convert.targets import BatchRenorm
-from ....patchers.torch.sites import MARK, call, eager, inference, named_modules, normalized
+from ....frameworks.torch import named_layers, to_numpy
+from ....patchers.torch.batch_norm import normalized
+from ....patchers.torch.sites import MARK
 from ..least_squares import WIDEST, Array
-
-See = Callable[[str, NDArray[Any], NDArray[Any]], bool]
-
-
-class _PassEnded(Exception):  # noqa: N818
-    """Raised to leave a forward pass once its last wanted layer has run."""
 
 
 def all_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return every module under every name, as `normswap.patch` names them."""
-    return dict(named_modules(model))
+    return dict(named_layers(model))
 
 
 def site_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -48,32 +44,13 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def observe(model: nn.Module, names: Sequence[str], batch: Any, see: See) -> None:
-    """Run ``model`` on one batch and tell ``see(name, input, output)`` of each call of the named layers.
+def channels_last(layer: nn.Module, x: Tensor, y: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return a call's input and output with the channels last, a linear layer's features as they are.
 
-    Channels come last, a linear layer's features as they are. If ``see`` returns True, the forward pass ends there.
+    What the layer's class adds to a normalization is not in the output.
     """
-    layers = all_layers(model)
-
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            output = normalized(module, inputs[0], output)
-            axis = -1 if isinstance(module, nn.Linear) else 1
-            if see(name, _array(inputs[0], axis), _array(output, axis)):
-                raise _PassEnded
-
-        return hook
-
-    # First of all hooks: before the one that activates where the BatchNorm did.
-    handles = [layers[name].register_forward_hook(note(name), prepend=True) for name in names]
-    try:
-        with inference(model), eager():
-            call(model, batch)
-    except _PassEnded:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
+    axis = -1 if isinstance(layer, nn.Linear) else 1
+    return to_numpy(x.movedim(axis, -1)), to_numpy(normalized(layer, x, y).movedim(axis, -1))
 
 
 def get_affine(layer: nn.Module) -> tuple[Array, Array]:
@@ -126,11 +103,6 @@ def patches(layer: nn.Module, sample: NDArray[Any]) -> NDArray[Any]:
 def _once_each(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     """Return every module with the first of its names."""
     found: dict[int, tuple[str, nn.Module]] = {}
-    for name, module in named_modules(model):
+    for name, module in named_layers(model):
         found.setdefault(id(module), (name, module))
     return found.values()
-
-
-def _array(value: Tensor, axis: int) -> NDArray[Any]:
-    wide = torch.promote_types(value.dtype, torch.float32)
-    return value.detach().movedim(axis, -1).to("cpu", wide).numpy()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ....patchers.torch.sites import call, inference
+from ....frameworks.torch import call, inference
 from ...calibration.torch.layers import all_layers
 from ..scores import logits, scores
 from .hooks import replaced

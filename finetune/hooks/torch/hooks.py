@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ....errors import InputError, UnsupportedError
+from ....frameworks.torch import named_layers as named_modules
 from ....layers.torch.batch_renorm import _BatchRenorm
 from ....layers.torch.norm import RunningNorm
-from ....patchers.torch.sites import MARK, named_modules
+from ....patchers.torch.sites import MARK
 from .learning import Learning
 from .statistics import moving_layers, update_statistics
 

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ....errors import InputError, UnsupportedError
+from ....frameworks.torch import call, inference
 from ....layers.torch.norm import RunningNorm
 from ....layers.torch.passes import exact
-from ....patchers.torch.sites import call, inference
 from ...calibration.least_squares import Moments
 
 _NORMS = (RunningNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)

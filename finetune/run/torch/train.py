@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 
 from ....data.dataset import Data
 from ....errors import InputError, MissingDependencyError, UnsupportedError, VerificationError
+from ....frameworks.torch import call, float_type, inference
 from ....layers.torch.group_norm import guard
 from ....layers.torch.passes import exact
-from ....patchers.torch.sites import call, float_type, inference
 from ...hooks.distillation import Distillation
 from ...hooks.hook import Hook
 from ...hooks.schedules import learning_rate

@@ -1,0 +1,97 @@
+"""The arguments a model is called with: what `example` means wherever somebody gives one."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+Place = tuple[str | int, ...]
+
+
+class Inputs:
+    """The arguments of one call of a model, positional and by keyword.
+
+    Wherever normswap takes an ``example``, a tensor or array stands for ``Inputs(x)``, a tuple for ``Inputs(*args)``,
+    and a mapping with names for keys for ``Inputs(**kwargs)``. Lists, tuples, mappings, None, numbers and strings
+    within an argument are the model's own and reach it as they are.
+
+    Args:
+        *args: What the model takes by position; tensors and arrays have the batch first.
+        **kwargs: What it takes by keyword.
+
+    Example:
+        >>> import normswap
+        >>> normswap.Inputs([1, 2], mask=None)
+        Inputs([1, 2], mask=None)
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.args, self.kwargs = args, kwargs
+
+    @classmethod
+    def of(cls, example: Any) -> "Inputs":
+        """Return what an ``example`` stands for."""
+        if isinstance(example, Inputs):
+            return example
+        if isinstance(example, tuple) and not hasattr(example, "_fields"):
+            return cls(*example)
+        if isinstance(example, Mapping) and example and all(isinstance(key, str) for key in example):
+            return cls(**example)
+        return cls(example)
+
+    @property
+    def arrays(self) -> dict[Place, Any]:
+        """Every tensor and array by its place: an argument's number or name, then the way into it."""
+        return dict(_arrays({**dict(enumerate(self.args)), **self.kwargs}, ()))
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+    def map(self, function: Callable[[Any], Any]) -> "Inputs":
+        """Return the same arguments with ``function`` of every tensor and array in its place."""
+        return Inputs(
+            *(_mapped(value, function) for value in self.args),
+            **{name: _mapped(value, function) for name, value in self.kwargs.items()},
+        )
+
+    def filled(self, arrays: Sequence[Any]) -> "Inputs":
+        """Return the same arguments with ``arrays`` in place of their tensors and arrays, in order."""
+        following = iter(arrays)
+        return self.map(lambda _: next(following))
+
+    def __repr__(self) -> str:
+        return f"Inputs({', '.join([*map(repr, self.args), *(f'{k}={v!r}' for k, v in self.kwargs.items())])})"
+
+
+def is_array(value: Any) -> bool:
+    """Return whether ``value`` is a tensor or array of any library."""
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def _arrays(value: Any, place: Place) -> Iterator[tuple[Place, Any]]:
+    if is_array(value):
+        yield place, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _arrays(item, (*place, key))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _arrays(item, (*place, index))
+
+
+def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    if is_array(value):
+        return function(value)
+    if isinstance(value, Mapping):
+        items = {key: _mapped(item, function) for key, item in value.items()}
+        return items if type(value) is dict else _like(value, items)
+    if isinstance(value, list | tuple):
+        parts = [_mapped(item, function) for item in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
+
+
+def _like(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """Return a mapping of the same class with other values, or a plain one where the class cannot be made of items."""
+    try:
+        return type(mapping)(items)  # type: ignore[call-arg]
+    except TypeError:
+        return items

@@ -1,0 +1,237 @@
+"""What any PyTorch module can be asked; see `contract`."""
+
+import copy
+import inspect
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .contract import Array, Arrays, Key
+from .detect import traced_shape
+from .example import Inputs
+
+
+def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield every module under every name, as the model is called where it is not compiled."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        yield (_uncompiled(name) if "_orig_mod" in name else name), module
+
+
+def call(model: nn.Module, example: Any) -> Any:
+    """Call ``model`` on an example, all arrays on its device; NumPy's floats take its type, too."""
+    device = next((state.device for state in _states(model)), None)
+
+    def tensor(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            value = torch.from_numpy(value)
+            value = value.to(float_type(model)) if value.is_floating_point() else value
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    moved = Inputs.of(example).map(tensor)
+    return model(*moved.args, **moved.kwargs)
+
+
+def float_type(model: nn.Module) -> torch.dtype:
+    """Return the type of floats that ``model`` computes in."""
+    return next((state.dtype for state in _states(model) if state.is_floating_point()), torch.float32)
+
+
+@contextmanager
+def inference(model: nn.Module, *, compiled: bool = True) -> Iterator[None]:
+    """Run the body with every module in eval mode and without gradients, then restore each module's own flag.
+
+    With ``compiled=False`` what `torch.compile` has wrapped runs as it is written, for hooks to see it.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    for module in model.modules():  # not model.eval(), which a module made by torch.export refuses
+        module.training = False
+    try:
+        with torch.no_grad(), nullcontext() if compiled else _eager():
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+@contextmanager
+def watching(
+    layers: Mapping[Key, nn.Module], see: Callable[[Key, Any, Any], object], *, first: bool = False
+) -> Iterator[None]:
+    """Tell ``see(key, input, output)`` of every call of the modules; ``first`` of all their forward hooks."""
+
+    def hook(key: Key) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            see(key, args[0] if args else next(iter(kwargs.values()), None), output)
+
+        return note
+
+    handles = [
+        module.register_forward_hook(hook(key), prepend=first, with_kwargs=True) for key, module in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def snapshot(model: nn.Module) -> Callable[[], None]:
+    """Return what gives the model back all parameters and buffers that it has now, those that are not saved too."""
+    kept = [
+        (tensors, name, tensor, tensor.detach().clone())
+        for module in model.modules()
+        for tensors in (module._parameters, module._buffers)
+        for name, tensor in tensors.items()
+        if tensor is not None
+    ]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for tensors, name, tensor, value in kept:
+                tensors[name] = tensor.copy_(value)  # type: ignore[assignment]
+
+    return restore
+
+
+def in_double(model: nn.Module) -> nn.Module:
+    """Return a copy of ``model`` that computes in float64."""
+    with quiet():
+        return copy.deepcopy(model).double()
+
+
+def record(model: nn.Module, example: Inputs) -> tuple[Arrays, Arrays]:
+    """Return the outputs of ``model`` in eval mode, and those of its layers with weights, in call order."""
+    device = next((parameter.device for parameter in model.parameters()), None)
+    tensors = [torch.as_tensor(array).to(device) for array in example.arrays.values()]
+    probe = Probe(model, example)
+    with inference(probe, compiled=False):
+        values = [value.cpu().numpy() for value in probe(*tensors)]
+    split = len(probe.output_names)
+    outputs = dict(zip(probe.output_names, values[:split], strict=True))
+    return outputs, dict(zip(probe.site_names, values[split:], strict=True))
+
+
+def input_names(model: nn.Module, example: Inputs) -> list[str]:
+    """Return the names of the arguments of the model's forward, those within one with their way into it.
+
+    An array that the forward has no argument for has none.
+    """
+    names: list[str] = []
+    for parameter in inspect.signature(model.forward).parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            names += [f"{parameter.name}_{index}" for index in range(len(example.args) - len(names))]
+        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            names.append(parameter.name)
+    named = [
+        (names[first] if isinstance(first, int) else first, *way)
+        for first, *way in example.arrays
+        if not isinstance(first, int) or first < len(names)
+    ]
+    return ["_".join(map(str, place)) for place in named]
+
+
+def input_shapes(model: nn.Module) -> list[tuple[int | None, ...]] | None:
+    """Return what the model says of its input shapes, which for a torch module is nothing (see `sources`)."""
+    return None
+
+
+def zeros(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    """Return two samples of zeros, or as many as the model was traced for."""
+    batch = (traced_shape(model) or (None,))[0]
+    return torch.zeros(2 if batch is None else batch, *shape)
+
+
+def to_numpy(value: Tensor) -> Array:
+    """Return a tensor as an array, in float32 where it is narrower."""
+    wide = torch.promote_types(value.dtype, torch.float32) if value.is_floating_point() else value.dtype
+    array: Array = value.detach().to("cpu", wide).numpy()
+    return array
+
+
+class Probe(nn.Module):
+    """A model that also returns what each of its layers with weights computed.
+
+    It takes the arrays of ``example`` one by one and puts them where they are there.
+    """
+
+    def __init__(self, model: nn.Module, example: Inputs, before: Callable[[], None] | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self._example, self._before = example, before
+        self.output_names: list[str] = []
+        self.site_names: list[str] = []
+        self._layers = {
+            name: module
+            for name, module in model.named_modules()
+            if name and any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+        }
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        """Return the model's outputs and then the layers' in call order."""
+        seen: list[tuple[str, Tensor]] = []
+        if self._before is not None:
+            self._before()
+
+        def note(name: str, x: Any, output: Any) -> None:
+            if torch.is_tensor(output):  # which an activation in place would change
+                seen.append((name, output.clone()))
+
+        filled = self._example.filled(inputs)
+        with watching(self._layers, note, first=True):
+            outputs = dict(_flatten(self.model(*filled.args, **filled.kwargs), ""))
+        calls: dict[str, int] = {}
+        site_names = []
+        for name, _ in seen:
+            calls[name] = calls.get(name, 0) + 1
+            site_names.append(name if calls[name] == 1 else f"{name}#{calls[name]}")
+        self.output_names, self.site_names = list(outputs), site_names
+        return [*outputs.values(), *(output for _, output in seen)]
+
+
+def _flatten(output: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(output, Tensor):
+        yield prefix or "output", output
+    elif isinstance(output, Mapping):
+        for key, value in output.items():
+            yield from _flatten(value, f"{prefix}_{key}" if prefix else str(key))
+    elif isinstance(output, list | tuple):
+        for index, value in enumerate(output):
+            yield from _flatten(value, f"{prefix or 'output'}_{index}")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what torch says of its own internals while copying and exporting."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _eager() -> AbstractContextManager[None]:
+    """Run what torch.compile has wrapped without compiling it."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: Callable[[str], AbstractContextManager[None]] = torch.compiler.set_stance
+    return stance("force_eager")
+
+
+def _states(model: nn.Module) -> Iterator[Tensor]:
+    return chain(model.parameters(), model.buffers())
+
+
+def _uncompiled(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")

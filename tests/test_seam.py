@@ -1,0 +1,123 @@
+"""The seam between the frameworks: contracts that mypy and a reader see through, and pairs of files that keep them."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from normswap.frameworks.contract import Framework
+
+ROOT = Path(__file__).parent.parent
+OUTSIDE = {".venv", "build", "dist", "tests", "benchmarks", "examples"}
+OF_THE_USERS_CHOICE = {"__init__.py", "sources/code.py", "sources/zoo.py", "finetune/__init__.py"}
+"""Files that import what a name chosen at run time says: public names, a user's module, a zoo."""
+
+
+def sources():
+    """Every file of the package, with its path from the root."""
+    files = (file.relative_to(ROOT) for file in ROOT.rglob("*.py"))
+    return sorted(file for file in files if not OUTSIDE & set(file.parts))
+
+
+def signatures(path):
+    """The parameters of every public function and of the methods of every public class in a file, by name."""
+    found = {}
+    for node in ast.parse((ROOT / path).read_text()).body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            found[node.name] = parameters(node)
+        elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+            found[node.name] = {m.name: parameters(m) for m in methods if not m.name.startswith("_")}
+    return found
+
+
+def parameters(function):
+    """Names, kinds and defaults of a function's parameters, without `self`."""
+    arguments = function.args
+    positional = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args) if argument.arg != "self"]
+    keyword = [argument.arg for argument in arguments.kwonlyargs]
+    defaults = [None if default is None else ast.unparse(default) for default in arguments.kw_defaults]
+    return positional, keyword, [ast.unparse(default) for default in arguments.defaults], defaults
+
+
+PAIRS = [
+    (path, Path(*("keras" if part == "torch" else part for part in path.parts)))
+    for path in sources()
+    if "torch" in path.parts[:-1]
+    and path.parts[0] != "layers"  # which people import by their own frameworks' names
+    and path.name != "__init__.py"
+    and (ROOT / Path(*("keras" if part == "torch" else part for part in path.parts))).exists()
+]
+
+
+@pytest.mark.parametrize(("torch", "keras"), PAIRS, ids=[str(torch) for torch, _ in PAIRS])
+def test_files_of_one_name_have_the_same_functions(torch, keras):
+    """What a room needs of a framework has one name and signature in both, whether a contract lists it or not.
+
+    Of classes that are the same idea the methods that both have are alike; how one is made may differ.
+    """
+    one, other = signatures(torch), signatures(keras)
+    assert sorted(one) == sorted(other)
+    for name, signature in one.items():
+        if isinstance(signature, dict):
+            shared = signature.keys() & other[name].keys()
+            assert {n: signature[n] for n in shared} == {n: other[name][n] for n in shared}, name
+        else:
+            assert signature == other[name], name
+
+
+@pytest.mark.parametrize("framework", ["torch", "keras"])
+def test_both_frameworks_keep_the_contract(framework):
+    """Each has every function of the contract, with its parameters."""
+    (contract,) = (
+        node
+        for node in ast.parse((ROOT / "frameworks" / "contract.py").read_text()).body
+        if isinstance(node, ast.ClassDef) and node.name == Framework.__name__
+    )
+    expected = {node.name: parameters(node) for node in contract.body if isinstance(node, ast.FunctionDef)}
+    found = signatures(f"frameworks/{framework}.py")
+
+    assert {name: found.get(name) for name in expected} == expected
+
+
+def test_no_import_is_hidden_from_mypy():
+    """Which framework's half serves a model is decided by imports that are written as such."""
+    hidden = []
+    for path in sources():
+        for node in ast.walk(ast.parse((ROOT / path).read_text())):
+            named = isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if named in ("import_module", "__import__") and str(path) not in OF_THE_USERS_CHOICE:
+                hidden.append(f"{path}:{node.lineno}")
+
+    assert hidden == []
+
+
+WRONG = {
+    "export": "from normswap.export.contract import tracer_of\ntracer_of(1).trace(1, nosuch=2)",
+    "frameworks": "from normswap.frameworks.detect import get_framework\nget_framework(1).snapshot(1, nosuch=2)",
+    "patchers": "from normswap.patchers.contract import patcher_of\npatcher_of(1).plans(1, [], nosuch=2)",
+    "calibration": "from normswap.finetune.calibration.contract import layers_of\nlayers_of(1).get_affine(1, nosuch=2)",
+    "weights": "from normswap.sources.weights import load_weights\nload_weights(1, 2, nosuch=2)",
+}
+
+
+@pytest.mark.slow
+def test_mypy_refuses_what_no_framework_takes(tmp_path):
+    """A call through the seam with an argument that the contract does not have is an error, in every room."""
+    for name, code in WRONG.items():
+        (tmp_path / f"{name}.py").write_text(code + "\n")
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--config-file",
+        ROOT / "pyproject.toml",
+        "--cache-dir",
+        tmp_path / "cache",
+    ]
+    result = subprocess.run([*command, *(f"{name}.py" for name in WRONG)], cwd=tmp_path, capture_output=True, text=True)
+
+    lines = [line for line in result.stdout.splitlines() if 'Unexpected keyword argument "nosuch"' in line]
+    assert sorted(line.partition(".py")[0] for line in lines) == sorted(WRONG), result.stdout
