@@ -47,10 +47,8 @@ class Inputs:
 
     def map(self, function: Callable[[Any], Any]) -> "Inputs":
         """Return the same arguments with ``function`` of every tensor and array in its place."""
-        return Inputs(
-            *(_mapped(value, function) for value in self.args),
-            **{name: _mapped(value, function) for name, value in self.kwargs.items()},
-        )
+        args = [_mapped(value, function) for value in self.args]  # first, since order counts
+        return Inputs(*args, **{name: _mapped(value, function) for name, value in self.kwargs.items()})
 
     def filled(self, arrays: Sequence[Any]) -> "Inputs":
         """Return the same arguments with ``arrays`` in place of their tensors and arrays, in order."""

@@ -40,22 +40,64 @@ def test_the_root_holds_only_what_ships():
     }
 
 
+FLOW = [
+    *("errors", "layers", "convert", "frameworks", "sources", "data", "patchers", "bundles", "finetune"),
+    *("verification", "export", "interop", "demo", "console", "commands"),
+]
+"""The rooms from the first in the way of the data to the last."""
+
+
+def rooms_used(code, package):
+    """The rooms that a file in ``package``, such as ``("export", "torch")``, imports: however the import is written."""
+    for node in ast.walk(ast.parse(code)):
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            inside = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*("normswap", *inside)[: None if node.level else 0], *filter(None, [node.module])))
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in DYNAMIC:
+            told = [part for part in ast.walk(node.args[0]) if isinstance(part, ast.Constant)] if node.args else []
+            text = "".join(str(part.value) for part in told)
+            inside = package[: len(package) - (len(text) - len(text.lstrip("."))) + 1] if text.startswith(".") else ()
+            names = [".".join(("normswap", *inside, text.lstrip("."))) if text.startswith(".") else text]
+        for name in names:
+            if name.startswith("normswap."):
+                yield name.split(".")[1]
+
+
+DYNAMIC = ("import_module", "__import__")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from ..commands import patch",
+        "from ..commands.patch import patch",
+        "from .. import commands",
+        "import normswap.commands.patch",
+        "from normswap.commands import patch",
+        "def late():\n    from ..commands.patch import patch",
+        'import_module("..commands.patch", __package__)',
+        'importlib.import_module(f"..commands.{name}", __package__)',
+        '__import__("normswap.commands.patch")',
+    ],
+)
+def test_the_flow_sees_every_import(code):
+    """An import counts however it is written, also one of a name that is made up at run time."""
+    assert set(rooms_used(code, ("export",))) == {"commands"}
+
+
 def test_data_flows_in_one_direction():
     """A folder uses those before it in the flow, never a later one; layers and convert use none."""
-    flow = [
-        *("errors", "layers", "convert", "frameworks", "sources", "data", "patchers", "bundles", "finetune"),
-        *("verification", "export", "interop", "demo", "console", "commands"),
-    ]
     backwards = []
-    for folder in flow[1:]:
-        for file in (ROOT / folder).rglob("*.py"):
-            depth = len(file.relative_to(ROOT).parts) - 1
-            for node in ast.walk(ast.parse(file.read_text())):
-                if isinstance(node, ast.ImportFrom) and node.level == depth + 1 and node.module:
-                    used = node.module.partition(".")[0]
-                    allowed = flow[: flow.index(folder) + 1] if folder not in ("layers", "convert") else ["errors"]
-                    if used not in allowed:
-                        backwards.append(f"{file.relative_to(ROOT)} uses {used}")
+    for folder in FLOW[1:]:
+        for file in (path for path in [ROOT / f"{folder}.py", *(ROOT / folder).rglob("*.py")] if path.exists()):
+            path = file.relative_to(ROOT)
+            allowed = FLOW[: FLOW.index(folder) + 1] if folder not in ("layers", "convert") else ["errors", folder]
+            used = set(rooms_used(file.read_text(), path.parts[:-1])) & set(FLOW)
+            backwards += [f"{path} uses {room}" for room in sorted(used - set(allowed))]
 
     assert backwards == []
 
