@@ -1,7 +1,4 @@
-"""Every form a norm is written in computes the norm's formula.
-
-Test names end in the number of the hard case they settle (of 38).
-"""
+"""Every form a norm is written in computes the norm's formula."""
 
 from dataclasses import replace
 
@@ -91,7 +88,7 @@ def run(proto, x):
 @pytest.mark.parametrize("runtime", ["portable", "ort"])
 @pytest.mark.parametrize("spatial", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("gates", GATES.values(), ids=GATES)
-def test_formula_9_12_13(gates, spatial, runtime, opset):
+def test_every_mix_is_the_formula(gates, spatial, runtime, opset):
     """Every mix of statistics at every rank equals the formula, in batches of 1, 2 and 7."""
     norm = norm_of(gates, spatial)
     if spatial in ((), (1, 1)):  # a map of one value: the instance's statistics are the layer's, or its variance is 0
@@ -109,7 +106,7 @@ def test_formula_9_12_13(gates, spatial, runtime, opset):
 @pytest.mark.parametrize("runtime", ["portable", "ort"])
 @pytest.mark.parametrize(("groups", "spatial"), [(2, ()), (2, (5,)), (3, (24, 24)), (6, (5,)), (6, (24, 24))])
 @pytest.mark.parametrize("gates", [GATES["layer"], MIX], ids=["layer", "mixed"])
-def test_groups_13(gates, spatial, groups, runtime):
+def test_groups_have_statistics_of_their_own(gates, spatial, groups, runtime):
     """Groups of channels have statistics of their own, a group of one channel included."""
     norm = norm_of(gates, spatial, groups=groups)
     proto, _ = written(norm, (6, *spatial), runtime=runtime)
@@ -119,7 +116,7 @@ def test_groups_13(gates, spatial, groups, runtime):
 
 
 @pytest.mark.parametrize("gates", [GATES["layer"], MIX], ids=["layer", "mixed"])
-def test_free_sizes_21(gates):
+def test_free_sizes_take_any(gates):
     """Height and width may be open; the file then takes any."""
     norm = norm_of(gates, (None, None))
     proto, _ = written(norm, (6, "height", "width"))
@@ -132,7 +129,7 @@ def test_free_sizes_21(gates):
 @pytest.mark.parametrize("runtime", ["portable", "ort"])
 @pytest.mark.parametrize("gates", [MIX, GATES["instance"], GATES["no batch"]], ids=["mixed", "instance", "no batch"])
 @pytest.mark.parametrize("spatial", [(8, 8), (32, 32)], ids=["squared", "product"])
-def test_mean_far_above_deviation_10(spatial, gates, runtime):
+def test_a_mean_far_above_the_deviation_keeps_its_digits(spatial, gates, runtime):
     """At mean/std = 1e4 the running mean is taken off first; the single pass would be off by all its digits."""
     norm = norm_of(gates, spatial, mean=1e4)
     proto, form = written(norm, (6, *spatial), runtime=runtime)
@@ -147,7 +144,7 @@ def test_mean_far_above_deviation_10(spatial, gates, runtime):
 
 
 @pytest.mark.parametrize("gates", [LAYER, MIX[0]], ids=["layer", "mixed"])
-def test_no_running_mean_10(gates):
+def test_without_a_running_mean_the_maps_own_is_taken_off(gates):
     """Without a running mean each map's own is taken off where the example shows that it must be."""
     norm = replace(norm_of(((*gates[:2], 0.0),) * 2, (32, 32)), mean=None, var=None, seen=100.0)
     proto, form = written(norm, (6, 32, 32))
@@ -161,7 +158,7 @@ def test_no_running_mean_10(gates):
 
 @pytest.mark.parametrize("gates", [INSTANCE, LAYER], ids=["instance", "layer"])
 @pytest.mark.parametrize("value", [0.0, 7.0])
-def test_constant_image_12(gates, value):
+def test_a_constant_image_has_no_negative_variance(gates, value):
     """A constant image has no variance; rounding does not make it negative."""
     norm = replace(norm_of((gates, gates), (24, 24), channels=240), mean=np.zeros(240))
     proto, form = written(norm, (240, 24, 24))
@@ -190,7 +187,7 @@ def test_careful_means_centred():
         assert choose(norm_of(GATES[gates], (8, 8)), careful=True) == form
 
 
-def test_operators_14():
+def test_operators_are_few_standard_and_named():
     """The forms hold few operators, standard ones alone, each named after the layer and its part."""
 
     def operators(norm, shape, **options):
@@ -209,7 +206,7 @@ def test_operators_14():
     assert operators(single, (6, 8, 8), runtime="ort").count("BatchNormalization") == 1
 
 
-def test_closed_gates_leave_nothing_11():
+def test_closed_gates_leave_nothing():
     """A statistic whose gate is closed is not computed."""
     nodes = written(norm_of((INSTANCE, INSTANCE), (8, 8)), (6, 8, 8))[0].graph.node
 

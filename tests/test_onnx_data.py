@@ -16,7 +16,7 @@ from .onnx_models import WEIGHT, external, refused, scores
 
 
 class TestExternalData:
-    def test_beside_the_file_32(self, folder):
+    def test_beside_the_file(self, folder):
         """Data in a plain file beside the model, or in a folder below, is read."""
         for location in ("m.onnx.data", "parts/0.bin"):
             (folder / location).parent.mkdir(exist_ok=True)
@@ -40,7 +40,7 @@ class TestExternalData:
             ("parts", "it is not a file"),
         ],
     )
-    def test_locations_45_47(self, folder, location, reason):
+    def test_locations_outside_the_folder(self, folder, location, reason):
         """A location outside the model's folder, or of no file, is refused by its name alone."""
         (folder / "parts").mkdir()
         path = external(folder, location=location, length=48)
@@ -50,7 +50,7 @@ class TestExternalData:
             f"{reason}"
         )
 
-    def test_a_symbolic_link_45(self, folder):
+    def test_a_symbolic_link(self, folder):
         """A link to a file elsewhere is refused, as is a linked folder on the way."""
         (folder / "link.bin").symlink_to(folder.parent / "secret.bin")
         (folder / "linked").symlink_to(folder.parent)
@@ -62,7 +62,7 @@ class TestExternalData:
                 f"'w': {folder / link} is a symbolic link"
             )
 
-    def test_a_hard_link_46(self, folder):
+    def test_a_hard_link(self, folder):
         """A second name of a file elsewhere is refused."""
         os.link(folder.parent / "secret.bin", folder / "m.onnx.data")
         path = external(folder, location="m.onnx.data", length=48)
@@ -75,7 +75,7 @@ class TestExternalData:
     @pytest.mark.parametrize(
         ("offset", "length"), [(0, 44), (16, 48), (-1, 48), (0, 10**15), (2**63, 48), (0, -1), (10**15, 48)]
     )
-    def test_bounds_47(self, folder, offset, length):
+    def test_a_place_beyond_the_file(self, folder, offset, length):
         """A place that is not wholly within the file, or not as long as the tensor, is refused."""
         (folder / "m.onnx.data").write_bytes(WEIGHT.tobytes())
         path = external(folder, location="m.onnx.data", offset=offset, length=length)
@@ -85,7 +85,7 @@ class TestExternalData:
             f"received offset={offset} and length={length}"
         )
 
-    def test_a_short_file_47(self, folder):
+    def test_a_short_file(self, folder):
         """A file shorter than the tensor is refused where no length is stated either."""
         (folder / "m.onnx.data").write_bytes(WEIGHT.tobytes()[:20])
         path = external(folder, location="m.onnx.data")
@@ -94,7 +94,7 @@ class TestExternalData:
             "expected 48 bytes within the 20 of m.onnx.data for tensor 'w', received offset=0 and length=48"
         )
 
-    def test_no_numbers_47(self, folder):
+    def test_an_offset_that_is_no_number(self, folder):
         """An offset that is no number is refused."""
         (folder / "m.onnx.data").write_bytes(WEIGHT.tobytes())
         path = external(folder, location="m.onnx.data", offset="here")
@@ -103,7 +103,7 @@ class TestExternalData:
             "expected an offset and a length in numbers, received {'location': 'm.onnx.data', 'offset': 'here'}"
         )
 
-    def test_wherever_a_tensor_is_45(self, folder):
+    def test_wherever_a_tensor_is(self, folder):
         """A tensor in the attribute of a node in a branch is held to the same."""
         proto = scores()
         inner = helper.make_tensor("c", TensorProto.FLOAT, [2], [0.0, 0.0])
@@ -119,7 +119,7 @@ class TestExternalData:
 
 
 class TestTensors:
-    def test_sizes_that_overflow_48(self, folder):
+    def test_sizes_that_overflow(self, folder):
         """A shape of terabytes over 16 bytes is refused before anything is allocated."""
         proto = scores()
         proto.graph.initializer[0].dims[:] = [2**40]
@@ -130,7 +130,7 @@ class TestTensors:
             f"expected 4398046511104 bytes in {folder / 'm.onnx'} for tensor 'w' of shape (1099511627776,), received 16"
         )
 
-    def test_a_product_that_overflows_48(self, folder):
+    def test_a_product_that_overflows(self, folder):
         """Sizes whose product is a multiple of 2^64 are not taken for nothing."""
         proto = scores()
         proto.graph.initializer[0].dims[:] = [2**32, 2**32]
@@ -139,7 +139,7 @@ class TestTensors:
 
         assert f"expected {2**66} bytes" in refused(folder / "m.onnx")
 
-    def test_a_negative_size_48(self, folder):
+    def test_a_negative_size(self, folder):
         """A negative size is refused."""
         proto = scores()
         proto.graph.initializer[0].dims[:] = [-3, -4]
@@ -149,7 +149,7 @@ class TestTensors:
             f"expected sizes of 0 and more in {folder / 'm.onnx'}, received tensor 'w' of shape (-3, -4)"
         )
 
-    def test_an_unknown_type_48(self, folder):
+    def test_an_unknown_type(self, folder):
         """A tensor of a data type there is not is refused."""
         proto = scores()
         proto.graph.initializer[0].data_type = 77

@@ -21,7 +21,7 @@ from .onnx_models import WEIGHT, external, refused, scores
 
 
 class TestWholeFiles:
-    def test_empty_49(self, folder):
+    def test_an_empty_file(self, folder):
         """An empty file is told as such: as a message it would be a valid model."""
         (folder / "m.onnx").write_bytes(b"")
 
@@ -30,7 +30,7 @@ class TestWholeFiles:
         )
 
     @pytest.mark.parametrize("share", [0.3, 0.9])
-    def test_truncated_49(self, folder, share):
+    def test_a_truncated_file(self, folder, share):
         """A file cut short is refused."""
         content = scores().SerializeToString()
         (folder / "m.onnx").write_bytes(content[: int(len(content) * share)])
@@ -40,7 +40,7 @@ class TestWholeFiles:
             "cut short"
         )
 
-    def test_no_graph_49(self, folder):
+    def test_no_graph(self, folder):
         """A message without a graph is no model, whatever the parser says."""
         (folder / "m.onnx").write_bytes(onnx.ModelProto(ir_version=9).SerializeToString())
 
@@ -49,7 +49,7 @@ class TestWholeFiles:
             "outputs"
         )
 
-    def test_what_the_checker_refuses_49(self, folder):
+    def test_what_the_checker_refuses(self, folder):
         """A graph whose shapes contradict each other is refused, with the checker's reason."""
         (folder / "m.onnx").write_bytes(scores(weight=WEIGHT.T.copy()).SerializeToString())
 
@@ -58,7 +58,7 @@ class TestWholeFiles:
         )
 
     @pytest.mark.parametrize("opset", [0, 999])
-    def test_operator_sets_50(self, folder, opset):
+    def test_operator_sets_out_of_range(self, folder, opset):
         """An operator set onnxruntime does not load is unsupported; the range it does is listed."""
         (folder / "m.onnx").write_bytes(scores(opset=opset).SerializeToString())
         newest = newest_versions()[1]
@@ -68,7 +68,7 @@ class TestWholeFiles:
         )
         assert newest >= 20
 
-    def test_ir_versions_50(self, folder):
+    def test_ir_versions_out_of_range(self, folder):
         """So is an IR version."""
         (folder / "m.onnx").write_bytes(scores(ir_version=99).SerializeToString())
         newest = newest_versions()[0]
@@ -78,7 +78,7 @@ class TestWholeFiles:
         )
         assert newest >= 9
 
-    def test_the_newest_versions_load_50(self, folder):
+    def test_the_newest_versions_load(self, folder):
         """What is listed as the newest is loaded."""
         ir_version, opset = newest_versions()
         (folder / "m.onnx").write_bytes(scores(opset, ir_version).SerializeToString())
@@ -89,7 +89,7 @@ class TestWholeFiles:
         ("op", "domain", "told"),
         [("FooBar", "", "ai.onnx"), ("FooBar", "com.example", "com.example"), ("MatMul", "com.example", "com.example")],
     )
-    def test_operators_51(self, folder, op, domain, told):
+    def test_operators_onnxruntime_has_not(self, folder, op, domain, told):
         """An operator onnxruntime does not have is named with its domain."""
         (folder / "m.onnx").write_bytes(scores(op=op, domain=domain).SerializeToString())
 
@@ -97,7 +97,7 @@ class TestWholeFiles:
             f"expected operators that onnxruntime has, received {op} of domain {told} (node head)"
         )
 
-    def test_the_model_s_own_functions_51(self, folder):
+    def test_functions_of_the_file_itself_are_known(self, folder):
         """A function that the file itself defines is an operator like any other."""
         proto = scores(op="FooBar", domain="com.example")
         node = helper.make_node("MatMul", ["a", "b"], ["c"])
@@ -135,7 +135,7 @@ class TestWholeFiles:
 
 
 class TestProviders:
-    def test_a_missing_one_54(self):
+    def test_a_missing_one(self):
         """A provider that is not installed is refused by name, with the package that brings it."""
         import onnxruntime
 
@@ -155,7 +155,7 @@ class TestProviders:
             )
             assert caught.value.exit_code == 6
 
-    def test_no_silent_fall_back_54(self, monkeypatch):
+    def test_no_silent_fall_back(self, monkeypatch):
         """Where a provider is listed but does not start, running on the CPU in its place is an error."""
         import onnxruntime
 
@@ -191,7 +191,7 @@ class TestProviders:
 
 
 class TestEvaluate:
-    def test_hostile_files_are_refused_45(self, folder):
+    def test_hostile_files_are_refused(self, folder):
         """`evaluate` reads a file through the same checks."""
         path = external(folder, location="../secret.bin", length=48)
         with pytest.raises(InputError, match="it leaves the folder$"):
@@ -206,7 +206,7 @@ class TestEvaluate:
             (lambda folder: (folder / "m.onnx").write_bytes(scores().SerializeToString()[:99]), 3),
         ],
     )
-    def test_exit_codes_45_49_50_51(self, folder, make, code):
+    def test_exit_codes_of_refused_files(self, folder, make, code):
         """Both commands exit with the row's code, without a traceback and without a framework."""
         make(folder)
         np.savez(folder / "d.npz", x=np.zeros((1, 2, 2, 3), np.uint8), y=np.zeros(1, np.int64))

@@ -30,7 +30,7 @@ def results(tmp_path_factory):
     return {backend: dict(np.load(folder / f"{backend}.npz")) for backend in BACKENDS}
 
 
-def test_case_49_backends_agree(results):
+def test_every_backend_computes_the_same(results):
     """Layers with masked timesteps, patched models, and one training step of both agree to 1e-5."""
     golden = results[BACKENDS[0]]
     for backend in BACKENDS:
@@ -44,11 +44,11 @@ def test_case_49_backends_agree(results):
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
-def test_cases_41_to_48_on_another_backend(backend):
-    """The hard cases, which run on TensorFlow with the other tests, pass on this backend too, and none is skipped."""
-    cases = sorted(map(str, Path(__file__).parent.glob("test_cases_*.py")))
+def test_patching_holds_on_another_backend(backend):
+    """What holds of patched models on TensorFlow holds on this backend too, and no test is skipped."""
+    files = sorted(map(str, Path(__file__).parent.glob("test_patch_*.py")))
     environment = {**os.environ, "KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *cases]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     assert "skipped" not in done.stdout.splitlines()[-1]

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.keras
 
 
 class TestGraph:
-    def test_is_the_models_own_interface_20_25(self):
+    def test_is_the_models_own_interface(self):
         """Inputs and outputs have the model's names and shapes, the batch symbolic, and no value has a colon."""
         traced = assert_traced(small_net())
 
@@ -29,14 +29,14 @@ class TestGraph:
         assert [name for name in names if ":" in name] == []
 
     @pytest.mark.parametrize(("opset", "ir_version"), [(17, 8), (18, 8), (20, 9), (22, 10), (24, 12)])
-    def test_has_the_asked_operator_set_and_no_other_35(self, opset, ir_version):
+    def test_has_the_asked_operator_set_and_no_other(self, opset, ir_version):
         """The file declares the operator set asked for, the lowest legal IR version, and no unused domain."""
         traced = assert_traced(small_net(), opset=opset, batches=(2,))
 
         assert traced.model.opset_imports == {"": opset}
         assert traced.model.ir_version == ir_version
 
-    def test_keeps_dimensions_open_that_the_caller_left_open_21(self):
+    def test_keeps_dimensions_open_that_the_caller_left_open(self):
         """Height and width given as None stay symbolic."""
         traced = assert_traced(small_net(shape=(None, None, 3)))
 
@@ -48,7 +48,7 @@ class TestGraph:
 
         assert str(traced.model.graph.inputs[0].shape) == "[batch,6,7,3]"
 
-    def test_has_no_inputs_but_the_models_24(self):
+    def test_has_no_inputs_but_the_models(self):
         """The statistics of a Normalization layer and tensors held as attributes are constants of the graph."""
         normalize = layers.Normalization()
         normalize.adapt(np.random.default_rng(0).uniform(size=(20, 8, 8, 3)))
@@ -59,7 +59,7 @@ class TestGraph:
         assert [value.name for value in traced.model.graph.inputs] == ["image"]
         assert [value.name for value in traced.model.graph.outputs] == ["conv"]
 
-    def test_names_several_inputs_and_a_dictionary_of_outputs_23(self):
+    def test_names_several_inputs_and_a_dictionary_of_outputs(self):
         """Inputs keep the model's order, outputs are named by their keys, and an unused input stays."""
         first, second, unused = (keras.Input((4, 4, 2), name=name) for name in ("first", "second", "unused"))
         x, y = layers.Conv2D(3, 1)(first), layers.Conv2D(3, 1)(second)
@@ -76,7 +76,7 @@ class TestGraph:
 
         assert [value.name for value in traced.model.graph.outputs] == ["norm", "norm_2"]
 
-    def test_names_a_subclassed_models_inputs_by_its_signature_25(self):
+    def test_names_a_subclassed_models_inputs_by_its_signature(self):
         """A model without declared inputs has the names of its call's arguments; training stays off."""
 
         class Difference(keras.Model):
@@ -95,7 +95,7 @@ class TestGraph:
         assert [value.name for value in traced.model.graph.inputs] == ["left", "right"]
         assert [value.name for value in traced.model.graph.outputs] == ["output"]
 
-    def test_survives_saving_25(self, tmp_path):
+    def test_survives_saving(self, tmp_path):
         """A reloaded Sequential model has the same names as before."""
         model = keras.Sequential([keras.Input((8, 8, 1)), layers.Conv2D(2, 3), layers.Flatten(), layers.Dense(2)])
         model.save(tmp_path / "model.keras")
@@ -143,7 +143,7 @@ class TestSites:
 
         assert list(traced.sites) == ["conv", "norm", "depthwise", "scores"]
 
-    def test_of_nested_and_shared_layers_have_paths_and_counts_26(self):
+    def test_of_nested_and_shared_layers_have_paths_and_counts(self):
         """A layer of a submodel has its path, and every call of a shared one its number."""
         encoder = keras.Sequential(
             [layers.Conv2D(4, 3, name="conv"), layers.BatchNormalization(name="bn")], name="encoder"
@@ -256,7 +256,7 @@ class TestRefusals:
         ("policy", "found"),
         [("float32", None), ("float64", "float64"), ("float16", "float16"), ("mixed_float16", None)],
     )
-    def test_of_other_number_formats_15_17(self, policy, found):
+    def test_of_other_number_formats(self, policy, found):
         """The sentence names the first layer that is not float32."""
         model = keras.Sequential([keras.Input((3,)), layers.Dense(2, dtype=policy, name="dense")])
         expected = found and f"{found} in layer 'dense': rebuild the model with the dtype policy float32"

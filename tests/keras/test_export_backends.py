@@ -39,6 +39,6 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("backend", [name for name in EXPECTED if find_spec(name) is not None])
-def test_other_backends_25_38(backend, tmp_path):
+def test_torch_exports_and_jax_is_refused(backend, tmp_path):
     """A file made on torch has the model's names, folds what TensorFlow's would, and is proven; JAX is refused."""
     assert on_backend(backend, tmp_path) == EXPECTED[backend]

@@ -69,7 +69,7 @@ def test_a_flattened_map_keeps_its_order(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["MobileNetV2", "ResNet50"])
-def test_whole_networks_38(name, tmp_path):
+def test_whole_networks_have_one_transpose(name, tmp_path):
     """A patched network of keras.applications has one Transpose, and folds all of its batch renormalizations."""
     model = settled(getattr(keras.applications, name)(weights=None, input_shape=(32, 32, 3), classes=10))
     patch(model, BatchRenorm())
@@ -80,7 +80,7 @@ def test_whole_networks_38(name, tmp_path):
     assert "BatchNormalization" not in operators
 
 
-def test_channels_first_needs_none_25(tmp_path):
+def test_channels_first_needs_none(tmp_path):
     """A channels_first model is written as it is."""
     image = keras.Input((3, 8, 8), name="image")
     x = layers.Conv2D(4, 3, data_format="channels_first", name="conv")(image)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.keras
 
 
 class TestNorms:
-    def test_batch_norm_is_one_operator_behind_its_convolution_1(self):
+    def test_batch_norm_is_one_operator_behind_its_convolution(self):
         """A BatchNormalization is ONNX's own, without a Transpose to its convolution."""
         traced = assert_traced(small_net())
 
@@ -26,7 +26,7 @@ class TestNorms:
         assert norm.inputs[0].producer().op_type == "Conv"
 
     @pytest.mark.parametrize("groups", [1, 2])
-    def test_group_norm_is_the_instance_norm_pattern_14(self, groups):
+    def test_group_norm_is_the_instance_norm_pattern(self, groups):
         """GroupNormalization costs no shape arithmetic where the shape is known."""
         traced = assert_traced(small_net(norm=lambda name: layers.GroupNormalization(groups, name=name)))
 
@@ -35,13 +35,13 @@ class TestNorms:
 
     @pytest.mark.parametrize("statistics", ["moving", "frozen", "none"])
     @pytest.mark.parametrize("shape", [(6, 6, 4), (7, 4), (4,)])
-    def test_switch_norm_is_its_formula_9_12(self, statistics, shape):
+    def test_switch_norm_is_its_formula(self, statistics, shape):
         """SwitchNormalization of any rank and kind of statistics equals the layer."""
         image = keras.Input(shape)
         output = SwitchNormalization(batch_statistics=statistics)(image)
         assert_traced(settled(keras.Model(image, output)), batches=(1, 3))
 
-    def test_switch_norm_on_the_batch_statistics_is_a_batch_norm_11(self):
+    def test_switch_norm_on_the_batch_statistics_is_a_batch_norm(self):
         """Gates that are one-hot on the moving statistics leave one BatchNormalization."""
         one_hot = keras.initializers.Constant([-200.0, -200.0, 200.0])
         image = keras.Input((6, 6, 4))
@@ -50,7 +50,7 @@ class TestNorms:
 
         assert operators(traced) == {"Transpose", "BatchNormalization"}
 
-    def test_switch_norm_keeps_its_digits_far_from_zero_10(self):
+    def test_switch_norm_keeps_its_digits_far_from_zero(self):
         """With means 10,000 deviations away, the graph is off by two roundings of the mean at most."""
         image = keras.Input((8, 8, 4))
         model = keras.Model(image, SwitchNormalization(batch_statistics="none")(image))
@@ -61,7 +61,7 @@ class TestNorms:
         assert np.abs(found - double).max() <= 2 * np.spacing(np.float32(1e4))
 
     @pytest.mark.parametrize("norm", [layers.BatchNormalization, BatchRenormalization])
-    def test_follows_a_dense_layer_as_gemm_6(self, norm):
+    def test_follows_a_dense_layer_as_gemm(self, norm):
         """A norm on (N, C) has a Gemm before it."""
         vector = keras.Input((6,))
         traced = assert_traced(settled(keras.Model(vector, norm()(layers.Dense(4)(vector)))))
@@ -86,7 +86,7 @@ class TestNorms:
 
         assert norm_facts(model) == {"norm": {"kind": "gn", "eps": 0.001, "groups": 2}}
 
-    def test_tells_how_far_means_lie_from_zero_10(self):
+    def test_tells_how_far_means_lie_from_zero(self):
         """Without running statistics the example says whether E[x²] - E[x]² is good."""
         image = keras.Input((8, 8, 4))
         model = keras.Model(image, layers.GroupNormalization(2)(image))
@@ -96,7 +96,7 @@ class TestNorms:
         assert seen[0] < 0.1
         assert 1e4 < seen[1] < 2e4
 
-    def test_names_are_the_layers_paths_26(self):
+    def test_names_are_the_layers_paths(self):
         """A norm has the path of its layer, the second call of a shared one a number."""
         norm = layers.BatchNormalization(name="norm")
         encoder = keras.Sequential([keras.Input((4, 4, 2)), layers.Conv2D(2, 1), norm], name="encoder")

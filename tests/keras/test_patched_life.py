@@ -132,7 +132,7 @@ def test_a_class_that_cannot_be_saved_is_not_copied(make):
 
 @pytest.mark.parametrize("kind", ["functional", "custom", "backbone", "subclassed"])
 @pytest.mark.parametrize("target", ["brn", "sn", "gn"])
-def test_case_48_exported_to_a_saved_model(kind, target, make, images, tmp_path):
+def test_a_saved_model_computes_the_same(kind, target, make, images, tmp_path):
     """TensorFlow runs what `model.export` wrote of a patched model as the model does."""
     model = make(kind)
     patch(model, as_target(target))

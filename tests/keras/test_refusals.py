@@ -167,7 +167,7 @@ def test_a_wrong_example_is_an_input_error(make):
     assert fingerprint(model) == before
 
 
-def test_case_49_models_of_keras_2():
+def test_models_of_keras_2_are_refused():
     """A tf_keras model, known by where its class comes from, is refused with what to do; so is a subclass of one."""
     functional = type("Functional", (), {"__module__": "tf_keras.src.engine.functional"})
     for cls in (functional, type("Mine", (functional,), {"__module__": "mine"})):

@@ -1,7 +1,4 @@
-"""Verification of ONNX files against Keras models: what Keras models know of their inputs is held against the file.
-
-Test names end in the number of the hard case they settle (of 38).
-"""
+"""Verification of ONNX files against Keras models: what Keras models know of their inputs is held against the file."""
 
 import keras
 import numpy as np
@@ -32,7 +29,7 @@ def written(tmp_path):
     return model, tmp_path / "m.onnx"
 
 
-def test_a_good_file_20(written):
+def test_a_good_file_passes(written):
     """Every batch size and scale passes."""
     verdict = normswap.verify(*written)
 
@@ -40,7 +37,7 @@ def test_a_good_file_20(written):
     assert {check.batch for check in verdict.checks} == {1, 2, 5, 3}
 
 
-def test_free_sizes_21(tmp_path):
+def test_free_sizes_are_held_at_two_sizes(tmp_path):
     """A file whose height and width are free is held to the model at two sizes."""
     model = normswap.patch(network(), "brn").model
     normswap.to_onnx(model, tmp_path / "m.onnx", example=np.ones((2, 12, 12, 3), np.float32), check=False)
@@ -56,14 +53,14 @@ def test_free_sizes_21(tmp_path):
     assert shapes == {(1, 64, 64, 3), (2, 77, 101, 3), (5, 64, 64, 3), (3, 77, 101, 3)}
 
 
-def test_inputs_of_another_name_23(written):
+def test_inputs_of_another_name_fail(written):
     """Inputs that are not the model's by name fail before anything is run."""
     verdict = normswap.verify(network(8, 8, name="picture"), written[1])
 
     assert verdict.problems == ("expected the inputs picture, received img",)
 
 
-def test_inputs_of_another_shape_23(written):
+def test_inputs_of_another_shape_fail(written):
     """So do inputs of a size that the model does not take."""
     verdict = normswap.verify(network(8, 9), written[1])
 
@@ -72,7 +69,7 @@ def test_inputs_of_another_shape_23(written):
     )
 
 
-def test_inputs_the_model_has_not_24(written):
+def test_inputs_the_model_has_not_fail(written):
     """An input the exporter made of a constant is an input the model does not have."""
     proto = onnx.load(written[1])
     proto.graph.input.append(helper.make_tensor_value_info("mean", onnx.TensorProto.FLOAT, [3]))

@@ -94,7 +94,7 @@ def test_usage(run, arguments, message):
     assert err.endswith(f"Error: {message}\n")
 
 
-def test_providers_54(run):
+def test_a_missing_provider_exits_6_and_auto_takes_what_there_is(run):
     """A provider that is not installed exits 6; --provider auto takes what there is."""
     code, said, _ = run("verify", "gn", "gn.onnx", "--provider", "dml", "--provider", "cpu", "--json")
     assert code == said["exit_code"] == 6

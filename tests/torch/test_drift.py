@@ -16,7 +16,7 @@ from normswap.patchers.measured_drift import drift_between
 from normswap.patchers.patch import plans
 
 from .conftest import TARGETS, exactly, fingerprint, trained_
-from .test_cases_types import FrozenBatchNorm2d
+from .test_patch_norm_types import FrozenBatchNorm2d
 
 
 def by_hand(patched, original, name, x):

@@ -1,7 +1,4 @@
-"""Export and verification of PyTorch models.
-
-Test names end in the number of the hard case they settle (of 38).
-"""
+"""Export and verification of PyTorch models."""
 
 import json
 import os
@@ -63,7 +60,7 @@ class TestFile:
         np.testing.assert_allclose(outputs(tmp_path / "m.onnx", x.numpy())[0], model(x).detach(), atol=1e-5)
 
     @pytest.mark.parametrize("target", TARGETS)
-    def test_opset_ir_and_metadata_14_34_35(self, model, images, tmp_path, target):
+    def test_holds_opset_ir_and_plain_operators_alone(self, model, images, tmp_path, target):
         """Opset 20, IR 9, plain operators alone, and nothing in the file but what belongs there."""
         export(model, tmp_path / "m.onnx", images, target)
         proto = onnx.load(tmp_path / "m.onnx")
@@ -74,7 +71,7 @@ class TestFile:
         assert "GroupNormalization" not in operators(tmp_path / "m.onnx")
         assert b"/site-packages" not in (tmp_path / "m.onnx").read_bytes()
 
-    def test_two_exports_are_byte_identical_34(self, tmp_path):
+    def test_two_exports_are_byte_identical(self, tmp_path):
         """The same model gives the same bytes in another process, whatever its hash seed, and no path is in them."""
         code = (
             "import sys, torch, normswap\nfrom torch import nn\ntorch.manual_seed(0)\n"
@@ -95,7 +92,7 @@ class TestFile:
 
     @pytest.mark.parametrize("target", ["sn", "gn"])
     @pytest.mark.parametrize(("opset", "ir"), [(17, 8), (18, 8), (19, 9), (21, 10), (22, 10), (23, 11), (24, 12)])
-    def test_other_opsets_35(self, model, images, tmp_path, opset, ir, target):
+    def test_other_opsets_get_their_lowest_ir(self, model, images, tmp_path, opset, ir, target):
         """Another opset gets the lowest IR that is legal for it, and the norms keep their forms."""
         report = export(model, tmp_path / "m.onnx", images, target, opset=opset)
         proto = onnx.load(tmp_path / "m.onnx")
@@ -110,7 +107,7 @@ class TestFile:
             export(model, tmp_path / "m.onnx", images, opset=7)
         assert list(tmp_path.iterdir()) == []
 
-    def test_free_batch_20(self, model, images, tmp_path):
+    def test_an_example_of_one_leaves_the_batch_free(self, model, images, tmp_path):
         """A batch of one as example still leaves the batch free, by name."""
         export(model, tmp_path / "m.onnx", images[:1], "sn")
         entry = onnxruntime.InferenceSession(str(tmp_path / "m.onnx")).get_inputs()[0]
@@ -129,7 +126,7 @@ class TestFile:
         assert report.nodes == len(operators(tmp_path / "m.onnx"))
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-    def test_other_dtypes_are_refused_15_17(self, model, images, tmp_path, dtype):
+    def test_other_dtypes_are_refused(self, model, images, tmp_path, dtype):
         """Weights that onnxruntime could not run are refused with the way out."""
         name = str(dtype).removeprefix("torch.")
         message = f"expected float32 weights, received weights of dtype {name}: convert with model.float()"
@@ -137,7 +134,7 @@ class TestFile:
             export(model.to(dtype), tmp_path / "m.onnx", images.to(dtype))
         assert list(tmp_path.iterdir()) == []
 
-    def test_a_model_in_training_mode_18(self, model, images, tmp_path):
+    def test_a_model_in_training_mode_is_exported_as_at_inference(self, model, images, tmp_path):
         """It is exported as at inference, with a note, and its own flags stay."""
         model.train()
         model.bn.eval()
@@ -146,7 +143,7 @@ class TestFile:
         assert report.notes == ["the model was in training mode: exported in inference mode"]
         assert (model.training, model.bn.training) == (True, False)
 
-    def test_an_existing_file_33(self, model, images, tmp_path):
+    def test_an_existing_file_stays(self, model, images, tmp_path):
         """An existing file stays unless overwriting is asked for."""
         path = tmp_path / "m.onnx"
         path.write_text("old")
@@ -173,7 +170,7 @@ class TestFile:
             normswap.to_onnx(Untraceable(), tmp_path / "m.onnx", example=torch.randn(2, 3))
         assert list(tmp_path.iterdir()) == []
 
-    def test_several_inputs_and_outputs_23(self, tmp_path):
+    def test_several_inputs_and_outputs_keep_name_and_order(self, tmp_path):
         """Names, order and number of inputs and outputs are the model's own."""
 
         class Many(nn.Module):
@@ -196,14 +193,14 @@ class TestFile:
 
 class TestFold:
     @pytest.mark.parametrize("target", ["bn", "brn", SwitchNorm("exact")])
-    def test_batch_norm_is_folded_1_8_11(self, model, images, tmp_path, target):
+    def test_batch_norm_is_folded(self, model, images, tmp_path, target):
         """BatchNorm, BatchRenorm and a one-hot SwitchNorm leave the same operators: none of their own."""
         report = export(model, tmp_path / "m.onnx", images, target)
 
         assert report.folded == {"stem.1": "Conv", "bn": "Conv"}
         assert sorted(set(operators(tmp_path / "m.onnx"))) == ["Add", "Conv", "Gemm", "ReduceMean", "Relu"]
 
-    def test_a_branch_before_the_norm_2(self, images, tmp_path):
+    def test_a_branch_before_the_norm_keeps_it(self, images, tmp_path):
         """A convolution whose output is used elsewhere keeps its values: the BatchNorm stays."""
 
         class Branch(nn.Module):
@@ -221,7 +218,7 @@ class TestFold:
         assert report.kept == {"bn": "the output of the Conv before it is used elsewhere too"}
 
     @pytest.mark.parametrize("plain", [True, False])
-    def test_a_shared_convolution_3(self, images, tmp_path, plain):
+    def test_a_shared_convolution_has_weights_for_each_norm(self, images, tmp_path, plain):
         """One convolution with two norms, or one norm and none, gives each its own weights."""
 
         class Shared(nn.Module):
@@ -238,7 +235,7 @@ class TestFold:
         assert report.verdict
         assert set(report.folded) == ({"first"} if plain else {"first", "second"})
 
-    def test_a_shared_norm_4(self, images, tmp_path):
+    def test_a_shared_norm_is_folded_twice(self, images, tmp_path):
         """One BatchNorm after two convolutions is folded into both."""
 
         class Shared(nn.Module):
@@ -272,7 +269,7 @@ class TestFold:
             (lambda: ChannelsLast(False), lambda: nn.BatchNorm1d(6), (5, 4)),
         ],
     )
-    def test_every_linear_layer_5_6(self, tmp_path, linear, norm, shape):
+    def test_every_linear_layer_takes_the_norm_in(self, tmp_path, linear, norm, shape):
         """Grouped, transposed, biasless and fully connected layers take the norm in."""
         model = trained_(nn.Sequential(linear(), norm()))
         report = export(model, tmp_path / "m.onnx", torch.randn(2, *shape))
@@ -307,7 +304,7 @@ class TestFold:
             ),
         ],
     )
-    def test_no_fold_into_the_wrong_layer_7(self, images, tmp_path, build, reason):
+    def test_no_fold_into_the_wrong_layer(self, images, tmp_path, build, reason):
         """A norm before a padded convolution, or behind an activation, stays."""
         report = export(trained_(build()), tmp_path / "m.onnx", images)
 
@@ -332,7 +329,7 @@ class TestFold:
 class TestNumbers:
     @pytest.mark.parametrize("target", ["sn", SwitchNorm("even"), SwitchNorm("warm", "none"), "gn"])
     @pytest.mark.parametrize("size", [1, 5])
-    def test_small_maps_12(self, tmp_path, target, size):
+    def test_small_maps(self, tmp_path, target, size):
         """1x1 maps and a single map give what torch gives."""
         model = trained_(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)))
 
@@ -340,7 +337,7 @@ class TestNumbers:
 
     @pytest.mark.parametrize("shape", [(6,), (6, 5), (6, 4, 4), (6, 3, 4, 4)])
     @pytest.mark.parametrize("target", ["sn", "gn"])
-    def test_every_rank_13(self, tmp_path, target, shape):
+    def test_every_rank(self, tmp_path, target, shape):
         """Vectors, sequences, images and volumes."""
         norm = {1: nn.BatchNorm1d, 2: nn.BatchNorm1d, 3: nn.BatchNorm2d, 4: nn.BatchNorm3d}[len(shape)](6)
 

@@ -1,7 +1,4 @@
-"""What a PyTorch export can be asked for: runtime, half precision, open sizes, pruned gates, weights beside the file.
-
-Test names end in the number of the hard case they settle (of 38).
-"""
+"""What a PyTorch export can be asked for: runtime, half precision, open sizes, pruned gates, external weights."""
 
 import json
 import os
@@ -63,7 +60,7 @@ class TestRuntime:
 
 class TestHalf:
     @pytest.mark.parametrize("target", ["bn", "sn", "brn", "gn"])
-    def test_weights_are_half_and_norms_are_not_16(self, model, images, tmp_path, target):
+    def test_weights_are_half_and_norms_are_not(self, model, images, tmp_path, target):
         """Every weight that is no norm's is float16, inputs and outputs stay float32, and the answer is near."""
         if target != "bn":
             patched(model, target, images)
@@ -82,7 +79,7 @@ class TestHalf:
         np.testing.assert_allclose(answer(tmp_path / "m.onnx", images), expected, atol=0.01 * np.abs(expected).max())
 
     @pytest.mark.parametrize("target", ["sn", "gn", "in"])
-    def test_values_whose_squares_overflow_16(self, tmp_path, target):
+    def test_values_whose_squares_overflow(self, tmp_path, target):
         """Activations of 600 have squares that float16 has not; the norm of the file stays finite and right."""
         model = patched(trained_(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))), target, torch.randn(2, 3, 8, 8))
         x = 600 + 300 * torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -112,7 +109,7 @@ def answer_of_first_input(path, x):
 
 class TestSizes:
     @pytest.mark.parametrize("target", ["sn", "gn", GroupNorm(groups=2), "brn"])
-    def test_open_sizes_21(self, model, images, tmp_path, target):
+    def test_open_sizes_take_any(self, model, images, tmp_path, target):
         """With open sizes a file takes images of any height and width, odd ones too."""
         report = normswap.to_onnx(
             patched(model, target, images), tmp_path / "m.onnx", example=images, dynamic_size=True
@@ -124,7 +121,7 @@ class TestSizes:
         assert entry.shape == ["batch", 3, "height", "width"]
         np.testing.assert_allclose(answer(tmp_path / "m.onnx", x), model(x).detach(), atol=1e-4)
 
-    def test_fixed_sizes_refuse_others_21(self, model, images, tmp_path):
+    def test_fixed_sizes_refuse_others(self, model, images, tmp_path):
         """Without, onnxruntime itself says which size it got and which it expected."""
         normswap.to_onnx(model, tmp_path / "m.onnx", example=images)
 
@@ -132,7 +129,7 @@ class TestSizes:
             answer(tmp_path / "m.onnx", torch.randn(3, 3, 17, 12))
 
     @pytest.mark.parametrize("target", ["sn", "gn", "brn"])
-    def test_an_empty_batch_22(self, target, model, images, tmp_path):
+    def test_an_empty_batch_has_an_empty_answer(self, target, model, images, tmp_path):
         """Where sizes are fixed, an empty batch gets an empty answer."""
         normswap.to_onnx(patched(model, target, images), tmp_path / "m.onnx", example=images)
 
@@ -168,7 +165,7 @@ class TestPrunedGates:
 
 
 class TestFiles:
-    def test_weights_beside_the_file_32(self, model, images, tmp_path, monkeypatch):
+    def test_weights_beside_the_file(self, model, images, tmp_path, monkeypatch):
         """Weights too many for one file lie beside it under its name; the pair moves together and is proven."""
         monkeypatch.setattr(exporter, "ONE_FILE", 100)
         report = normswap.to_onnx(patched(model, "sn", images), tmp_path / "m.onnx", example=images)
@@ -180,7 +177,7 @@ class TestFiles:
         assert report.size == sum(file.stat().st_size for file in (tmp_path / "there").iterdir())
         np.testing.assert_allclose(answer(tmp_path / "there" / "m.onnx", images), model(images).detach(), atol=1e-4)
 
-    def test_a_failure_leaves_the_old_pair_32_33(self, model, images, tmp_path, monkeypatch):
+    def test_a_failure_leaves_the_old_pair(self, model, images, tmp_path, monkeypatch):
         """Where verification fails, an older file and its weights stay as they were."""
         monkeypatch.setattr(exporter, "ONE_FILE", 100)
         normswap.to_onnx(model, tmp_path / "m.onnx", example=images)
@@ -191,7 +188,7 @@ class TestFiles:
 
         assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == old
 
-    def test_layers_that_are_no_batch_norms_36(self, tmp_path):
+    def test_layers_that_are_no_batch_norms_stay_right(self, tmp_path):
         """InstanceNorm with running statistics and channels-last LayerNorm stay right beside a patched norm."""
 
         class Last(nn.LayerNorm):
@@ -208,7 +205,7 @@ class TestFiles:
         assert operators(tmp_path / "m.onnx")["LayerNormalization"] == 1
 
     @pytest.mark.parametrize("package", ["onnx", "onnxruntime", "onnxscript"])
-    def test_a_missing_package_37(self, tmp_path, package):
+    def test_a_missing_package_is_named(self, tmp_path, package):
         """A package that is not installed is named with the command that installs it, without a traceback."""
         (tmp_path / "net.py").write_text(
             "from torch import nn\ndef build():\n    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))\n"

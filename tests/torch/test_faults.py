@@ -1,7 +1,4 @@
-"""The verifier on files with a known fault, all of which it catches, and on correct ones, none of which it fails.
-
-Test names end in the number of the hard case they settle (of 38).
-"""
+"""The verifier on files with a known fault, all of which it catches, and on correct ones, none of which it fails."""
 
 import copy
 
@@ -77,7 +74,7 @@ def patched(model, images):
         (one_nan, "conv"),
     ],
 )
-def test_faults_28(patched, images, tmp_path, fault, layer):
+def test_each_fault_of_an_exporter_fails(patched, images, tmp_path, fault, layer):
     """Each way an exporter goes wrong fails, and the first layer that shows it is named."""
     wrong = copy.deepcopy(patched)
     with torch.no_grad():
@@ -88,7 +85,7 @@ def test_faults_28(patched, images, tmp_path, fault, layer):
     assert verdict.first_diverging == layer
 
 
-def test_large_and_small_inputs_29(patched, images, tmp_path):
+def test_large_and_small_inputs_pass(patched, images, tmp_path):
     """A correct file passes on real inputs ten and a hundred times as large."""
     path = export(patched, tmp_path / "m.onnx", images)
     data = [(images * factor).numpy() for factor in (10, 100)]
@@ -99,7 +96,7 @@ def test_large_and_small_inputs_29(patched, images, tmp_path):
     assert [check.inputs for check in verdict.checks][-4:] == ["data"] * 4
 
 
-def test_outputs_near_zero_29(images, tmp_path):
+def test_outputs_near_zero_pass(images, tmp_path):
     """Neither outputs that are all tiny nor a few among large ones fail a correct file."""
     for weights in (torch.full((5,), 1e-9), torch.tensor([1.0, 1e-9, 1.0, -1e-9, 0.0])):
         model = trained_(Residual())
@@ -144,7 +141,7 @@ class InstanceNorm(nn.Module):
         return nn.functional.instance_norm(x)
 
 
-def test_an_ill_conditioned_input_10(tmp_path):
+def test_an_ill_conditioned_input_passes_until_all_is_lost(tmp_path):
     """Far from zero the model itself is inexact: a file as inexact passes, one that loses everything fails."""
     far = [np.random.default_rng(0).normal(1e4, 1, (2, 3, 12, 12)).astype(np.float32)]
     right, wrong = (instance_norm(tmp_path / f"{centred}.onnx", centred=centred) for centred in (True, False))
@@ -167,7 +164,7 @@ class Dropping(nn.Module):
         return nn.functional.dropout(x, training=True)
 
 
-def test_random_at_inference_31(tmp_path):
+def test_a_model_random_at_inference_is_told_so(tmp_path):
     """A model that is random is told so, and the export is not blamed."""
     verdict = normswap.verify(Dropping(), instance_norm(tmp_path / "m.onnx", centred=True))
 
@@ -200,7 +197,7 @@ def exponential(path, shift=0.0):
     return path
 
 
-def test_a_model_that_overflows_27(tmp_path):
+def test_a_model_that_overflows_is_no_reference(tmp_path):
     """Where the model itself overflows on scaled inputs those are left out; on plain ones it is no reference."""
     path = exponential(tmp_path / "m.onnx")
     verdict = normswap.verify(Exponential(), path)
@@ -214,7 +211,7 @@ def test_a_model_that_overflows_27(tmp_path):
     assert verdict.first_infinite == "output of Exp"
 
 
-def test_external_data_32(patched, images, tmp_path):
+def test_external_data_is_compared_too(patched, images, tmp_path):
     """A file with its weights beside it passes, and fails when they are another model's."""
     path = export(patched, tmp_path / "m.onnx", images)
     onnx.save(onnx.load(path), path, save_as_external_data=True, location="m.onnx.data", size_threshold=256)
@@ -226,7 +223,7 @@ def test_external_data_32(patched, images, tmp_path):
     assert normswap.verify(patched, path).first_diverging == "stem.0"
 
 
-def test_a_missing_provider_54(patched, images, tmp_path):
+def test_a_missing_provider_is_an_error(patched, images, tmp_path):
     """A provider that is not there is an error, not a verdict."""
     path = export(patched, tmp_path / "m.onnx", images)
     assert normswap.verify(patched, path, providers=["auto"])
@@ -234,7 +231,7 @@ def test_a_missing_provider_54(patched, images, tmp_path):
         normswap.verify(patched, path, providers=["cpu", "dml"])
 
 
-def test_auto_leaves_out_what_does_not_start_54(patched, images, tmp_path, monkeypatch):
+def test_auto_leaves_out_what_does_not_start(patched, images, tmp_path, monkeypatch):
     """A provider that is listed but does not start is an error where it was named, and a note under ``auto``."""
     import onnxruntime
 

@@ -1,7 +1,4 @@
-"""The patcher on PyTorch models: which layers are chosen, what is refused, and how a recipe replays it.
-
-The hard cases have files of their own, ``test_cases_*.py``.
-"""
+"""The patcher on PyTorch models: which layers are chosen, what is refused, and how a recipe replays it."""
 
 import copy
 import re
@@ -16,8 +13,8 @@ from normswap import BatchRenorm, GroupNorm, Recipe, SwitchNorm
 from normswap.errors import InputError, NormswapError, UnsupportedError
 
 from .conftest import TARGETS, exactly, fingerprint, trained_
-from .test_cases_models import Functional, Unregistered, quantization_aware
-from .test_cases_types import FrozenBatchNorm2d, WithActivation
+from .test_patch_model_kinds import Functional, Unregistered, quantization_aware
+from .test_patch_norm_types import FrozenBatchNorm2d, WithActivation
 
 
 def damaged():

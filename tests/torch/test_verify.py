@@ -1,7 +1,4 @@
-"""Verification of ONNX files against PyTorch models: every fault is caught, no correct file fails.
-
-Test names end in the number of the hard case they settle (of 38).
-"""
+"""Verification of ONNX files against PyTorch models: every fault is caught, no correct file fails."""
 
 import json
 import shutil
@@ -45,7 +42,7 @@ class TestVerify:
         initializer.CopyFrom(numpy_helper.from_array(array, name))
         onnx.save(proto, path)
 
-    def test_a_good_file_20_30(self, exported):
+    def test_a_good_file_passes(self, exported):
         """Every batch size and input scale passes with optimisation off and on."""
         verdict = normswap.verify(*exported)
 
@@ -60,7 +57,7 @@ class TestVerify:
         assert json.loads(json.dumps(verdict.to_dict()))["passed"] is True
 
     @pytest.mark.parametrize("target", ["brn", "sn", "gn"])
-    def test_any_initializer_off_by_a_hundredth_28(self, model, images, tmp_path, target):
+    def test_any_initializer_off_by_a_hundredth_fails(self, model, images, tmp_path, target):
         """Each float initializer multiplied by 1.01 fails, and the layer it belongs to is named."""
         path = tmp_path / "m.onnx"
         normswap.patch(model, target)
@@ -81,7 +78,7 @@ class TestVerify:
 
         assert {"stem.1", "bn", "head"} <= named
 
-    def test_nan_fails_27_28(self, exported):
+    def test_nan_fails(self, exported):
         """A NaN weight is no pass, as it is where NaN is compared with a bound."""
         model, path = exported
         self.corrupt(path, "head.weight", lambda a: a * np.nan)
@@ -98,7 +95,7 @@ class TestVerify:
         )
         assert verdict.to_dict()["first_infinite"] == "output of Gemm"
 
-    def test_the_message_53(self, exported):
+    def test_the_message_says_how_much_and_where(self, exported):
         """A failure says by how much and on which input, where, and what tolerance would pass."""
         model, path = exported
         self.corrupt(path, "head.weight", lambda a: a * 1.01)
@@ -116,7 +113,7 @@ class TestVerify:
         )
 
     @pytest.mark.parametrize("factor", [1e-3, 10, 100])
-    def test_the_scale_of_the_input_does_not_matter_29(self, exported, images, factor):
+    def test_the_scale_of_the_input_does_not_matter(self, exported, images, factor):
         """A correct file passes for inputs of any scale."""
         assert normswap.verify(*exported, data=[(images * factor).numpy()])
 
@@ -142,11 +139,11 @@ class TestVerify:
         assert not verdict
         assert verdict.problems == ("expected the outputs output, received scores",)
 
-    def test_inputs_of_another_name_23(self, exported):
+    def test_inputs_of_another_name_fail(self, exported):
         """Inputs that are not the model's by name fail before anything is run."""
         assert normswap.verify(nn.Linear(3, 2), exported[1]).problems == ("expected the inputs input, received x",)
 
-    def test_inputs_the_model_has_not_24(self, exported):
+    def test_inputs_the_model_has_not_fail(self, exported):
         """An input the exporter made of a constant is an input the model does not have."""
         model, path = exported
         proto = onnx.load(path)
@@ -168,7 +165,7 @@ class TestVerify:
             "multiplied (36x12 and 7x2)",
         )
 
-    def test_declared_outputs_23(self, exported):
+    def test_a_wrongly_declared_output_fails(self, exported):
         """A file that declares another shape than the model returns fails."""
         model, path = exported
         proto = onnx.load(path)
@@ -184,13 +181,13 @@ class TestVerify:
             (b"not a graph at all", "it is damaged or cut short"),
         ],
     )
-    def test_what_is_no_model_49(self, model, tmp_path, content, message):
+    def test_what_is_no_model_is_refused(self, model, tmp_path, content, message):
         """An empty or damaged file is refused as input."""
         (tmp_path / "m.onnx").write_bytes(content)
         with pytest.raises(InputError, match=message):
             normswap.verify(model, tmp_path / "m.onnx")
 
-    def test_export_promotes_no_wrong_file_28(self, model, images, tmp_path, monkeypatch):
+    def test_export_promotes_no_wrong_file(self, model, images, tmp_path, monkeypatch):
         """If the exported file computes something else, the command fails, and the old file stays."""
         from normswap.export import fold
 

@@ -1,7 +1,4 @@
-"""What the verifier runs a file on: free heights and widths, several inputs, and float16.
-
-Test names end in the number of the hard case they settle (of 38).
-"""
+"""What the verifier runs a file on: free heights and widths, several inputs, and float16."""
 
 import numpy as np
 import onnx
@@ -49,7 +46,7 @@ def spatial(model, path):
 
 
 class TestFreeSizes:
-    def test_two_sizes_21(self, tmp_path):
+    def test_every_other_batch_has_another_size(self, tmp_path):
         """Where height and width are free, every other batch has another size, the second an odd one."""
         model = trained_(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)))
         normswap.to_onnx(model, tmp_path / "m.onnx", example=torch.zeros(2, 3, 12, 12), check=False)
@@ -59,7 +56,7 @@ class TestFreeSizes:
         assert verdict.notes == ()
         assert set(sizes) == {SIZES[0][:2], SIZES[1][:2]} == {(64, 64), (77, 101)}
 
-    def test_one_name_is_one_size_21(self, tmp_path):
+    def test_one_name_is_one_size(self, tmp_path):
         """Dimensions of one name are given one size."""
         model = trained_(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)))
         normswap.to_onnx(model, tmp_path / "m.onnx", example=torch.zeros(2, 3, 12, 12), check=False)
@@ -68,7 +65,7 @@ class TestFreeSizes:
         assert verdict
         assert set(sizes) == {(64, 64), (77, 77)}
 
-    def test_sizes_the_model_does_not_take_21(self, tmp_path):
+    def test_sizes_the_model_does_not_take_are_passed_over(self, tmp_path):
         """A size on which the model itself fails is no fault of the file: the next is tried."""
         model = Strided().eval()
         normswap.to_onnx(model, tmp_path / "m.onnx", example=torch.zeros(2, 3, 12, 12), check=False)
@@ -77,7 +74,7 @@ class TestFreeSizes:
         assert verdict
         assert {size for size in sizes if size[1] % 4 == 0} == {(64, 64), (96, 160)}
 
-    def test_a_file_right_at_one_size_only_21_53(self, tmp_path):
+    def test_a_file_right_at_one_size_only_fails(self, tmp_path):
         """A file that says it takes any size and does not is a failure, with what onnxruntime says."""
         shape = helper.make_tensor("shape", TensorProto.INT64, [2], [-1, 3 * 64 * 64])
         values = [
@@ -111,7 +108,7 @@ class Two(nn.Module):
         return {"scores": y, "sum": y + self.head(self.table(index))}
 
 
-def test_several_inputs_and_outputs_23(tmp_path):
+def test_several_inputs_and_outputs_are_compared_by_name(tmp_path):
     """Inputs of all types are drawn, outputs are compared by name, and an order that is not the model's fails."""
     model = Two().eval()
     path = tmp_path / "m.onnx"
@@ -135,7 +132,7 @@ def test_several_inputs_and_outputs_23(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["dtype", "rank", "size"])
-def test_outputs_as_declared_23(how, tmp_path):
+def test_outputs_otherwise_than_declared_fail(how, tmp_path):
     """A file whose outputs are of another type, rank or size than the model's fails before a number is compared."""
     shape = {"dtype": ["batch", 4], "rank": ["batch", 4, 1], "size": ["batch", 4]}[how]
     kind = TensorProto.DOUBLE if how == "dtype" else TensorProto.FLOAT
@@ -188,7 +185,7 @@ def halved(path, *, inputs):
 
 class TestHalf:
     @pytest.mark.parametrize("inputs", [True, False])
-    def test_a_correct_file_16(self, model, images, tmp_path, inputs):
+    def test_a_correct_file_passes(self, model, images, tmp_path, inputs):
         """A float16 file passes with bounds of its own, in onnxruntime and in ONNX's own evaluator."""
         normswap.patch(model, "brn")
         normswap.to_onnx(model, tmp_path / "m.onnx", example=images, check=False)
@@ -200,7 +197,7 @@ class TestHalf:
         assert "x100" not in {check.inputs for check in verdict.checks}
         assert 1e-5 < verdict.max_rel < 2e-3
 
-    def test_a_fault_16(self, model, images, tmp_path):
+    def test_a_fault_is_found_in_its_layer(self, model, images, tmp_path):
         """A fault above what float16 rounds is found in its layer, even where the outputs hardly show it."""
         path = tmp_path / "m.onnx"
         normswap.patch(model, "brn")
@@ -215,7 +212,7 @@ class TestHalf:
         assert verdict.first_diverging == "bn"
         assert not verdict
 
-    def test_what_overflows_16(self, tmp_path):
+    def test_what_overflows_is_found(self, tmp_path):
         """Squares of activations around 600 overflow in float16; onnxruntime on the CPU does not show it."""
         values = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["batch", 8]) for name in ("x", "output")]
         large = numpy_helper.from_array(np.array(600, np.float16), "large")
@@ -255,7 +252,7 @@ def test_data_for_a_file_of_several_inputs(tmp_path):
     assert "data" in {check.inputs for check in verdict.checks}
 
 
-def test_a_model_that_normalizes_by_its_batch_19(images, tmp_path):
+def test_a_model_that_normalizes_by_its_batch_is_held_at_every_size(images, tmp_path):
     """A file made at one batch size of a model that mixes its batch is held to the model at every size."""
     model = trained_(Residual())
     normswap.to_onnx(model, tmp_path / "m.onnx", example=images, check=False)
@@ -266,7 +263,7 @@ def test_a_model_that_normalizes_by_its_batch_19(images, tmp_path):
     assert normswap.verify(model, tmp_path / "m.onnx").first_diverging == "stem.1"
 
 
-def test_scaled_inputs_that_float32_does_not_determine_29(tmp_path):
+def test_scaled_inputs_that_float32_does_not_determine_are_left_out(tmp_path):
     """Where a model loses its digits on inputs x100, as sines of ten thousands do, those are left out, noted."""
 
     class Waves(nn.Sequential):

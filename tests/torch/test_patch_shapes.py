@@ -1,4 +1,4 @@
-"""The hard cases 34 to 40, and 50: shapes, widths and what surrounds a norm."""
+"""Shapes, widths and what surrounds a norm."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ from normswap.errors import UnsupportedError
 from .conftest import TARGETS, Residual, exactly, refusal, trained_
 
 
-def test_case_34_vectors():
+def test_vectors_have_single_values():
     """An example shows single values: one channel per group is refused, few values are noted."""
     model = trained_(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)))
     example = torch.randn(3, 6)
@@ -40,7 +40,7 @@ def test_case_34_vectors():
 
 
 @pytest.mark.parametrize("start", ["warm", "even"])
-def test_case_34_switch_norm_on_1x1_maps(start):
+def test_switch_norm_on_1x1_maps_allows_for_its_instance_gate(start):
     """On 1x1 maps the carry-over allows for the instance gate; the example says which they are."""
     model = trained_(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(64)))
     generator = torch.Generator().manual_seed(0)
@@ -55,7 +55,7 @@ def test_case_34_switch_norm_on_1x1_maps(start):
 
 @pytest.mark.parametrize("target", ["sn", "gn", "brn"])
 @pytest.mark.parametrize("shape", [(1, 4, 5, 5), (2, 4, 1, 1)])
-def test_case_35_single_samples_and_single_values_are_finite(target, shape):
+def test_single_samples_and_single_values_are_finite(target, shape):
     """A batch of one and maps of one value train without a NaN, forward and backward."""
     model = trained_(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
     x = torch.randn(*shape)
@@ -68,7 +68,7 @@ def test_case_35_single_samples_and_single_values_are_finite(target, shape):
 
 
 @pytest.mark.parametrize("channels", [16, 24, 40, 72, 112, 728, 17])
-def test_case_36_indivisible_channels(channels):
+def test_indivisible_channels_take_the_common_divisor(channels):
     """With indivisible="gcd" real widths are patched, a prime one with a single group."""
     model = trained_(nn.Sequential(nn.BatchNorm2d(channels)))
     report = normswap.patch(model, GroupNorm(groups=32, indivisible="gcd"))
@@ -96,7 +96,7 @@ class Reparameterizable(nn.Module):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_case_37_a_block_that_reads_running_statistics_is_noted(target):
+def test_a_block_that_reads_running_statistics_is_noted(target):
     """The plan names the method that would fold what is no BatchNorm any more; a BatchRenorm it may fold."""
     model = nn.Sequential(nn.BatchNorm2d(3), Reparameterizable())
     first, second = normswap.plan(model, target).decisions
@@ -109,7 +109,7 @@ def test_case_37_a_block_that_reads_running_statistics_is_noted(target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_case_38_an_activation_in_place(images, target):
+def test_an_activation_in_place_trains_as_another(images, target):
     """An activation that overwrites the replacement's output trains as one that does not."""
     gradients = []
     for inplace in (True, False):
@@ -124,7 +124,7 @@ def test_case_38_an_activation_in_place(images, target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_case_39_zero_gammas_stay(model, target):
+def test_zero_gammas_stay(model, target):
     """A zero-initialised last norm of a block still closes the branch."""
     nn.init.zeros_(model.bn.weight)
     normswap.patch(model, target)
@@ -152,7 +152,7 @@ def work(rank, path, models, x, results):
     dist.destroy_process_group()
 
 
-def test_case_40_two_processes_keep_one_model(tmp_path):
+def test_two_processes_keep_one_model(tmp_path):
     """Parameters agree over processes; running statistics do where buffers are broadcast, and GN has none."""
     models = [normswap.patch(trained_(Residual()), target).model.train() for target in ("gn", "sn", "brn")]
     x = torch.randn(2, 2, 3, 3, 12, 12) * torch.tensor([1.0, 3.0]).view(2, 1, 1, 1, 1, 1)
@@ -176,7 +176,7 @@ def build():
 """
 
 
-def test_case_50_the_command_line(tmp_path):
+def test_the_command_line_plans_and_overwrites_nothing(tmp_path):
     """A dry run exits 0 with the plan and writes nothing; an output that exists is refused, a pickle unread."""
     (tmp_path / "net.py").write_text(CODE)
     model = f"{tmp_path}/net.py:build"

@@ -1,4 +1,4 @@
-"""The hard cases 10 to 17: BatchNorms that are more, or less, than a BatchNorm."""
+"""BatchNorms that are more, or less, than a BatchNorm."""
 
 import copy
 import pickle
@@ -53,7 +53,7 @@ def fused():
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_case_10_batch_norm_act_keeps_activation_and_drop(fused, images, target):
+def test_batch_norm_act_keeps_activation_and_drop(fused, images, target):
     """The replacement's output is act(drop(norm(x))), in training and inference, for hooks, copies and undo too."""
     original, keys = copy.deepcopy(fused), set(fused.state_dict())
     norm, seen = fused[1], []
@@ -87,7 +87,7 @@ def unused_statistics(target):
 
 
 @pytest.mark.parametrize(("target", "folded"), [("brn", {"1": "Conv", "3": "Conv"}), ("sn", {}), ("gn", {})])
-def test_case_10_a_fused_activation_is_exported(fused, images, tmp_path, target, folded):
+def test_a_fused_activation_is_exported(fused, images, tmp_path, target, folded):
     """The ONNX file of a patched model is proved, and a BatchRenorm before an activation is folded."""
     normswap.patch(fused, target)
     report = normswap.to_onnx(fused, tmp_path / "model.onnx", example=images)
@@ -96,7 +96,7 @@ def test_case_10_a_fused_activation_is_exported(fused, images, tmp_path, target,
     assert report.folded == folded
 
 
-def test_case_10_one_hot_gates_before_an_activation_are_folded(fused, images, tmp_path):
+def test_one_hot_gates_before_an_activation_are_folded(fused, images, tmp_path):
     """A SwitchNorm that is a BatchNorm is exported as one, its activation kept."""
     normswap.patch(fused, normswap.SwitchNorm("exact"))
     report = normswap.to_onnx(fused, tmp_path / "model.onnx", example=images)
@@ -105,7 +105,7 @@ def test_case_10_one_hot_gates_before_an_activation_are_folded(fused, images, tm
     assert report.folded == {"1": "Conv", "3": "Conv"}
 
 
-def test_case_10_calibration_looks_before_the_activation(fused, images):
+def test_calibration_looks_before_the_activation(fused, images):
     """Scale and shift are solved for what the norm computes, not for what is left of it after the activation."""
     original = copy.deepcopy(fused)
     normswap.patch(fused, "gn")
@@ -130,7 +130,7 @@ def relu_after(module, y):
     return y.relu()
 
 
-def test_case_11_an_overridden_forward_is_refused():
+def test_an_overridden_forward_is_refused():
     """A subclass that computes more would lose it, so it is named, with the way out."""
     message = refusal(
         "0 (WithActivation): WithActivation overrides forward, which a replacement would lose: "
@@ -141,7 +141,7 @@ def test_case_11_an_overridden_forward_is_refused():
 
 
 @pytest.mark.parametrize("by", [WithActivation, f"{__name__}.WithActivation"])
-def test_case_11_a_registered_subclass_keeps_what_it_adds(monkeypatch, images, by):
+def test_a_registered_subclass_keeps_what_it_adds(monkeypatch, images, by):
     """Registered by class or by name, a subclass is replaced and its addition lives on; its subclasses too."""
 
     class Renamed(WithActivation):
@@ -164,13 +164,13 @@ def test_case_11_a_registered_subclass_keeps_what_it_adds(monkeypatch, images, b
         ((WithActivation, "relu"), "expected a function of module and tensor, received after='relu'"),
     ],
 )
-def test_case_11_only_classes_and_functions_are_registered(arguments, message):
+def test_only_classes_and_functions_are_registered(arguments, message):
     """What cannot work later is refused at once."""
     with pytest.raises(TypeError, match=exactly(message)):
         normswap.register_batch_norm(*arguments)
 
 
-def test_case_11_a_subclass_that_computes_the_same_is_patched(images):
+def test_a_subclass_that_computes_the_same_is_patched(images):
     """A subclass without a forward of its own is a BatchNorm; its children and attributes stay."""
 
     class Renamed(nn.BatchNorm2d):
@@ -189,7 +189,7 @@ def test_case_11_a_subclass_that_computes_the_same_is_patched(images):
 
 
 @pytest.mark.parametrize("base", [nn.BatchNorm2d, BatchNormAct2d])
-def test_case_11_a_subclass_that_overrides_train_is_refused(base):
+def test_a_subclass_that_overrides_train_is_refused(base):
     """A BatchNorm that stays in eval mode by itself would not any more, whatever else is known of it."""
 
     class Still(base):
@@ -205,7 +205,7 @@ def test_case_11_a_subclass_that_overrides_train_is_refused(base):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_case_12_sync_batch_norm(tmp_path, target):
+def test_sync_batch_norm_keeps_its_process_group(tmp_path, target):
     """An example tells its rank, its process group is kept for the batch statistics, and it trains on the CPU."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
@@ -227,7 +227,7 @@ def test_case_12_sync_batch_norm(tmp_path, target):
     assert torch.isfinite(expected).all()
 
 
-def test_case_12_sync_batch_norm_without_an_example():
+def test_sync_batch_norm_without_an_example_asks_for_its_rank():
     """GroupNorm takes any rank as well; for the others the rank is asked for."""
     reason = "a SyncBatchNorm takes any number of dimensions: give an example input to see how many there are"
     with pytest.raises(UnsupportedError, match=exactly(refusal(f"0 (SyncBatchNorm): {reason}"))):
@@ -236,7 +236,7 @@ def test_case_12_sync_batch_norm_without_an_example():
     assert normswap.patch(nn.Sequential(nn.SyncBatchNorm(4)), "gn").replaced[0].action == "replace"
 
 
-def test_case_12_ranks():
+def test_each_rank_becomes_the_layer_of_its_rank():
     """Each rank of BatchNorm becomes the layer of its rank."""
     model = nn.ModuleList([nn.BatchNorm1d(4), nn.BatchNorm2d(4), nn.BatchNorm3d(4)])
     normswap.patch(model, "sn")
@@ -244,7 +244,7 @@ def test_case_12_ranks():
     assert [type(m) for m in model] == [SwitchNorm1d, SwitchNorm2d, SwitchNorm3d]
 
 
-def test_case_13_frozen_batch_norm_is_left_alone_and_reported(images):
+def test_frozen_batch_norm_is_left_alone_and_reported(images):
     """A frozen backbone has no batch statistics to get rid of: by default it stays, with the reason."""
     model = trained_(nn.Sequential(FrozenBatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
     report = normswap.patch(model, "gn")
@@ -256,7 +256,7 @@ def test_case_13_frozen_batch_norm_is_left_alone_and_reported(images):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_case_13_frozen_batch_norm_is_replaced_if_included(images, target):
+def test_frozen_batch_norm_is_replaced_if_included(images, target):
     """Named by a pattern it is replaced, by a layer whose parameters do not learn, and comes back as it was."""
     model = nn.Sequential(FrozenBatchNorm2d(3)).eval()
     fresh, before, keys = copy.deepcopy(model), model(images), list(model.state_dict())
@@ -272,7 +272,7 @@ def test_case_13_frozen_batch_norm_is_replaced_if_included(images, target):
     assert list(model.state_dict()) == keys
 
 
-def test_case_14_lazy_batch_norm():
+def test_lazy_batch_norm_needs_a_forward_pass():
     """An uninitialised BatchNorm needs one forward pass, its own or that of the plan."""
     message = refusal("0 (LazyBatchNorm2d): not initialised yet: run one forward pass first, or give an example input")
     with pytest.raises(UnsupportedError, match=exactly(message)):
@@ -284,7 +284,7 @@ def test_case_14_lazy_batch_norm():
     assert len(normswap.patch(nn.Sequential(nn.LazyBatchNorm2d()), "gn", example=torch.ones(2, 3, 4, 4)).replaced) == 1
 
 
-def test_case_15_other_norms_are_left_alone():
+def test_other_norms_are_left_alone():
     """InstanceNorm, GroupNorm and LayerNorm are no sites."""
     model = nn.Sequential(
         nn.InstanceNorm2d(4, track_running_stats=True), nn.GroupNorm(2, 4), nn.LayerNorm(4), nn.BatchNorm2d(4)
@@ -295,7 +295,7 @@ def test_case_15_other_norms_are_left_alone():
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("options", [{"affine": False}, {"bias": False}])
-def test_case_16_missing_parameters(images, target, options):
+def test_missing_parameters_are_created_where_needed(images, target, options):
     """What needs a scale and shift to keep the function gets one that learns; a BatchRenorm needs none."""
     model = trained_(nn.Sequential(nn.BatchNorm2d(3, **options)))
     full = trained_(nn.Sequential(nn.BatchNorm2d(3)))
@@ -314,7 +314,7 @@ def test_case_16_missing_parameters(images, target, options):
 
 
 @pytest.mark.parametrize("target", ["sn", "gn", "brn"])
-def test_case_17_without_running_statistics(target):
+def test_without_running_statistics_gamma_and_beta_are_copied(target):
     """There is nothing to match: gamma and beta are copied and the plan says so."""
     model = nn.Sequential(nn.BatchNorm2d(4, track_running_stats=False))
     torch.nn.init.uniform_(model[0].weight)
@@ -326,7 +326,7 @@ def test_case_17_without_running_statistics(target):
 
 
 @pytest.mark.parametrize("target", ["sn", "brn"])
-def test_case_17_a_cumulative_average_stays_one(target):
+def test_a_cumulative_average_stays_one(target):
     """momentum=None goes on averaging all batches alike, from the count that was there."""
     model = nn.Sequential(nn.BatchNorm2d(2, momentum=None))
     batches = torch.randn(4, 3, 2, 5, 5, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Hard cases 47 and 48: compiled models, and models that Keras saves as the arguments of their class.
+"""Compiled models, and models that Keras saves as the arguments of their class.
 
 `test_backends` runs these tests on the other backends too.
 """
@@ -46,7 +46,7 @@ def fit(images):
 
 
 @pytest.mark.parametrize("kind", ["functional", "nested", "subclassed"])
-def test_case_47_traced_functions_are_dropped(kind, make, images):
+def test_traced_functions_are_dropped(kind, make, images):
     """A model that has predicted and evaluated computes the new function at once, and the old one again after undo."""
     model = make(kind)
     labels = np.zeros_like(output(model, images))
@@ -67,7 +67,7 @@ def test_case_47_traced_functions_are_dropped(kind, make, images):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_case_47_a_compiled_model_trains_on(target, make, fit, images):
+def test_a_compiled_model_trains_on(target, make, fit, images):
     """After a patch in mid-training fit goes on: every variable trains; optimizer, step, loss and metrics stay."""
     model, optimizer = make("functional"), keras.optimizers.Adam(1e-3)
     model.compile(optimizer, "mse", metrics=["mae"])
@@ -97,7 +97,7 @@ def test_case_47_a_compiled_model_trains_on(target, make, fit, images):
         report.undo()
 
 
-def test_case_47_an_undone_model_trains_on(make, fit):
+def test_an_undone_model_trains_on(make, fit):
     """Undo before training gives the optimizer, still the same object, its old variables and state back."""
     model, optimizer = make("functional"), keras.optimizers.SGD(1e-3, momentum=0.9)
     model.compile(optimizer, "mse")
@@ -109,7 +109,7 @@ def test_case_47_an_undone_model_trains_on(make, fit):
     fit(model)
 
 
-def test_case_47_an_unbuilt_optimizer_is_left_alone(make, fit):
+def test_an_unbuilt_optimizer_is_left_alone(make, fit):
     """A model compiled but not trained yet keeps its optimizer object."""
     model, optimizer = make("functional"), keras.optimizers.SGD()
     model.compile(optimizer, "mse")
@@ -134,7 +134,7 @@ def built_net():
 BUILDS = [Backbone, nested_backbone, built_net]
 
 
-def test_case_48_saved_and_loaded_in_a_fresh_process(train, images, tmp_path):
+def test_classes_load_in_a_fresh_process(train, images, tmp_path):
     """A .keras file of classes that rebuild their layers loads bit-equal, with no custom_objects."""
     expected = {}
     for build in BUILDS:
@@ -152,7 +152,7 @@ def test_case_48_saved_and_loaded_in_a_fresh_process(train, images, tmp_path):
 
 @pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("target", TARGETS)
-def test_case_48_copies_and_weights(build, target, train, images, tmp_path):
+def test_copies_and_weight_files_compute_the_same(build, target, train, images, tmp_path):
     """Copies compute the same and know their replacements; .weights.h5 goes back into the model."""
     model = train(build())
     report = patch(model, as_target(target))
@@ -167,7 +167,7 @@ def test_case_48_copies_and_weights(build, target, train, images, tmp_path):
     np.testing.assert_array_equal(output(model, images), expected)
 
 
-def test_case_48_class_and_attributes_survive(make, images):
+def test_class_and_attributes_survive(make, images):
     """A patched Functional subclass is of its class, with the name and all it held; undo gives back the very class."""
     model = make("backbone")
     patch(copied := copy.deepcopy(model), SwitchNorm())

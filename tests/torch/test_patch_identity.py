@@ -1,4 +1,4 @@
-"""The hard cases 1 to 9: what is one object stays one object, and a patch is whole, repeatable and undoable."""
+"""What is one object stays one object, and a patch is whole, repeatable and undoable."""
 
 import copy
 
@@ -15,7 +15,7 @@ from .conftest import TARGETS, batch_norms, exactly, fingerprint, refusal, train
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_case_01_twice_in_one_parent(target):
+def test_twice_in_one_parent_is_one_replacement(target):
     """Both names lead to the one replacement."""
     norm = nn.BatchNorm2d(4)
     model = nn.Sequential(norm, nn.ReLU(), norm)
@@ -26,7 +26,7 @@ def test_case_01_twice_in_one_parent(target):
     assert report.replaced[0].site.aliases == ("2",)
 
 
-def test_case_02_in_two_parents():
+def test_shared_by_two_parents_is_one_replacement():
     """A BatchNorm shared by two parents becomes one object, which keeps the statistics it had."""
     norm = trained_(nn.BatchNorm2d(4))
     statistics = norm.running_mean
@@ -38,7 +38,7 @@ def test_case_02_in_two_parents():
     assert model[1][0].running_mean is statistics
 
 
-def test_case_03_in_a_plain_list(images):
+def test_reached_through_a_plain_list(images):
     """A forward that reaches the norm through a plain list runs the replacement."""
 
     class Listed(nn.Module):
@@ -58,7 +58,7 @@ def test_case_03_in_a_plain_list(images):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_case_04_the_root_is_a_batch_norm(target):
+def test_the_root_is_a_batch_norm(target):
     """A bare BatchNorm is patched like any; the report's model is the object itself."""
     model = nn.BatchNorm2d(4)
     report = normswap.patch(model, target)
@@ -67,7 +67,7 @@ def test_case_04_the_root_is_a_batch_norm(target):
     assert not isinstance(model, nn.BatchNorm2d)
 
 
-def test_case_05_not_in_place(model):
+def test_not_in_place_leaves_the_model_as_it_was(model):
     """inplace=False leaves the model bit-identical, hooks that cannot be pickled included."""
     model.bn.register_forward_hook(lambda module, inputs, output: None)
     before = fingerprint(model)
@@ -79,7 +79,7 @@ def test_case_05_not_in_place(model):
     assert batch_norms(report.model) == []
 
 
-def test_case_06_patching_twice(model):
+def test_patching_twice_changes_nothing(model):
     """A second patch with the same target changes nothing and counts what was done before."""
     normswap.patch(model, "sn")
     before = fingerprint(model)
@@ -89,7 +89,7 @@ def test_case_06_patching_twice(model):
     assert str(report) == "0 replaced, 2 already patched, 0 skipped"
 
 
-def test_case_06_another_target_on_a_patched_model(model):
+def test_another_target_on_a_patched_model_is_refused(model):
     """Another kind on a patched layer is refused by name."""
     normswap.patch(model, "sn")
     reason = "already patched to sn: undo that first, or patch the original model to gn"
@@ -99,7 +99,7 @@ def test_case_06_another_target_on_a_patched_model(model):
 
 
 @pytest.mark.parametrize("target", [*TARGETS, SwitchNorm("even", "frozen"), SwitchNorm("warm", "none")])
-def test_case_07_undo(model, images, target):
+def test_undo_restores_everything(model, images, target):
     """undo() restores types, keys and outputs bit for bit, and leaves neither mark nor hook behind."""
     before, output = fingerprint(model), model(images)
     contents = {name: set(vars(module)) for name, module in model.named_modules()}
@@ -116,7 +116,7 @@ def test_case_07_undo(model, images, target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_case_07_undo_in_another_dtype(model, images, target):
+def test_undo_follows_the_models_dtype(model, images, target):
     """A model that was moved since gets its BatchNorms back where it is."""
     report = normswap.patch(model, target)
     model.double()
@@ -126,7 +126,7 @@ def test_case_07_undo_in_another_dtype(model, images, target):
     assert model(images.double()).dtype == torch.float64
 
 
-def test_case_07_undo_after_training_is_refused(model):
+def test_undo_after_training_is_refused(model):
     """Once a GroupNorm has been trained no BatchNorm computes what it does."""
     report = normswap.patch(model, "gn")
     with torch.no_grad():
@@ -139,7 +139,7 @@ def test_case_07_undo_after_training_is_refused(model):
         report.undo()
 
 
-def test_case_07_undo_of_a_trained_batch_renorm_keeps_what_it_learned(model, images):
+def test_undo_of_a_trained_batch_renorm_keeps_what_it_learned(model, images):
     """A BatchRenorm computes a BatchNorm, so undo gives the BatchNorm with the trained values, moved ones too."""
     report = normswap.patch(model, "brn")
     model.double()
@@ -153,7 +153,7 @@ def test_case_07_undo_of_a_trained_batch_renorm_keeps_what_it_learned(model, ima
     torch.testing.assert_close(model(images.double()), output)
 
 
-def test_case_08_all_or_nothing():
+def test_all_are_replaced_or_none():
     """One layer of fifty that cannot be replaced: the model stays as it was, the layer is named."""
     model = trained_(nn.Sequential(*[nn.BatchNorm2d(12 if k == 30 else 16) for k in range(50)]))
     before = fingerprint(model)
@@ -168,7 +168,7 @@ def test_case_08_all_or_nothing():
     assert len(batch_norms(model)) == 50
 
 
-def test_case_08_a_bad_value_is_found_before_anything_is_touched():
+def test_a_bad_value_is_found_before_anything_is_touched():
     """A NaN statistic in the last layer leaves the first untouched too."""
     model = trained_(nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4)))
     model[1].running_var[2] = torch.nan
@@ -179,7 +179,7 @@ def test_case_08_a_bad_value_is_found_before_anything_is_touched():
     assert batch_norms(model) == ["0", "1"]
 
 
-def test_case_08_a_failure_half_way_is_taken_back(model, images, monkeypatch):
+def test_a_failure_half_way_is_taken_back(model, images, monkeypatch):
     """An error while the second layer is put in place restores the first as well."""
     before, output = fingerprint(model), model(images)
     calls = []
@@ -201,7 +201,7 @@ def test_case_08_a_failure_half_way_is_taken_back(model, images, monkeypatch):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_case_09_no_selected_batch_norm_remains(model, target):
+def test_no_selected_batch_norm_remains(model, target):
     """What the report says was replaced is replaced, and what it skipped is there, with the reason."""
     report = normswap.patch(model, target, exclude=["stem.*"])
 
@@ -210,7 +210,7 @@ def test_case_09_no_selected_batch_norm_remains(model, target):
     assert batch_norms(model) == ["stem.1"]
 
 
-def test_case_09_nothing_else_changes(model, images):
+def test_nothing_else_changes(model, images):
     """Every other module, parameter and buffer is the object it was, with the values it had."""
     others = {name: module for name, module in model.named_modules() if not isinstance(module, nn.BatchNorm2d)}
     tensors = {n: (t, t.clone()) for n, t in model.named_parameters() if not n.startswith(("stem.1.", "bn."))}

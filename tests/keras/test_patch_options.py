@@ -1,4 +1,4 @@
-"""Hard cases 45 and 46: the options a Keras BatchNorm may have.
+"""The options a Keras BatchNorm may have.
 
 `test_backends` runs these tests on the other backends too.
 """
@@ -31,7 +31,7 @@ NATIVE = ["renorm", "synchronized"] if keras.backend.backend() == "tensorflow" e
     [GroupNorm(2), SwitchNorm("even"), SwitchNorm("warm", "frozen"), SwitchNorm("even", "none"), BatchRenorm(2.0, 1.0)],
 )
 @pytest.mark.parametrize("affine", [{}, {"scale": False}, {"center": False}, {"scale": False, "center": False}])
-def test_case_45_scale_and_center(target, affine, train):
+def test_missing_scale_and_shift_are_created_where_needed(target, affine, train):
     """Scale, shift and gates are the carry-over's; what BatchNorm lacked is created where it is needed."""
     model = train(keras.Sequential([keras.Input((5, 5, 6)), layers.BatchNormalization(**affine)]))
     layer = model.layers[-1]
@@ -49,7 +49,7 @@ def test_case_45_scale_and_center(target, affine, train):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_case_45_a_layer_keeps_what_is_its_own(target, train):
+def test_a_layer_keeps_what_is_its_own(target, train):
     """Name, policy, flags, regularizers, constraints, user attributes and the affine variables live on."""
     options = {"gamma_regularizer": keras.regularizers.L2(0.1), "beta_constraint": keras.constraints.NonNeg()}
     norm = layers.BatchNormalization(1, epsilon=1e-5, name="bn", dtype="mixed_float16", trainable=False, **options)
@@ -73,7 +73,7 @@ def test_case_45_a_layer_keeps_what_is_its_own(target, train):
 
 @pytest.mark.parametrize("option", NATIVE)
 @pytest.mark.parametrize("target", TARGETS)
-def test_case_46_native_variants(option, target, train, images):
+def test_native_renorm_and_synchronized_are_batch_norms(option, target, train, images):
     """Native batch renormalization and synchronization are BatchNorms at inference and are replaced as such."""
     model = train(keras.Sequential([keras.Input((8, 8, 3)), layers.BatchNormalization(**{option: True})]))
     before, weights = output(model, images), model.get_weights()
@@ -87,7 +87,7 @@ def test_case_46_native_variants(option, target, train, images):
     assert all(map(np.array_equal, model.get_weights(), weights))
 
 
-def test_case_46_native_renorm_trains_on_alike(images):
+def test_native_renorm_trains_on_alike(images):
     """A native renorm with the default momenta keeps one average twice: ours trains on from it to the same numbers."""
     clipping = {"rmax": 3.0, "rmin": 1 / 3, "dmax": 5.0}
     native, ours = (
@@ -107,7 +107,7 @@ def test_case_46_native_renorm_trains_on_alike(images):
 
 
 @pytest.mark.parametrize("argument", [{"virtual_batch_size": 2}, {"fused": True}])
-def test_case_46_arguments_of_keras_2(argument, tmp_path):
+def test_arguments_that_keras_3_dropped_are_refused(argument, tmp_path):
     """A legacy file whose BatchNorm has an option that Keras 3 dropped is refused by layer and argument."""
     path = tmp_path / "old.h5"
     keras.Sequential([keras.Input((4, 3)), layers.BatchNormalization(name="bn")]).save(path)
@@ -125,7 +125,7 @@ def test_case_46_arguments_of_keras_2(argument, tmp_path):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_case_46_legacy_files(target, train, images, tmp_path):
+def test_legacy_files_are_patched_and_saved(target, train, images, tmp_path):
     """A model from a legacy .h5 file, whose axis is a list, is patched, saved as .h5 and loaded bit for bit."""
     body = [layers.Conv2D(4, 3), layers.BatchNormalization(name="bn"), layers.GlobalAveragePooling2D()]
     model = train(keras.Sequential([keras.Input((8, 8, 3)), *body]))

@@ -1,4 +1,4 @@
-"""Hard cases 41 to 44: where BatchNorms sit in Keras models, how they are called, what is beside them, their axis.
+"""Where BatchNorms sit in Keras models, how they are called, what is beside them, their axis.
 
 `test_backends` runs these tests on the other backends too.
 """
@@ -30,7 +30,7 @@ EVERY_MODEL = pytest.mark.parametrize(("kind", "names"), SITES.items(), ids=SITE
 
 @EVERY_MODEL
 @pytest.mark.parametrize("target", TARGETS)
-def test_case_41_every_batch_norm_is_replaced_and_comes_back(kind, names, target, make, images):
+def test_every_batch_norm_is_replaced_and_comes_back(kind, names, target, make, images):
     """In models of every kind all sites are found by name, BatchRenorm changes no bit, and undo restores all."""
     model = make(kind)
     weights, before, count = model.get_weights(), output(model, images), len(batch_norms(model))
@@ -51,7 +51,7 @@ def test_case_41_every_batch_norm_is_replaced_and_comes_back(kind, names, target
 
 
 @EVERY_MODEL
-def test_case_41_patching_again_changes_nothing(kind, names, make):
+def test_patching_again_changes_nothing(kind, names, make):
     """A second patch to the same target reports what is there and writes no weight."""
     model = make(kind)
     patch(model, GroupNorm())
@@ -61,7 +61,7 @@ def test_case_41_patching_again_changes_nothing(kind, names, make):
 
 
 @EVERY_MODEL
-def test_case_41_a_recipe_gives_a_copy_the_same_bits(kind, names, make, images):
+def test_a_recipe_gives_a_copy_the_same_bits(kind, names, make, images):
     """Replayed on a fresh model with the same weights, a mixed recipe gives the same output bit for bit."""
     first, second = make(kind), make(kind)
     second.set_weights(first.get_weights())
@@ -72,7 +72,7 @@ def test_case_41_a_recipe_gives_a_copy_the_same_bits(kind, names, make, images):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_case_42_arguments_recorded_in_the_graph(target, train, images):
+def test_arguments_recorded_in_the_graph_are_passed(target, train, images):
     """A graph that passes ``training=False`` and a mask to its BatchNorm goes on working, at inference and in fit."""
     inputs = keras.Input((8, 8, 3))
     x = layers.Masking()(layers.Reshape((8, 24))(inputs))
@@ -113,7 +113,7 @@ def moved(target, train, images, norm, body):
 
 
 @pytest.mark.parametrize("target", [BatchRenorm(), SwitchNorm()])
-def test_case_42_inference_mode_is_what_it_was(target, train, images):
+def test_inference_mode_is_what_it_was(target, train, images):
     """``training=False`` in a graph, and ``trainable=False``, mean to the replacement what they do to a BatchNorm.
 
     Keras 3.15 does not keep to ``training=False`` in a graph when the model is called with ``training=True``.
@@ -128,7 +128,7 @@ def test_case_42_inference_mode_is_what_it_was(target, train, images):
 
 
 @pytest.mark.parametrize("target", [BatchRenorm(), SwitchNorm()])
-def test_case_42_inference_mode_in_code_stays(target, train, images):
+def test_inference_mode_in_code_stays(target, train, images):
     """A BatchNorm that code calls with ``training=False`` keeps its statistics in fit, and so does a replacement."""
     layer = InferenceOnly()
     assert not moved(target, train, images, layer.norm, layer).any()
@@ -136,7 +136,7 @@ def test_case_42_inference_mode_in_code_stays(target, train, images):
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("kind", ["nested", "backbone", "subclassed"])
-def test_case_43_other_weights_are_the_same_variables(kind, target, make):
+def test_other_weights_are_the_same_variables(kind, target, make):
     """Every variable that is not a norm's is the same object under the same path, with the same value."""
     model = make(kind)
     norms = {variable.path for layer in batch_norms(model) for variable in layer.variables}
@@ -159,7 +159,7 @@ def test_case_43_other_weights_are_the_same_variables(kind, target, make):
         ((6,), -1, ()),
     ],
 )
-def test_case_44_axis(shape, axis, spatial, train):
+def test_channels_stay_on_their_axis(shape, axis, spatial, train):
     """The channels stay where they are, in inputs of 2 to 5 dimensions: on the batch gate alone nothing changes."""
     model = train(keras.Sequential([keras.Input(shape), layers.BatchNormalization(axis)]))
     x = np.random.default_rng(1).normal(size=(2, *shape)).astype("float32")
@@ -170,7 +170,7 @@ def test_case_44_axis(shape, axis, spatial, train):
 
 
 @pytest.mark.parametrize("shape", [(5, 6, 4), (3, 5, 6, 4)])
-def test_case_44_group_norm_along_another_axis(shape, train):
+def test_a_channels_first_group_norm_is_its_channels_last_twin(shape, train):
     """A channels-first GroupNorm computes what its channels-last twin does."""
     x = np.random.default_rng(1).normal(size=(2, *shape)).astype("float32")
     first = train(keras.Sequential([keras.Input((shape[-1], *shape[:-1])), layers.BatchNormalization(1)]))

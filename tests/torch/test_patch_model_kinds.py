@@ -1,4 +1,4 @@
-"""The hard cases 18 to 23: models that are wrapped, compiled, traced, quantized or normalize without a layer."""
+"""Models that are wrapped, compiled, traced, quantized or normalize without a layer."""
 
 import copy
 
@@ -65,7 +65,7 @@ def quantization_aware():
     return nn.Sequential(qat.ConvBn2d(3, 4, 1, qconfig=get_default_qat_qconfig("fbgemm")), nn.BatchNorm2d(4))
 
 
-def test_case_18_quantization_aware_modules_are_left_whole():
+def test_quantization_aware_modules_are_left_whole():
     """The BatchNorm inside a fused QAT convolution is no layer of its own: it stays, with the reason."""
     model = quantization_aware()
     report = normswap.patch(model, "gn")
@@ -74,7 +74,7 @@ def test_case_18_quantization_aware_modules_are_left_whole():
     assert [(d.site.name, d.note) for d in report.skipped] == [("0.bn", "part of a quantization-aware module")]
 
 
-def test_case_18_quantization_aware_modules_are_refused_by_name():
+def test_quantization_aware_modules_are_refused_by_name():
     """Asked for it by name, the patch says what to do instead."""
     reason = "part of a quantization-aware module: patch the model before it is prepared for quantization"
     with pytest.raises(UnsupportedError, match=exactly(refusal(f"0.bn (BatchNorm2d): {reason}"))):
@@ -83,7 +83,7 @@ def test_case_18_quantization_aware_modules_are_refused_by_name():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, torch.ones(1, 3, 4, 4))])
-def test_case_19_torchscript_is_refused(make):
+def test_torchscript_is_refused(make):
     """TorchScript has no Python to patch, as the model or in it."""
     whole = make(nn.BatchNorm2d(3).eval())
     message = (
@@ -99,7 +99,7 @@ def test_case_19_torchscript_is_refused(make):
     assert type(part[0]) is nn.BatchNorm2d
 
 
-def test_case_19_a_traced_graph_is_not_passed_over(model, images):
+def test_a_traced_graph_is_not_passed_over(model, images):
     """Whether a graph calls BatchNorm modules or batch_norm itself, all of them are replaced."""
     for graph in (torch.fx.symbolic_trace(model), torch.export.export(model, (images,)).module()):
         report = normswap.patch(graph, "gn")
@@ -110,7 +110,7 @@ def test_case_19_a_traced_graph_is_not_passed_over(model, images):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_case_20_a_compiled_model_is_patched_below(model, images, target):
+def test_a_compiled_model_is_patched_below(model, images, target):
     """The model below torch.compile is patched, under its own names, and the compiled one computes what it does."""
     expected = normswap.patch(copy.deepcopy(model), target, example=images).model(images)
     compiled = torch.compile(model, backend="eager")
@@ -124,7 +124,7 @@ def test_case_20_a_compiled_model_is_patched_below(model, images, target):
     assert torch.equal(compiled(images), before)
 
 
-def test_case_20_wrapped_models_are_refused(model, tmp_path):
+def test_wrapped_models_are_refused(model, tmp_path):
     """A wrapper has taken the parameters into its books: the model is to be patched before, wherever it is."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
@@ -139,7 +139,7 @@ def test_case_20_wrapped_models_are_refused(model, tmp_path):
         normswap.patch(nn.Sequential(nn.DataParallel(model)), "gn")
 
 
-def test_case_20_sharded_models_are_refused(model):
+def test_sharded_models_are_refused(model):
     """FSDP, which changes a module's class or wraps it, is told by either name."""
     for name in ("FullyShardedDataParallel", "FSDPModule"):
         sharded = copy.deepcopy(model)
@@ -150,7 +150,7 @@ def test_case_20_sharded_models_are_refused(model):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_case_21_a_parametrization_becomes_its_value(images, target):
+def test_a_parametrization_becomes_its_value(images, target):
     """The replacement has what the parametrization computed as its own; undo brings the parametrization back."""
     model = trained_(nn.Sequential(nn.BatchNorm2d(3)))
     plain = copy.deepcopy(model)
@@ -168,7 +168,7 @@ def test_case_21_a_parametrization_becomes_its_value(images, target):
     assert torch.equal(model(images), output)
 
 
-def test_case_21_a_pruned_weight_is_refused():
+def test_a_pruned_weight_is_refused():
     """A weight that a hook computes before each call has to be made permanent first."""
     model = nn.Sequential(nn.BatchNorm2d(4))
     prune.l1_unstructured(model[0], "weight", 0.5)
@@ -180,7 +180,7 @@ def test_case_21_a_pruned_weight_is_refused():
     assert len(normswap.patch(model, "gn").replaced) == 1
 
 
-def test_case_22_weight_standardization_is_no_batch_norm(images):
+def test_weight_standardization_is_no_batch_norm(images):
     """A batch_norm without running statistics, on weights, is not reported."""
     model = nn.Sequential(StandardizedConv(3, 4, 3), nn.BatchNorm2d(4))
 
@@ -188,7 +188,7 @@ def test_case_22_weight_standardization_is_no_batch_norm(images):
 
 
 @pytest.mark.parametrize("cls", [Functional, Unregistered])
-def test_case_23_a_functional_batch_norm_is_found_by_a_dry_run(images, cls):
+def test_a_functional_batch_norm_is_found_by_a_dry_run(images, cls):
     """A batch_norm that no layer of the model calls is named with the module that calls it; excluded, it stays."""
     model = nn.Sequential(nn.BatchNorm2d(3), cls()).eval()
     reason = "called in a forward without a layer of the model: make it a BatchNorm submodule"

@@ -1,4 +1,4 @@
-"""The hard cases of exporting a Keras model, from the model to its proven file."""
+"""Keras models of every kind and what is in their files: folded norms, ranks, open sizes, precision."""
 
 import subprocess
 import sys
@@ -33,7 +33,7 @@ def folded(model, path):
     return to_onnx(model, path, overwrite=True).folded
 
 
-def test_a_branch_beside_the_norm_2(path):
+def test_a_convolution_read_twice_keeps_its_norm(path):
     """A convolution that something else reads too keeps its values: the norm is not folded."""
 
     def body(x):
@@ -43,7 +43,7 @@ def test_a_branch_beside_the_norm_2(path):
     assert count(exported(image_model(body), path), "BatchNormalization") == 1
 
 
-def test_a_convolution_called_twice_3(path):
+def test_a_convolution_called_twice_takes_in_both_norms(path):
     """A shared convolution before two norms is right with both."""
     shared = layers.Conv2D(4, 1, name="shared")
 
@@ -54,7 +54,7 @@ def test_a_convolution_called_twice_3(path):
     assert set(folded(image_model(body), path)) == {"a", "b"}
 
 
-def test_a_norm_called_twice_4(path):
+def test_a_norm_called_twice_is_folded_twice(path):
     """A shared norm behind two convolutions is folded into both."""
     norm = layers.BatchNormalization(name="norm")
 
@@ -75,14 +75,14 @@ def test_a_norm_called_twice_4(path):
     ],
 )
 @pytest.mark.parametrize("affine", [True, False])
-def test_convolutions_of_every_kind_5(layer, into, affine, path):
+def test_convolutions_of_every_kind_take_the_norm_in(layer, into, affine, path):
     """A norm, with scale and shift or without, goes into the convolution before it."""
     model = image_model(lambda x: layers.BatchNormalization(scale=affine, center=affine, name="norm")(layer()(x)))
 
     assert folded(model, path) == {"norm": into}
 
 
-def test_a_norm_before_a_convolution_7(path):
+def test_a_norm_before_a_convolution_stays(path):
     """A norm before a padded convolution, or behind an activation, is not folded: padding would not be shifted."""
 
     def body(x):
@@ -92,7 +92,7 @@ def test_a_norm_before_a_convolution_7(path):
     assert folded(image_model(body), path) == {}
 
 
-def test_batch_renormalization_is_a_batch_norm_8(path):
+def test_batch_renormalization_is_a_batch_norm(path):
     """Patched to BRN, a model's file is that of the BatchNorm, but for what it tells of its norms."""
     model = small_net()
     before = exported(model, path)
@@ -106,7 +106,7 @@ def test_batch_renormalization_is_a_batch_norm_8(path):
 
 @pytest.mark.parametrize("target", [SwitchNorm(), GroupNorm(2), GroupNorm(1)])
 @pytest.mark.parametrize("shape", [(4,), (5, 4), (3, 3, 4), (2, 3, 3, 4), (1, 1, 4)])
-def test_every_rank_12_13(target, shape, path):
+def test_every_rank_is_proven(target, shape, path):
     """Vectors, sequences, images, volumes and maps of one value are proven alike."""
     model = image_model(lambda x: layers.BatchNormalization(name="norm")(x), shape)
     patch(model, target)
@@ -115,7 +115,7 @@ def test_every_rank_12_13(target, shape, path):
 
 
 @pytest.mark.parametrize("target", [SwitchNorm(), GroupNorm(2)])
-def test_open_height_and_width_21(target, path):
+def test_open_height_and_width_stay_open(target, path):
     """A model that leaves its sizes open has a file that does."""
     model = small_net(shape=(None, None, 3))
     patch(model, target)
@@ -125,7 +125,7 @@ def test_open_height_and_width_21(target, path):
     assert sizes == ["batch", "image_dim_1", "image_dim_2", 3]
 
 
-def test_sizes_the_model_fixes_21(path):
+def test_sizes_the_model_fixes_cannot_be_open(path):
     """Height and width cannot be left open that the model itself fixes."""
     with pytest.raises(UnsupportedError) as raised:
         to_onnx(small_net(), path, dynamic_size=True)
@@ -138,7 +138,7 @@ def test_sizes_the_model_fixes_21(path):
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-def test_mixed_precision_25(policy, path):
+def test_mixed_precision_is_exported_as_float32(policy, path):
     """A model of a mixed policy, whose weights are float32, has a float32 file, says so, and stays as it is."""
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)
@@ -156,7 +156,7 @@ def test_mixed_precision_25(policy, path):
 
 @pytest.mark.parametrize("kind", ["functional", "sequential", "nested", "shared", "time_distributed", "custom"])
 @pytest.mark.parametrize("target", [BatchRenorm(), SwitchNorm(), GroupNorm(1)])
-def test_models_of_every_kind_25_26(kind, target, make, path):
+def test_models_of_every_kind_keep_their_names(kind, target, make, path):
     """However a model is put together, its file has its names and no other input."""
     model = make(kind)
     patch(model, target)
@@ -166,7 +166,7 @@ def test_models_of_every_kind_25_26(kind, target, make, path):
     assert [name for node in graph.node for name in node.output if ":" in name] == []
 
 
-def test_two_processes_write_the_same_bytes_34(tmp_path):
+def test_two_processes_write_the_same_bytes(tmp_path):
     """Nothing of time, place or process is in a file."""
     code = (
         "import sys, normswap; from tests.keras.exporting import small_net; model = small_net(); "
@@ -181,7 +181,7 @@ def test_two_processes_write_the_same_bytes_34(tmp_path):
     assert str(tmp_path).encode() not in first
 
 
-def test_layer_normalization_stays_36(path):
+def test_layer_normalization_stays(path):
     """A LayerNormalization beside patched norms is none of them, and right."""
 
     def body(x):

@@ -1,4 +1,4 @@
-"""The hard cases 24 to 33: whatever belongs to a layer besides its class stays, and so does what is saved of it."""
+"""Whatever belongs to a layer besides its class stays, and so does what is saved of it."""
 
 import copy
 import pickle
@@ -18,7 +18,7 @@ from .conftest import TARGETS, Residual, trained_
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_case_24_dtype(target, dtype):
+def test_dtypes_stay(target, dtype):
     """Parameters and statistics keep their dtype."""
     model = nn.Sequential(nn.BatchNorm2d(4)).to(dtype)
     normswap.patch(model, target)
@@ -29,7 +29,7 @@ def test_case_24_dtype(target, dtype):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_case_24_meta_device(target):
+def test_a_model_on_the_meta_device_carries_over_when_loaded(target):
     """A model without values is patched to one without; a BatchNorm's weights loaded later are carried over then."""
     values = trained_(Residual())
     with torch.device("meta"):
@@ -46,7 +46,7 @@ def test_case_24_meta_device(target):
     torch.testing.assert_close(model.train()(x), expected.train()(x))
 
 
-def test_case_24_a_layer_without_tensors_follows_the_model():
+def test_a_layer_without_tensors_follows_the_model():
     """Where a BatchNorm holds nothing that tells, the replacement is of the model's device and dtype."""
     norm = nn.BatchNorm2d(4, affine=False, track_running_stats=False)
     model = nn.Sequential(nn.Conv2d(3, 4, 1, dtype=torch.float64), norm)
@@ -56,7 +56,7 @@ def test_case_24_a_layer_without_tensors_follows_the_model():
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_case_24_channels_last(model, images, target):
+def test_channels_last_gives_the_same_numbers(model, images, target):
     """A channels_last input gives the same numbers."""
     normswap.patch(model, target)
     x = images.to(memory_format=torch.channels_last)
@@ -65,7 +65,7 @@ def test_case_24_channels_last(model, images, target):
     assert model.stem[1](model.stem[0](x)).is_contiguous(memory_format=torch.channels_last)
 
 
-def test_case_25_training_flags(model):
+def test_training_flags_stay(model):
     """Each layer stays in the mode it was in, also after a dry run."""
     model.train()
     model.bn.eval()
@@ -75,7 +75,7 @@ def test_case_25_training_flags(model):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_case_26_frozen_parameters_stay_frozen(model, target):
+def test_frozen_parameters_stay_frozen(model, target):
     """requires_grad is each parameter's own; what a frozen layer gains is frozen with it."""
     model.stem.requires_grad_(False)
     model.bn.bias.requires_grad_(False)
@@ -89,7 +89,7 @@ def test_case_26_frozen_parameters_stay_frozen(model, target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_case_27_hooks_fire_once(model, images, target):
+def test_hooks_fire_once(model, images, target):
     """A hook on the BatchNorm is a hook on its replacement, and undo does not lose one added since."""
     calls = []
 
@@ -112,7 +112,7 @@ def test_case_27_hooks_fire_once(model, images, target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_case_28_an_optimizer_made_before_still_trains(model, images, target):
+def test_an_optimizer_made_before_still_trains(model, images, target):
     """The scale and shift are the same Parameter objects, so an optimizer's step moves them."""
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     normswap.patch(model, target)
@@ -124,7 +124,7 @@ def test_case_28_an_optimizer_made_before_still_trains(model, images, target):
 
 
 @pytest.mark.parametrize(("target", "tied"), [("gn", False), ("sn", False), ("brn", True)])
-def test_case_29_tied_parameters(target, tied):
+def test_tied_parameters_are_untied_where_they_must_differ(target, tied):
     """A weight shared by two BatchNorms cannot take two values, so each gets its own; BRN keeps the tie."""
     first, second = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
     second.weight = first.weight
@@ -142,7 +142,7 @@ def test_case_29_tied_parameters(target, tied):
 
 @pytest.mark.parametrize("target", [*TARGETS, SwitchNorm("even", "none"), GroupNorm(groups=2)])
 @pytest.mark.parametrize("dropped", [(), ("num_batches_tracked",)])
-def test_case_30_an_old_checkpoint_loads_into_the_patched_model(model, images, target, dropped):
+def test_an_old_checkpoint_loads_into_the_patched_model(model, images, target, dropped):
     """A BatchNorm's state is carried over while it is loaded, as the patch would have."""
     saved = {k: v for k, v in model.state_dict().items() if not k.endswith(dropped or ("nothing",))}
     other = trained_(Residual(), seed=7)
@@ -156,7 +156,7 @@ def test_case_30_an_old_checkpoint_loads_into_the_patched_model(model, images, t
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_case_30_a_patched_checkpoint_loads_as_it_is(model, images, target):
+def test_a_patched_checkpoint_loads_as_it_is(model, images, target):
     """A replacement's own state is not taken for a BatchNorm's."""
     normswap.patch(model, target)
     with torch.no_grad():
@@ -171,7 +171,7 @@ def test_case_30_a_patched_checkpoint_loads_as_it_is(model, images, target):
 @pytest.mark.parametrize(
     ("target", "named"), [("sn", "bn.mean_weight"), ("brn", "bn.r_max"), ("gn", "bn.running_mean")]
 )
-def test_case_30_a_patched_checkpoint_does_not_load_into_batch_norms(model, target, named):
+def test_a_patched_checkpoint_does_not_load_into_batch_norms(model, target, named):
     """The model before the patch refuses it by the names of what is missing or too much."""
     fresh = copy.deepcopy(model)
     with pytest.raises(RuntimeError, match=re.escape(named)):
@@ -179,7 +179,7 @@ def test_case_30_a_patched_checkpoint_does_not_load_into_batch_norms(model, targ
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_case_30_the_loader_says_what_such_a_checkpoint_is(model, target):
+def test_the_loader_says_what_such_a_checkpoint_is(model, target):
     """Where the weights of a patched model are given for the model before it, the message ends in the way out."""
     fresh = copy.deepcopy(model)
     patched = normswap.patch(model, target).model.state_dict()
@@ -192,7 +192,7 @@ def test_case_30_the_loader_says_what_such_a_checkpoint_is(model, target):
 
 
 @pytest.mark.parametrize("target", [*TARGETS, BatchRenorm(2, 1)])
-def test_case_31_training_resumes_bit_equal(model, images, target):
+def test_training_resumes_bit_equal(model, images, target):
     """All state is in the state dict: two steps are one step, a save, a load, and another."""
 
     def step(network):
@@ -213,7 +213,7 @@ def test_case_31_training_resumes_bit_equal(model, images, target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_case_32_eps_is_carried(target):
+def test_eps_is_carried(target):
     """An eps far from the default is the replacement's too; BRN equals the BatchNorm at inference."""
     model = trained_(nn.Sequential(nn.BatchNorm2d(4, eps=0.1)))
     x = torch.randn(2, 4, 5, 5)
@@ -226,7 +226,7 @@ def test_case_32_eps_is_carried(target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_case_33_copies_and_graphs(model, images, target, tmp_path):
+def test_copies_and_graphs_compute_the_same(model, images, target, tmp_path):
     """deepcopy, pickle, torch.save, torch.export and fx.symbolic_trace of the patched model compute the same."""
     normswap.patch(model, target)
     expected = model(images)
@@ -243,7 +243,7 @@ def test_case_33_copies_and_graphs(model, images, target, tmp_path):
 
 
 @pytest.mark.parametrize("target", ["sn", "brn"])
-def test_case_33_a_tracer_of_ones_own(model, target):
+def test_a_tracer_of_ones_own_meets_the_replacements(model, target):
     """A tracer that overrides call_module, as torchvision's feature extraction does, meets the replaced layers."""
     met = []
 
@@ -260,7 +260,7 @@ def test_case_33_a_tracer_of_ones_own(model, target):
         torch.fx.symbolic_trace(model.bn)
 
 
-def test_case_33_attributes_people_set_are_kept(model):
+def test_attributes_people_set_are_kept(model):
     """An attribute set on a BatchNorm is there after the patch and after undo."""
     model.bn.tag = "backbone"
     report = normswap.patch(model, "gn")
