@@ -12,12 +12,9 @@ from hypothesis.extra.numpy import arrays
 from normswap.errors import InputError, OutputExistsError
 from normswap.interop.checkpoints import LayerWeights, read_keras_h5, write_keras_h5
 
+from .helpers import bits
+
 h5py = pytest.importorskip("h5py")
-
-
-def bits(arrays):
-    """Everything there is to know of each array, for comparison."""
-    return {name: (array.shape, array.dtype, array.tobytes()) for name, array in arrays.items()}
 
 
 def file_of(path, layers, *, group="/", text=False, split=False):

@@ -2,7 +2,6 @@
 
 import io
 import pickle
-import re
 
 import numpy as np
 import pytest
@@ -12,12 +11,9 @@ from normswap.data.dataset import from_arrays, open_data
 from normswap.data.preprocessing import Preprocessing
 from normswap.errors import InputError
 
+from .helpers import exactly
+
 PREPROCESSING = Preprocessing((3, 4, 6), "channels_first", (0.5,), (0.25,))
-
-
-def exactly(message):
-    """A pattern that matches ``message`` and nothing else."""
-    return f"^{re.escape(message)}$"
 
 
 def photo(width, height, seed=0):

@@ -7,7 +7,8 @@ from normswap.data.dataset import Data, from_arrays
 from normswap.data.labels import check_labels, same_classes, several_classes
 from normswap.errors import InputError, NormswapWarning
 
-from .test_data import PREPROCESSING, exactly
+from .helpers import exactly
+from .test_data import PREPROCESSING
 
 
 class TestChecks:

@@ -2,7 +2,6 @@
 
 import io
 import pickle
-import re
 import sys
 
 import datasets
@@ -13,6 +12,8 @@ from PIL import Image
 from normswap.data.dataset import open_data
 from normswap.data.preprocessing import Preprocessing
 from normswap.errors import InputError, MissingDependencyError
+
+from .helpers import exactly
 
 PREPROCESSING = Preprocessing((3, 4, 6), "channels_first")
 COLUMNS = "img (Image), fine (ClassLabel), coarse (ClassLabel), number (int32), text (string)"
@@ -63,11 +64,6 @@ def encoded(colour):
     file = io.BytesIO()
     Image.new("L", (6, 4), colour).save(file, "PNG")
     return file.getvalue()
-
-
-def exactly(message):
-    """A pattern that matches ``message`` and nothing else."""
-    return f"^{re.escape(message)}$"
 
 
 def test_a_split(folder):

@@ -1,7 +1,5 @@
 """The plan: what rules choose, what each choice is expected to cost, and what folds."""
 
-import re
-
 import numpy as np
 import pytest
 
@@ -12,15 +10,12 @@ from normswap.convert.recipe import Rule, Rules
 from normswap.errors import InputError
 from normswap.patchers.plan import Site, decide
 
+from .helpers import exactly
+
 NAMES = ["stem.bn", "layer1.0.bn", "layer1.1.bn", "layer2.0.bn", "layer2.1.bn", "head.bn"]
 SIDES = [16, 8, 8, 4, 4, 8]  # the head works on larger maps again
 SITES = [Site(name, "BatchNorm2d", 8, spatial=(side, side)) for name, side in zip(NAMES, SIDES, strict=True)]
 GN, SN, BRN = GroupNorm(), SwitchNorm(), BatchRenorm()
-
-
-def exactly(message):
-    """A pattern that matches ``message`` and nothing else."""
-    return f"^{re.escape(message)}$"
 
 
 def chosen(*rules, sites=SITES):

@@ -8,7 +8,7 @@ from normswap import GroupNorm, Recipe, SwitchNorm
 from normswap.convert.recipe import Choice, Rule, Rules, recipe_from_json
 from normswap.errors import InputError
 
-from .test_plan import exactly
+from .helpers import exactly
 
 
 def file(*rules, **more):

@@ -1,7 +1,6 @@
 """The hooks in a Keras loop written by hand and in ``fit``: what they do at each step, and what they leave behind."""
 
 import itertools
-import re
 
 import keras
 import numpy as np
@@ -23,6 +22,8 @@ from normswap.finetune.hooks.hook import (
     StopAtNaN,
 )
 from normswap.finetune.hooks.keras.statistics import update_statistics
+
+from ..helpers import exactly
 
 pytestmark = [
     pytest.mark.keras,
@@ -119,10 +120,6 @@ def watch(layer, calls):
         return run(inputs)
 
     layer.__dict__["call"] = call
-
-
-def exactly(message):
-    return f"^{re.escape(message)}$"
 
 
 def assert_same(model, other):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import normswap
 from normswap.finetune.hooks.hook import Blend, Freeze, GateSchedule, Hook, RenormLimits, Statistics, StopAtNaN
 
-from .conftest import Residual, trained_
+from .models import Residual, trained_
 
 STEPS = 4
 LR = 0.05

@@ -14,7 +14,8 @@ from normswap.finetune.calibration.calibrate import calibrate, observe
 from normswap.finetune.calibration.least_squares import LinearFit, Moments
 from normswap.finetune.calibration.torch.layers import get_weights, linear_layers, patches, set_weights
 
-from .conftest import exactly, fingerprint, trained_
+from ..helpers import exactly
+from .models import fingerprint, trained_
 
 
 def pair(model, target):

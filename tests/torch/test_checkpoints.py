@@ -15,6 +15,8 @@ from normswap.errors import InputError
 from normswap.interop.checkpoints import from_switchablenorms, is_switchablenorms, to_switchablenorms
 from normswap.layers.torch import SwitchNorm1d, SwitchNorm2d
 
+from ..helpers import bits
+
 WEIGHT = {1: (1, -1), 2: (1, -1, 1, 1), 3: (1, -1, 1, 1, 1)}
 RUNNING = {1: (1, -1), 2: (1, -1, 1), 3: (1, -1, 1)}
 
@@ -45,11 +47,6 @@ def network(prefix="module.", **layers):
     }
     state |= {f"{name}.{part}": array for name, parts in layers.items() for part, array in parts.items()}
     return {prefix + name: array for name, array in state.items()}
-
-
-def bits(arrays):
-    """Everything there is to know of each array, for comparison."""
-    return {name: (array.shape, array.dtype, array.tobytes()) for name, array in arrays.items()}
 
 
 @st.composite

@@ -10,7 +10,7 @@ from torch import nn
 from normswap.errors import InputError, UnsupportedError
 from normswap.finetune.hooks.distillation import Distillation
 
-from .conftest import exactly
+from ..helpers import exactly
 from .loops import batches, by_hand, network
 
 

@@ -15,8 +15,8 @@ from normswap.patchers import measured_drift as drift
 from normswap.patchers.measured_drift import drift_between
 from normswap.patchers.patch import plans
 
-from .conftest import TARGETS, exactly, fingerprint, trained_
-from .test_patch_norm_types import FrozenBatchNorm2d
+from ..helpers import exactly
+from .models import TARGETS, FrozenBatchNorm2d, fingerprint, trained_
 
 
 def by_hand(patched, original, name, x):

@@ -18,7 +18,7 @@ from normswap import GroupNorm, SwitchNorm
 from normswap.errors import InputError, OutputExistsError, UnsupportedError
 from normswap.export.fold import folded_affine, scale_weight
 
-from .conftest import trained_
+from .models import trained_
 
 TARGETS = ["bn", "sn", "brn", "gn", "ln", "in"]
 

@@ -22,7 +22,7 @@ from normswap.cli import main
 from normswap.errors import InputError, UnsupportedError
 from normswap.export import onnx as exporter
 
-from .conftest import trained_
+from .models import trained_
 
 
 def patched(model, target, example):

@@ -13,7 +13,7 @@ import normswap
 from normswap.errors import MissingDependencyError
 from normswap.verification.verdict import INEXACT, TOLERANCE
 
-from .conftest import Residual, trained_
+from .models import Residual, trained_
 
 
 def export(model, path, images):

@@ -12,7 +12,7 @@ from normswap.errors import InputError
 from normswap.finetune.hooks.hook import GateSchedule
 from normswap.layers.torch import SwitchNorm2d
 
-from .conftest import exactly
+from ..helpers import exactly
 from .loops import LR, batches, network, optimizer_of
 
 LOOPS = ["plain", "bf16", "accumulating", "compiled", "distributed"]

@@ -11,27 +11,16 @@ import normswap
 from normswap.errors import UnsupportedError
 from normswap.patchers.torch import swap as torch_swap
 
-from .conftest import TARGETS, Residual, batch_norms, exactly, fingerprint, refusal, trained_
+from ..helpers import exactly, refusal
+from .models import TARGETS, Residual, batch_norms, exported, fingerprint, patched, trained_
 
 FORMS = [(training, strict, decomposed) for training in (False, True) for strict in (False, True)
          for decomposed in (False, True)]  # fmt: skip
 
 
-def exported(model, *inputs, strict=False, decomposed=False, free=True):
-    """A program of the model, for any number of samples if ``free``."""
-    shapes = tuple({0: torch.export.Dim("batch")} for _ in inputs) if free else None
-    program = torch.export.export(model, inputs, strict=strict, dynamic_shapes=shapes)
-    return program.run_decompositions() if decomposed else program
-
-
 def names(report):
     """The replaced sites."""
     return [decision.site.name for decision in report.replaced]
-
-
-def patched(model, target, example=None):
-    """What patching a copy of the source gives, for inference."""
-    return normswap.patch(copy.deepcopy(model).eval(), target, example=example).model
 
 
 class Functional(nn.Module):

@@ -14,7 +14,7 @@ from normswap.errors import InputError, UnsupportedError
 from normswap.finetune.hooks.torch.statistics import convert_sync, param_groups, update_statistics
 from normswap.layers.torch import BatchRenorm1d, BatchRenorm2d, SwitchNorm1d, SwitchNorm2d
 
-from .conftest import filled
+from .models import filled
 
 
 class TestParamGroups:

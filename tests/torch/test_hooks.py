@@ -16,7 +16,7 @@ from normswap.finetune.hooks.hook import Blend, Hooks, RenormLimits, Statistics,
 from normswap.finetune.hooks.torch.statistics import update_statistics
 from normswap.layers.torch import BatchRenorm2d, SwitchNorm2d
 
-from .conftest import exactly
+from ..helpers import exactly
 from .loops import HOOKS, STEPS, Noting, assert_same, batches, by_hand, network, optimizer_of, run_by_hand
 
 

@@ -10,7 +10,7 @@ from torch import nn
 import normswap
 from normswap.layers import torch as layers
 
-from .conftest import filled
+from .models import filled
 
 
 class TestSwitchNorm:

@@ -11,7 +11,7 @@ import torch
 
 from normswap.layers import torch as layers
 
-from .conftest import filled
+from .models import filled
 
 SHAPES = {
     "1d rank 2": (1, (6, 5)),

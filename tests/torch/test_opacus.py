@@ -15,7 +15,7 @@ from normswap import BatchRenorm, GroupNorm, SwitchNorm
 from normswap.interop.opacus import register_opacus
 from normswap.layers import torch as layers
 
-from .conftest import filled
+from .models import filled
 
 ANCHORED = SwitchNorm(batch_statistics="frozen")
 PRIVATE = [GroupNorm(1), GroupNorm(4), ANCHORED, SwitchNorm(batch_statistics="none")]

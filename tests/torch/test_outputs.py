@@ -18,7 +18,7 @@ from normswap.finetune.run.training import Training
 from normswap.frameworks.torch import call
 from normswap.layers.torch import SwitchNorm2d
 
-from .conftest import exactly
+from ..helpers import exactly
 from .runs import coloured
 
 

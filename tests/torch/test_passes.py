@@ -10,7 +10,7 @@ import torch
 from normswap.layers import torch as layers
 from normswap.layers.torch import passes
 
-from .conftest import filled
+from .models import filled
 
 LAYERS = [
     pytest.param(layers.SwitchNorm2d, id="SwitchNorm"),

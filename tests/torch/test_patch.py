@@ -12,9 +12,17 @@ import normswap
 from normswap import BatchRenorm, GroupNorm, Recipe, SwitchNorm
 from normswap.errors import InputError, NormswapError, UnsupportedError
 
-from .conftest import TARGETS, exactly, fingerprint, trained_
-from .test_patch_model_kinds import Functional, Unregistered, quantization_aware
-from .test_patch_norm_types import FrozenBatchNorm2d, WithActivation
+from ..helpers import exactly
+from .models import (
+    TARGETS,
+    FrozenBatchNorm2d,
+    Functional,
+    Unregistered,
+    WithActivation,
+    fingerprint,
+    quantization_aware,
+    trained_,
+)
 
 
 def damaged():

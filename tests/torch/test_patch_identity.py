@@ -11,7 +11,8 @@ from normswap import GroupNorm, SwitchNorm
 from normswap.errors import InputError, UnsupportedError
 from normswap.layers.torch import SwitchNorm2d
 
-from .conftest import TARGETS, batch_norms, exactly, fingerprint, refusal, trained_
+from ..helpers import exactly, refusal
+from .models import TARGETS, batch_norms, fingerprint, trained_
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -12,32 +12,8 @@ from torch.nn.utils import parametrize, prune
 import normswap
 from normswap.errors import UnsupportedError
 
-from .conftest import TARGETS, exactly, fingerprint, refusal, trained_
-
-
-class Functional(nn.Module):
-    """A module that calls batch_norm itself."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(3))
-        self.register_buffer("var", torch.ones(3))
-
-    def forward(self, x):
-        """Normalize by the buffers."""
-        return F.batch_norm(x, self.mean, self.var)
-
-
-class Unregistered(nn.Module):
-    """A module whose BatchNorm is in a plain list alone, where PyTorch does not see it."""
-
-    def __init__(self):
-        super().__init__()
-        self.plain = [nn.BatchNorm2d(3).eval()]
-
-    def forward(self, x):
-        """Normalize."""
-        return self.plain[0](x)
+from ..helpers import exactly, refusal
+from .models import TARGETS, Functional, Unregistered, fingerprint, quantization_aware, trained_
 
 
 class StandardizedConv(nn.Conv2d):
@@ -55,14 +31,6 @@ class Twice(nn.Module):
     def forward(self, x):
         """Double."""
         return 2 * x
-
-
-def quantization_aware():
-    """A fused QAT convolution, which has a BatchNorm in it, and a BatchNorm."""
-    from torch.ao.nn.intrinsic import qat
-    from torch.ao.quantization import get_default_qat_qconfig
-
-    return nn.Sequential(qat.ConvBn2d(3, 4, 1, qconfig=get_default_qat_qconfig("fbgemm")), nn.BatchNorm2d(4))
 
 
 def test_quantization_aware_modules_are_left_whole():

@@ -14,7 +14,8 @@ from normswap.errors import UnsupportedError
 from normswap.layers.torch import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d
 from normswap.patchers.torch import subclasses as registry
 
-from .conftest import TARGETS, batch_norms, exactly, refusal, trained_
+from ..helpers import exactly, refusal
+from .models import TARGETS, FrozenBatchNorm2d, WithActivation, batch_norms, trained_
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
@@ -30,20 +31,6 @@ class BatchNormAct2d(nn.BatchNorm2d):
     def forward(self, x):
         """Normalize, drop and activate."""
         return self.act(self.drop(super().forward(x)))
-
-
-class FrozenBatchNorm2d(nn.Module):
-    """A constant scale and shift in four buffers, as torchvision and detectron2 have it."""
-
-    def __init__(self, channels, eps=1e-5):
-        super().__init__()
-        self.eps = eps
-        for name, value in (("weight", 1.5), ("bias", 0.5), ("running_mean", 0.3), ("running_var", 2.0)):
-            self.register_buffer(name, torch.full((channels,), value) + torch.linspace(0, 0.2, channels))
-
-    def forward(self, x):
-        """Scale and shift."""
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0, self.eps)
 
 
 @pytest.fixture
@@ -117,14 +104,6 @@ def test_calibration_looks_before_the_activation(fused, images):
     assert (found - wanted).square().mean() < 0.2 * wanted.var((0, 2, 3)).mean()
 
 
-class WithActivation(nn.BatchNorm2d):
-    """A BatchNorm with a ReLU of its own."""
-
-    def forward(self, x):
-        """Normalize and clip."""
-        return super().forward(x).relu()
-
-
 def relu_after(module, y):
     """What `WithActivation` adds."""
     return y.relu()
@@ -140,7 +119,7 @@ def test_an_overridden_forward_is_refused():
         normswap.patch(nn.Sequential(WithActivation(3)), "gn")
 
 
-@pytest.mark.parametrize("by", [WithActivation, f"{__name__}.WithActivation"])
+@pytest.mark.parametrize("by", [WithActivation, f"{WithActivation.__module__}.WithActivation"])
 def test_a_registered_subclass_keeps_what_it_adds(monkeypatch, images, by):
     """Registered by class or by name, a subclass is replaced and its addition lives on; its subclasses too."""
 

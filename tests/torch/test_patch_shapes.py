@@ -16,7 +16,8 @@ from normswap import GroupNorm, SwitchNorm
 from normswap.cli import main
 from normswap.errors import UnsupportedError
 
-from .conftest import TARGETS, Residual, exactly, refusal, trained_
+from ..helpers import exactly, refusal
+from .models import TARGETS, Residual, trained_
 
 
 def test_vectors_have_single_values():

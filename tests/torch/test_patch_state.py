@@ -13,7 +13,7 @@ from normswap import BatchRenorm, GroupNorm, SwitchNorm
 from normswap.errors import InputError
 from normswap.sources.torch.state_dict import load_state_dict
 
-from .conftest import TARGETS, Residual, trained_
+from .models import TARGETS, Residual, trained_
 
 
 @pytest.mark.parametrize("target", TARGETS)

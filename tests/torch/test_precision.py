@@ -8,7 +8,7 @@ from torch import nn
 
 from normswap.layers import torch as layers
 
-from .conftest import filled
+from .models import filled
 
 MAPS = [layers.SwitchNorm2d, layers.BatchRenorm2d]
 

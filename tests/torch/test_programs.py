@@ -16,8 +16,8 @@ from normswap.cli import main
 from normswap.data.preprocessing import preprocessing_of
 from normswap.errors import InputError
 
-from .conftest import Residual, batch_norms, exactly, trained_
-from .test_graph import exported, patched
+from ..helpers import exactly
+from .models import Residual, batch_norms, exported, patched, trained_
 
 
 def untrusted(path):

@@ -13,6 +13,8 @@ from normswap.convert.carry_over import softmax
 from normswap.interop.checkpoints import from_switchablenorms, to_switchablenorms
 from normswap.layers import torch as layers
 
+from ..helpers import bits
+
 MOMENTUM = {1: 0.997, 2: 0.9, 3: 0.997}
 SHAPES = {1: (6, 5), 2: (4, 5, 3, 6), 3: (3, 5, 2, 3, 4)}
 SHARES = ["mean_weight", "var_weight"]
@@ -82,11 +84,6 @@ def tensors(state):
 def batches(shape, count=5):
     rng = np.random.default_rng(9)
     return [rng.normal(0.5 * k, 1 + k, shape) for k in range(count)]
-
-
-def bits(arrays):
-    """Everything there is to know of each array, for comparison."""
-    return {name: (array.shape, array.dtype, array.tobytes()) for name, array in arrays.items()}
 
 
 def close(found, expected):

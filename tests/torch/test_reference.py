@@ -16,7 +16,7 @@ import normswap
 from normswap.errors import InputError, OutputExistsError
 from normswap.verification.verify import verify_against
 
-from .conftest import Residual, trained_
+from .models import Residual, trained_
 
 DATA = [np.random.default_rng(1).standard_normal((4, 3, 12, 12), np.float32)]
 

@@ -14,7 +14,7 @@ from torch import nn
 import normswap
 from normswap.errors import InputError, VerificationError
 
-from .conftest import Residual, trained_
+from .models import Residual, trained_
 
 
 @pytest.fixture(scope="module")

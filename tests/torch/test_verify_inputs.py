@@ -11,7 +11,7 @@ import normswap
 from normswap.verification.reference import SIZES
 from normswap.verification.verdict import HALF_TOLERANCE
 
-from .conftest import Residual, trained_
+from .models import Residual, trained_
 
 
 class Strided(nn.Module):
