@@ -15,6 +15,8 @@ from normswap.finetune.run.batches import batch_indices
 from normswap.finetune.run.loading import StepBatches
 from normswap.finetune.run.training import Training
 
+from .helpers import exactly
+
 SIZE = (16, 24)
 PREPROCESSING = Preprocessing((*SIZE, 3), "channels_last")
 
@@ -129,7 +131,7 @@ class TestPolicies:
             "expected `none`, or `flip` and one of `crop` and `resized-crop` joined by commas, "
             f"received augment={augment}"
         )
-        with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        with pytest.raises(InputError, match=exactly(message)):
             data.batch([0], (0, 0), augment)
 
 

@@ -1,13 +1,14 @@
 """Reading that trusts nothing and writing that loses nothing."""
 
 import os
-import re
 from pathlib import Path
 
 import pytest
 
 from normswap.errors import InputError, OutputExistsError
 from normswap.sources.files import FILE, Kind, require_file, require_output, staged
+
+from .helpers import exactly
 
 FOLDER = Kind("a folder", Path.is_dir)
 
@@ -93,7 +94,7 @@ class TestOverwriting:
         message = f"expected a regular file to overwrite, received {tmp_path}/out, {found}; write to another output"
 
         with (
-            pytest.raises(OutputExistsError, match=f"^{re.escape(message)}$"),
+            pytest.raises(OutputExistsError, match=exactly(message)),
             staged(tmp_path / "out", overwrite=True),
         ):
             pytest.fail("the body must not run")
@@ -117,7 +118,7 @@ class TestOverwriting:
     def test_an_output_needs_a_name(self, path):
         """Neither the working folder nor what is above it is an output."""
         message = f"expected an output with a name of its own, received {path}; write to another output"
-        with pytest.raises(OutputExistsError, match=f"^{re.escape(message)}$"):
+        with pytest.raises(OutputExistsError, match=exactly(message)):
             require_output(Path(path), overwrite=True)
 
     def test_what_is_read_is_not_overwritten(self, tmp_path):
@@ -130,7 +131,7 @@ class TestOverwriting:
                 f"expected an output that is not read from, received {tmp_path}/{path}, which {tmp_path}/{source} "
                 "needs; write to another output"
             )
-            with pytest.raises(OutputExistsError, match=f"^{re.escape(message)}$"):
+            with pytest.raises(OutputExistsError, match=exactly(message)):
                 require_output(tmp_path / path, overwrite=True, sources=["timm:resnet18", tmp_path / source])
         require_output(tmp_path / "other", overwrite=True, sources=["timm:resnet18", tmp_path / "nowhere"])
 

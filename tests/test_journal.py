@@ -1,7 +1,6 @@
 """What a run writes down: rows that survive a kill, TensorBoard events, and forgetting what is run again."""
 
 import csv
-import re
 import struct
 import sys
 
@@ -9,6 +8,8 @@ import pytest
 
 from normswap.errors import MissingDependencyError
 from normswap.finetune.run.journal import COLUMNS, METRICS, ORIGINAL, Journal, read
+
+from .helpers import exactly
 
 
 def written(folder):
@@ -74,7 +75,7 @@ class TestTable:
             "expected figures out of loss, accuracy, learning_rate, images_per_second, eval_top1, eval_top5, drift, "
             "clipped, received lr"
         )
-        with Journal(tmp_path) as journal, pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        with Journal(tmp_path) as journal, pytest.raises(TypeError, match=exactly(message)):
             journal.row(1, loss=1.0, lr=0.1)
 
         assert read(tmp_path / METRICS) == []
@@ -175,7 +176,7 @@ class TestTensorBoard:
         """Without tensorboardX the error names the extra, and nothing is written."""
         monkeypatch.setitem(sys.modules, "tensorboardX", None)
         message = "TensorBoard events need tensorboardX: pip install 'normswap[plot]'"
-        with pytest.raises(MissingDependencyError, match=f"^{re.escape(message)}$"):
+        with pytest.raises(MissingDependencyError, match=exactly(message)):
             Journal(tmp_path / "run", tensorboard=True)
 
         assert not (tmp_path / "run").exists()

@@ -1,7 +1,6 @@
 """Pictures of a fine-tuning: what is on them, that all of it can be read, and that they come out the same again."""
 
 import json
-import re
 import subprocess
 import sys
 
@@ -13,6 +12,8 @@ from normswap.cli import main
 from normswap.errors import UnsupportedError
 from normswap.finetune.run import plots
 from normswap.finetune.run.journal import ORIGINAL, Journal
+
+from .helpers import exactly
 
 NAMES = [f"layer{1 + i // 16}.{i % 16 // 3}.bn{1 + i % 3}" for i in range(53)]
 
@@ -256,7 +257,7 @@ class TestPicture:
             f"expected a bundle with curves or gates, received {tmp_path} without; `normswap finetune` writes curves, "
             "and `normswap patch --to sn` makes layers with gates"
         )
-        with pytest.raises(UnsupportedError, match=f"^{re.escape(message)}$"):
+        with pytest.raises(UnsupportedError, match=exactly(message)):
             plots.picture(tmp_path, {})
 
 

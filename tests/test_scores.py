@@ -1,12 +1,12 @@
 """What of a network's output counts as its scores, and scores as logits."""
 
-import re
-
 import numpy as np
 import pytest
 
 from normswap.errors import UnsupportedError
 from normswap.finetune.hooks.scores import class_count, logits, scores
+
+from .helpers import exactly
 
 SCORES = np.array([[1.0, -2.0, 0.5], [3.0, 0.0, 0.25]])
 
@@ -27,7 +27,7 @@ def test_an_output_without_scores(output, kind):
         'expected a model that returns scores, alone, as "logits" of a mapping or first of several outputs, received '
         f"one that returns {kind}"
     )
-    with pytest.raises(UnsupportedError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(UnsupportedError, match=exactly(message)):
         scores(output)
 
 
@@ -38,7 +38,7 @@ def test_the_number_of_classes():
         "expected a model with scores of shape (N, classes) for labels of images, received one with scores of shape "
         "(2, 3, 4, 4); --teacher original needs no labels"
     )
-    with pytest.raises(UnsupportedError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(UnsupportedError, match=exactly(message)):
         class_count(np.zeros((2, 3, 4, 4)))
 
 

@@ -1,12 +1,12 @@
 """The stages of a run and its settings, which need no framework."""
 
-import re
-
 import pytest
 
 from normswap.errors import InputError
 from normswap.finetune.run.settings import Settings
 from normswap.finetune.run.stages import Stage, parse
+
+from .helpers import exactly
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_other_text(text):
         "expected stages out of norm, all and last:N, each with =STEPS or not, after calibrate or not, "
         f"received stages={text!r}"
     )
-    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(InputError, match=exactly(message)):
         parse(text, 100)
 
 
@@ -43,7 +43,7 @@ def test_other_text(text):
 def test_steps_that_do_not_add_up(text, sums):
     """Counts have to come to the run's steps and leave some for every stage."""
     message = f"expected stages of one step or more that take 100 together, received stages={text!r}, which take {sums}"
-    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(InputError, match=exactly(message)):
         parse(text, 100)
 
 
@@ -79,5 +79,5 @@ class TestSettings:
     )
     def test_values_out_of_range(self, changes, message):
         """A setting that cannot be is refused by name."""
-        with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        with pytest.raises(InputError, match=exactly(message)):
             Settings(**changes)

@@ -14,6 +14,8 @@ from normswap.convert.recipe import Choice
 from normswap.convert.targets import as_target, target_from_dict, target_to_dict
 from normswap.errors import InputError, UnsupportedError
 
+from .helpers import exactly
+
 
 def targets():
     """Every configuration hypothesis can think of."""
@@ -75,7 +77,7 @@ class TestTargets:
     )
     def test_refusals(self, build, message):
         """Each wrong value is named with what was expected."""
-        with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        with pytest.raises(InputError, match=exactly(message)):
             build()
 
 
@@ -103,7 +105,7 @@ class TestGroups:
             f"stage.bn: expected groups to divide the {channels} channels, received groups=32; "
             f"use groups={gcd(32, channels)}, groups='auto', or indivisible='gcd'"
         )
-        with pytest.raises(UnsupportedError, match=f"^{re.escape(message)}$"):
+        with pytest.raises(UnsupportedError, match=exactly(message)):
             resolve_groups(GroupNorm(groups=32), channels, 49, "stage.bn")
 
     def test_a_prime_number_of_channels(self):
@@ -120,7 +122,7 @@ class TestGroups:
             "(channels=4, groups=4, values per channel=1); use fewer groups, or leave the layer as it is with "
             "--exclude 'head.bn'"
         )
-        with pytest.raises(UnsupportedError, match=f"^{re.escape(message)}$"):
+        with pytest.raises(UnsupportedError, match=exactly(message)):
             resolve_groups(GroupNorm(groups=4), 4, 1, "head.bn")
 
     def test_few_values_are_noted(self):

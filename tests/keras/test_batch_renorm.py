@@ -1,12 +1,12 @@
 """What BatchRenormalization promises beside conformance: its likeness to BatchNormalization, limits and refusals."""
 
-import re
-
 import keras
 import numpy as np
 import pytest
 
 from normswap.layers.keras import BatchRenormalization
+
+from ..helpers import exactly
 
 pytestmark = [
     pytest.mark.keras,
@@ -180,7 +180,7 @@ def test_a_mask_of_the_wrong_rank_is_named():
         "expected a mask of the input's shape without its channels, "
         "received mask.shape=(2, 4) for input.shape=(2, 4, 4, 6)"
     )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ValueError, match=exactly(message)):
         BatchRenormalization().call(np.ones((2, 4, 4, 6), "float32"), training=True, mask=np.ones((2, 4), bool))
 
 
@@ -213,9 +213,9 @@ def test_a_single_value_per_channel_is_finite(shape):
 )
 def test_wrong_limits(limits, message):
     """Limits that would exclude no correction at all are refused, at construction and later."""
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ValueError, match=exactly(message)):
         BatchRenormalization(r_max=limits[0], d_max=limits[1])
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ValueError, match=exactly(message)):
         BatchRenormalization().set_limits(*limits)
 
 
@@ -226,7 +226,7 @@ def test_limits_set_beside_a_schedule():
         "expected schedule=None for limits set from outside, received schedule='sigmoid' in layer brn; "
         "drop the one or the other"
     )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ValueError, match=exactly(message)):
         layer.set_limits(2.0, 1.0)
 
 
@@ -253,5 +253,5 @@ def test_limits_set_beside_a_schedule():
 )
 def test_wrong_arguments(options, message):
     """A wrong argument is named with what was expected."""
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ValueError, match=exactly(message)):
         BatchRenormalization(**options)

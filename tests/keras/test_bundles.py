@@ -1,7 +1,6 @@
 """Bundles of Keras models that code builds: classes Keras does not know, and layers it names itself."""
 
 import json
-import re
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from normswap.bundles.source import load_model
 from normswap.cli import main
 from normswap.errors import InputError
 
+from ..helpers import exactly
 from .models import output
 
 # Keras's own saving converts variables this way.
@@ -99,5 +99,5 @@ def test_a_model_that_does_not_fit(code, images):
         "expected a recipe made for this model, received one that does not fit:\n"
         "  batch_normalization_1: 6 channels in the recipe, 4 in the model"
     )
-    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(InputError, match=exactly(message)):
         normswap.load("b", model=other)

@@ -1,13 +1,14 @@
 """What both layers have in common: saving, compiling, configuration, and the messages for what they refuse."""
 
 import inspect
-import re
 
 import keras
 import numpy as np
 import pytest
 
 from normswap.layers.keras import BatchRenormalization, SwitchNormalization
+
+from ..helpers import exactly
 
 pytestmark = [
     pytest.mark.keras,
@@ -41,7 +42,7 @@ def network(cls, jit=False, **options):
 
 def raises(error, message):
     """Expect the whole ``message``."""
-    return pytest.raises(error, match=f"^{re.escape(message)}$")
+    return pytest.raises(error, match=exactly(message))
 
 
 def test_trained_models_come_back_from_files(cls, x, tmp_path):

@@ -1,7 +1,5 @@
 """How the sites of a Keras model are named, seen and selected, and how recipes name them."""
 
-import re
-
 import keras
 import numpy as np
 import pytest
@@ -13,6 +11,7 @@ from normswap.patchers.keras.patch import patch
 from normswap.patchers.keras.sites import find_sites
 from normswap.patchers.patch import plan
 
+from ..helpers import exactly
 from .models import output
 
 
@@ -113,6 +112,6 @@ def test_a_part_of_the_made_up_names_is_not_guessed(images):
     )
     model = unnamed()
     x, before = images[:, :4, :4], output(model, images[:, :4, :4])
-    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(InputError, match=exactly(message)):
         patch(model, recipe)
     np.testing.assert_array_equal(output(model, x), before)

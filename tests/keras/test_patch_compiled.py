@@ -4,7 +4,6 @@
 """
 
 import copy
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from normswap.errors import UnsupportedError
 from normswap.patchers.keras.patch import patch
 from normswap.patchers.keras.sites import find_sites
 
+from ..helpers import exactly
 from .models import Backbone, Block, Net, output
 
 # Keras's own saving converts variables this way.
@@ -93,7 +93,7 @@ def test_a_compiled_model_trains_on(target, make, fit, images):
         "expected untrained replacements, received 2 that have changed since the patch "
         "(first: bn1); no BatchNorm computes what they do: reload the original model"
     )
-    with pytest.raises(UnsupportedError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(UnsupportedError, match=exactly(message)):
         report.undo()
 
 

@@ -4,7 +4,6 @@
 """
 
 import json
-import re
 
 import h5py
 import keras
@@ -19,6 +18,7 @@ from normswap.errors import InputError
 from normswap.patchers.keras.patch import patch
 from normswap.patchers.keras.swap import read_state
 
+from ..helpers import exactly
 from .models import output
 
 TARGETS = ["brn", "sn", "gn"]
@@ -119,7 +119,7 @@ def test_arguments_that_keras_3_dropped_are_refused(argument, tmp_path):
         f"expected a Keras model in {path}, received a file Keras refuses: layer bn: "
         f"Unrecognized keyword arguments passed to BatchNormalization: {argument}"
     )
-    with pytest.raises(InputError, match=f"^{re.escape(message)}$") as caught:
+    with pytest.raises(InputError, match=exactly(message)) as caught:
         load_model(str(path))
     assert caught.value.exit_code == 3
 

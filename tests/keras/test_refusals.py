@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 
 import keras
 import numpy as np
@@ -14,6 +13,8 @@ from normswap.errors import InputError, UnsupportedError
 from normswap.patchers.keras.patch import patch
 from normswap.patchers.patch import patch as patch_any
 from normswap.patchers.patch import plan
+
+from ..helpers import exactly
 
 
 class Plain(layers.BatchNormalization):
@@ -146,7 +147,7 @@ def test_a_refusal_leaves_the_model_untouched(build, target, error, message, mak
     """Type, exit code and whole message; classes, configuration and values are hashed before and after."""
     model = build(make)
     before = fingerprint(model)
-    with pytest.raises(error, match=f"^{re.escape(message)}$") as caught:
+    with pytest.raises(error, match=exactly(message)) as caught:
         patch(model, target)
     assert caught.value.exit_code == {InputError: 3, UnsupportedError: 4}[error]
     assert fingerprint(model) == before
@@ -174,6 +175,6 @@ def test_models_of_keras_2_are_refused():
         message = (
             f"expected a Keras 3 model, received {cls.__module__}.{cls.__name__} of Keras 2; load it again with `keras`"
         )
-        with pytest.raises(UnsupportedError, match=f"^{re.escape(message)}$") as caught:
+        with pytest.raises(UnsupportedError, match=exactly(message)) as caught:
             patch_any(cls(), "gn")
         assert caught.value.exit_code == 4

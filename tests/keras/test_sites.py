@@ -1,7 +1,5 @@
 """What calibration asks of a Keras model: its replaced layers, their outputs, their scale and shift."""
 
-import re
-
 import keras
 import numpy as np
 import pytest
@@ -20,6 +18,8 @@ from normswap.finetune.calibration.keras.layers import (
     site_layers,
 )
 from normswap.patchers.keras.patch import patch
+
+from ..helpers import exactly
 
 pytestmark = [
     pytest.mark.keras,
@@ -112,7 +112,7 @@ def test_a_reference_with_other_layers(make, images):
     message = (
         "expected a reference with the layers of the model, which it is before the patch, received one without bn1, bn2"
     )
-    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(InputError, match=exactly(message)):
         calibrate(model, make("nested"), [images], refit=False)
     assert all(map(np.array_equal, model.get_weights(), before))
 

@@ -8,6 +8,8 @@ import pytest
 
 from normswap.layers.keras import SwitchNormalization
 
+from ..helpers import exactly
+
 pytestmark = [
     pytest.mark.keras,
     # Keras's own saving converts variables this way.
@@ -253,7 +255,7 @@ def test_configuration_survives():
 )
 def test_wrong_arguments(options, message):
     """A wrong argument is named with what was expected."""
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ValueError, match=exactly(message)):
         SwitchNormalization(**options)
 
 
@@ -272,5 +274,5 @@ def test_saved_gates_of_the_wrong_length(tmp_path):
         with pytest.raises(ValueError, match=re.escape(message)):
             models[kind].load_weights(tmp_path / file)
         saved = {str(i): v.numpy() for i, v in enumerate(models["none" if kind == "moving" else "moving"].weights)}
-        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        with pytest.raises(ValueError, match=exactly(message)):
             models[kind].layers[0].load_own_variables(saved)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 
@@ -18,6 +17,7 @@ from normswap import GroupNorm, SwitchNorm
 from normswap.errors import InputError, OutputExistsError, UnsupportedError
 from normswap.export.fold import folded_affine, scale_weight
 
+from ..helpers import exactly
 from .models import trained_
 
 TARGETS = ["bn", "sn", "brn", "gn", "ln", "in"]
@@ -130,7 +130,7 @@ class TestFile:
         """Weights that onnxruntime could not run are refused with the way out."""
         name = str(dtype).removeprefix("torch.")
         message = f"expected float32 weights, received weights of dtype {name}: convert with model.float()"
-        with pytest.raises(UnsupportedError, match=f"^{re.escape(message)}$"):
+        with pytest.raises(UnsupportedError, match=exactly(message)):
             export(model.to(dtype), tmp_path / "m.onnx", images.to(dtype))
         assert list(tmp_path.iterdir()) == []
 
@@ -156,7 +156,7 @@ class TestFile:
     def test_an_example_is_needed(self, model, tmp_path):
         """A torch model does not tell its input's shape."""
         message = "expected an example input (--input-shape) to export, received example=None"
-        with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        with pytest.raises(InputError, match=exactly(message)):
             normswap.to_onnx(model, tmp_path / "m.onnx")
 
     def test_a_model_torch_cannot_export(self, tmp_path):

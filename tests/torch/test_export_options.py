@@ -22,6 +22,7 @@ from normswap.cli import main
 from normswap.errors import InputError, UnsupportedError
 from normswap.export import onnx as exporter
 
+from ..helpers import exactly
 from .models import trained_
 
 
@@ -97,7 +98,7 @@ class TestHalf:
         """A weight that would become infinite is named."""
         model.head.weight.data[0, 0] = 1e6
         message = "expected weights up to 65504 for float16, received head.weight with 1e+06"
-        with pytest.raises(UnsupportedError, match=f"^{re.escape(message)}$"):
+        with pytest.raises(UnsupportedError, match=exactly(message)):
             normswap.to_onnx(model, tmp_path / "m.onnx", example=images, half=True)
         assert list(tmp_path.iterdir()) == []
 
@@ -160,7 +161,7 @@ class TestPrunedGates:
     def test_a_threshold_out_of_range(self, model, images, tmp_path, threshold):
         """One that could leave no gate is refused."""
         message = f"expected `prune_gates` from 0 to below 1/3, received prune_gates={threshold}"
-        with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        with pytest.raises(InputError, match=exactly(message)):
             normswap.to_onnx(model, tmp_path / "m.onnx", example=images, prune_gates=threshold)
 
 

@@ -1,7 +1,6 @@
 """Helpers for loops of one's own, and batch statistics over two processes."""
 
 import copy
-import re
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from normswap.errors import InputError, UnsupportedError
 from normswap.finetune.hooks.torch.statistics import convert_sync, param_groups, update_statistics
 from normswap.layers.torch import BatchRenorm1d, BatchRenorm2d, SwitchNorm1d, SwitchNorm2d
 
+from ..helpers import exactly
 from .models import filled
 
 
@@ -70,7 +70,7 @@ class TestUpdateStatistics:
     def test_refusals(self, model):
         """A model without such layers, and no batches at all, are refused; statistics stay."""
         message = "expected a model with SN or BRN layers that keep moving statistics, received one without"
-        with pytest.raises(UnsupportedError, match=f"^{re.escape(message)}$"):
+        with pytest.raises(UnsupportedError, match=exactly(message)):
             update_statistics(model, [])
         normswap.patch(model, "sn")
         before = model.bn.running_mean.clone()

@@ -10,6 +10,7 @@ from torch import nn
 import normswap
 from normswap.layers import torch as layers
 
+from ..helpers import exactly
 from .models import filled
 
 
@@ -63,7 +64,7 @@ class TestSwitchNorm:
             f"expected saved 1.mean_weight of shape={shapes[own]} for batch_statistics={own!r}, received "
             f"shape={shapes[saved]}; give the layer the batch_statistics it was saved with"
         )
-        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        with pytest.raises(ValueError, match=exactly(message)):
             model.load_state_dict(state, strict=strict)
 
         assert all(torch.equal(value, before[name]) for name, value in model[1].state_dict().items())
@@ -124,7 +125,7 @@ class TestBatchRenorm:
             "BatchRenorm2d: expected more than one value per channel in training, received shape=(1, 3, 1, 1); "
             "use a larger batch, or eval()"
         )
-        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        with pytest.raises(ValueError, match=exactly(message)):
             layers.BatchRenorm2d(3)(torch.zeros(1, 3, 1, 1))
 
     @pytest.mark.parametrize(

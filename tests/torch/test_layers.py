@@ -3,7 +3,6 @@
 import copy
 import io
 import pickle
-import re
 
 import onnxruntime
 import pytest
@@ -11,6 +10,7 @@ import torch
 
 from normswap.layers import torch as layers
 
+from ..helpers import exactly
 from .models import filled
 
 SHAPES = {
@@ -106,7 +106,7 @@ class TestLayer:
         ):
             layer.site = ""
             for name in (cls.__name__, "layer1.0.bn1"):
-                with pytest.raises(error, match=f"^{re.escape(f'{name}: {message}')}$"):
+                with pytest.raises(error, match=exactly(f"{name}: {message}")):
                     layer(x)
                 layer.site = "layer1.0.bn1"
         with pytest.raises(ValueError, match=r"^expected `momentum` from 0 to 1 or None, received momentum=2$"):
@@ -189,7 +189,7 @@ class TestLayer:
             "expected create_graph=False, received create_graph=True: this layer's backward is not differentiable "
             "itself; use torch.func, or torch.compile, which differentiate its plain operations"
         )
-        with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+        with pytest.raises(RuntimeError, match=exactly(message)):
             torch.autograd.grad(layer(x).sum(), x, create_graph=True)
 
     def test_keeps_the_input_alone(self, cls, shape):

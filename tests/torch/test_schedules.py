@@ -1,7 +1,6 @@
 """Batch Renormalization's limits along a schedule: in the layer, and from a training loop."""
 
 import io
-import re
 
 import numpy as np
 import pytest
@@ -12,6 +11,8 @@ from normswap.finetune.hooks.hook import RenormLimits
 from normswap.finetune.hooks.schedules import renorm_limits
 from normswap.finetune.hooks.torch.statistics import update_statistics
 from normswap.layers.torch import BatchRenorm1d, BatchRenorm2d
+
+from ..helpers import exactly
 
 SCHEDULES = [
     {"schedule": "paper"},
@@ -151,7 +152,7 @@ class TestLife:
             "BatchRenorm2d: expected schedule=None for limits set from outside, received "
             f"schedule={options['schedule']!r}; drop the one or the other"
         )
-        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        with pytest.raises(ValueError, match=exactly(message)):
             layer.set_limits(2.0, 1.0)
 
         assert RenormLimits(nn.Sequential(layer, BatchRenorm2d(3)), 10).layers[0] is not layer
@@ -194,5 +195,5 @@ def test_shown():
 )
 def test_wrong_arguments(options, message):
     """A schedule that cannot run is refused when the layer is made."""
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ValueError, match=exactly(message)):
         BatchRenorm2d(3, **options)

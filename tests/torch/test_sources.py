@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import re
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,8 @@ from normswap.data.preprocessing import Preprocessing, preprocessing_of
 from normswap.errors import InputError, MissingDependencyError, UnsupportedError
 from normswap.sources.spec import absolute_spec, relative_spec
 from normswap.sources.torch.state_dict import load_state_dict, read_state_dict
+
+from ..helpers import exactly
 
 CODE = """
 from helper import WIDTH
@@ -193,7 +194,7 @@ class TestWeights:
             + "\n    and 5 more\n  unexpected (2):\n    other.0\n    other.1\n"
             "  other shape (1):\n    0.weight: (2, 2) in the model, (3, 2) in the file"
         )
-        with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        with pytest.raises(InputError, match=exactly(message)):
             load_state_dict(model, state, "w.pt")
 
     def test_old_checkpoints(self):
