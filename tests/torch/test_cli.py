@@ -301,19 +301,6 @@ def test_overwrite_replaces_a_bundle_whole(run, folder, tmp_path):
     ]
 
 
-@pytest.mark.slow
-def test_demo(run):
-    """The demo runs to the end and keeps its promise on each target."""
-    code, out, err = run("demo", "--json")
-    assert code == 0, err
-    rows = {row["target"]: row for row in json.loads(out)["rows"]}
-
-    assert rows["brn"]["patched"] == rows["brn"]["bn"]
-    assert rows["sn"]["patched"] >= rows["sn"]["bn"] - 1
-    assert rows["gn (1 group)"]["patched"] >= rows["gn (1 group)"]["copied"] + 20
-    assert all(row["onnx"] == row["finetuned"] for row in rows.values())
-
-
 @pytest.mark.parametrize(
     ("arguments", "expected", "found"),
     [
