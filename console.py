@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .errors import EXIT_INTERRUPTED, NormswapWarning, explain
+from .errors import EXIT_INTERRUPTED, NormswapWarning, command_line, explain
 
 if TYPE_CHECKING:
     from .patchers.plan import Decision
@@ -41,7 +41,7 @@ class Group(click.Group):
     def invoke(self, context: click.Context) -> Any:
         """Run a command; an error ends it with its message and code, told as JSON too where that was asked for."""
         try:
-            with warnings.catch_warnings():
+            with command_line(), warnings.catch_warnings():
                 warnings.showwarning = _show_warning
                 return super().invoke(context)
         except (click.ClickException, click.exceptions.Exit, click.Abort):

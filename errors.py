@@ -1,5 +1,11 @@
 """The errors normswap raises on purpose, each with the exit code the command line gives it."""
 
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
 
 class NormswapError(Exception):
     """Base of every error that is an answer to the user rather than a defect of normswap."""
@@ -9,6 +15,12 @@ class NormswapError(Exception):
 
 class OutputExistsError(NormswapError, FileExistsError):
     """The output exists and overwriting it was not asked for."""
+
+    exit_code = 2
+
+
+class UsageError(NormswapError, ValueError):
+    """An option that nothing reads, or two that do not go together."""
 
     exit_code = 2
 
@@ -39,6 +51,30 @@ class MissingDependencyError(NormswapError, ModuleNotFoundError):
 
 class NormswapWarning(UserWarning):
     """Something the user should know of a result that is given nevertheless."""
+
+
+_on_command_line: ContextVar[bool] = ContextVar("on_command_line", default=False)
+
+
+@contextmanager
+def command_line() -> Iterator[None]:
+    """Have messages name options as the command line does, within a ``with`` block."""
+    token = _on_command_line.set(True)
+    try:
+        yield
+    finally:
+        _on_command_line.reset(token)
+
+
+def spoken(command: str, python: str) -> str:
+    """Return what a message says to someone at the command line, or to a caller in Python."""
+    return command if _on_command_line.get() else python
+
+
+def option(name: str, value: Any = True) -> str:
+    """Return how an option is given: ``--overwrite`` or ``overwrite=True``, ``--exclude bn1`` or ``exclude='bn1'``."""
+    flag = f"--{name.replace('_', '-')}"
+    return spoken(flag if value is True else f"{flag} {shlex.quote(str(value))}", f"{name}={value!r}")
 
 
 EXIT_MISSING = MissingDependencyError.exit_code

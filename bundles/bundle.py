@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from ..convert.recipe import Recipe
 from ..data.preprocessing import Preprocessing
-from ..errors import InputError
+from ..errors import InputError, spoken
 from ..frameworks.detect import get_framework
 from ..patchers.patch import as_module, patch
 from ..sources.files import sha256, staged
@@ -55,7 +55,8 @@ class Bundle:
         """Return the model as it was before the patch; raises `InputError` if the bundle was saved without it."""
         if not self.has_original:
             raise InputError(
-                f"expected a bundle saved with its original, received {self.directory}; make it with `normswap patch`"
+                f"expected a bundle saved with its original, received {self.directory}; "
+                f"make it with {spoken('`normswap patch`', '`normswap.save(..., original=model)`')}"
             )
         if self.recipe.framework == "keras":
             return _load_keras(self.original_weights, self.source, self.preprocessing)[0]

@@ -7,7 +7,7 @@ from typing import Any
 from .. import __version__
 from ..convert.recipe import Recipe
 from ..data.preprocessing import Preprocessing
-from ..errors import InputError, OutputExistsError
+from ..errors import InputError, OutputExistsError, option, spoken
 from ..sources.files import Kind, require_output, sha256
 from ..sources.spec import relative_spec
 from ..sources.weights import SUFFIX
@@ -37,9 +37,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             raise
         if not (directory / MANIFEST).exists():
             received = f"a folder without {MANIFEST}" if directory.is_dir() else "no folder"
-            advice = "make one with `normswap patch`"
+            advice = f"make one with {spoken('`normswap patch`', '`normswap.save`')}"
             if is_unfinished(directory):
-                received, advice = "a fine-tuning run that has not ended", "repeat its command with --resume"
+                received, advice = "a fine-tuning run that has not ended", f"repeat it with {option('resume')}"
             raise InputError(f"expected a bundle in {directory}, received {received}; {advice}") from None
         raise InputError(f"expected a bundle in {directory}, received a folder without one: {error}") from None
     for name, digest in hashes.items():
@@ -88,6 +88,6 @@ def require_replaceable(directory: Path, *, overwrite: bool) -> None:
     if not overwrite and is_unfinished(directory):
         raise OutputExistsError(
             f"expected an output path that does not exist, received {directory} with a fine-tuning run that has not "
-            "ended; add --resume to go on with it, or --overwrite"
+            f"ended; add {option('resume')} to go on with it, or {option('overwrite')}"
         )
     require_output(directory, overwrite=overwrite, kind=BUNDLE)

@@ -7,7 +7,7 @@ BatchNorm) 1, 4, 8 and 16 groups keep 79, 74, 68 and 56 %, so ``"auto"`` means o
 
 from math import gcd
 
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, option, spoken
 from .targets import GroupNorm
 
 FEW_ELEMENTS = 16
@@ -28,10 +28,11 @@ def resolve_groups(target: GroupNorm, channels: int, elements: int | None, name:
         raise UnsupportedError(
             f"{name}: a group of one value per sample normalises to zero and erases the signal "
             f"(channels={channels}, groups={groups}, values per channel={elements or 'unknown'}); "
-            f"use fewer groups, or leave the layer as it is with --exclude '{name}'"
+            f"use fewer groups, or leave the layer as it is with {option('exclude', name)}"
         )
     if elements is None and per_group == 1:
-        note = _join(note, "one channel per group: give an example input to check that maps exceed 1x1")
+        example = spoken("--input-shape", "an example input")
+        note = _join(note, f"one channel per group: give {example} to check that maps exceed 1x1")
     elif elements is not None and per_group < FEW_ELEMENTS:
         note = _join(note, f"only {per_group} values per group: expect noisy statistics")
     return groups, note

@@ -15,7 +15,7 @@ from onnx_ir.passes import common as passes
 from onnxscript import version_converter
 
 from .. import __version__
-from ..errors import InputError, UnsupportedError, VerificationError
+from ..errors import InputError, UnsupportedError, VerificationError, spoken
 from ..frameworks.detect import framework_of, get_framework
 from ..frameworks.example import Inputs
 from ..sources.files import staged
@@ -135,7 +135,8 @@ def _inputs(model: Any, example: Any) -> Inputs:
         return inputs.map(lambda x: np.ascontiguousarray(x.detach().cpu() if hasattr(x, "detach") else x))
     shapes = get_framework(model).input_shapes(model)
     if shapes is None or any(size is None for shape in shapes for size in shape):
-        raise InputError(f"expected an example input (--input-shape) to export, received example={example}")
+        wanted = spoken("--input-shape", "an example input")
+        raise InputError(f"expected {wanted} to export, received {spoken('none', f'example={example}')}")
     rng = np.random.default_rng(0)
     return Inputs(*(rng.standard_normal((2, *(size or 1 for size in shape)), np.float32) for shape in shapes))
 

@@ -12,7 +12,7 @@ from ..convert.expected_drift import expected_drift, folds
 from ..convert.groups import resolve_groups
 from ..convert.recipe import Choice, Recipe, Rule, Rules
 from ..convert.targets import BatchRenorm, GroupNorm, SwitchNorm, Target, target_to_dict
-from ..errors import InputError, UnsupportedError
+from ..errors import InputError, UnsupportedError, option, spoken
 
 if TYPE_CHECKING:
     from .measured_drift import Drift
@@ -107,7 +107,7 @@ class Plan:
             lines = "\n".join(f"  {d.site.name} ({d.site.source}): {d.note}" for d in refused)
             return (
                 f"expected BatchNorms that can be replaced, received {len(refused)} that cannot:\n{lines}\n"
-                "leave such a layer as it is with --exclude NAME (exclude=[NAME])"
+                f"leave such a layer as it is with {option('exclude', 'NAME')}"
             )
         if not self.having("replace") and not self.having("done"):
             skipped = self.having("skip")
@@ -242,7 +242,8 @@ def _decide_one(site: Site, target: Target, state_of: Callable[[str], BatchNormS
     if site.obstacle:
         return Decision(site, "refuse", target, site.obstacle)
     if site.any_rank and not isinstance(target, GroupNorm):
-        note = f"a {site.source} takes any number of dimensions: give an example input to see how many there are"
+        example = spoken("--input-shape", "an example input")
+        note = f"a {site.source} takes any number of dimensions: give {example} to see how many there are"
         return Decision(site, "refuse", target, note)
     groups = None
     notes = [] if site.has_statistics else ["no running statistics: gamma and beta are copied, expect a large drift"]
@@ -291,7 +292,8 @@ def _rules_targets(sites: Sequence[Site], rules: Rules) -> tuple[dict[str, Targe
     """Return what the first rule that a site fits makes of it, and why a site is left."""
     stages = _stages(sites)
     if sites and not stages and any(rule.stage is not None for rule in rules.rules):
-        raise InputError("expected an example for a rule by stage, which goes by the size of maps, received none")
+        example = spoken("--input-shape", "an example")
+        raise InputError(f"expected {example} for a rule by stage, which goes by the size of maps, received none")
     fits = [[_fits(rule, place, site, len(sites), stages) for rule in rules.rules] for place, site in enumerate(sites)]
     for index, rule in enumerate(rules.rules):
         if sites and not any(row[index] for row in fits):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import InputError, OutputExistsError
+from ..errors import InputError, OutputExistsError, option
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,9 @@ def require_output(path: Path, *, overwrite: bool, kind: Kind = FILE, sources: I
     if not os.path.lexists(path):
         return
     if not overwrite:
-        raise OutputExistsError(f"expected an output path that does not exist, received {path}; add --overwrite")
+        raise OutputExistsError(
+            f"expected an output path that does not exist, received {path}; add {option('overwrite')}"
+        )
     if path.is_symlink() or not kind.includes(path):
         found = described(path)
         raise OutputExistsError(f"expected {kind.name} to overwrite, received {path}, {found}; write to another output")

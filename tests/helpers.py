@@ -14,7 +14,7 @@ def refusal(*lines):
         (
             f"expected BatchNorms that can be replaced, received {len(lines)} that cannot:",
             *(f"  {line}" for line in lines),
-            "leave such a layer as it is with --exclude NAME (exclude=[NAME])",
+            "leave such a layer as it is with exclude='NAME'",
         )
     )
 

@@ -254,8 +254,8 @@ class TestPicture:
         with Journal(tmp_path / "run") as journal:
             journal.row(1, stage="all")
         message = (
-            f"expected a bundle with curves or gates, received {tmp_path} without; `normswap finetune` writes curves, "
-            "and `normswap patch --to sn` makes layers with gates"
+            f"expected a bundle with curves or gates, received {tmp_path} without; `finetune` writes curves, "
+            "and patching to SwitchNorm makes layers with gates"
         )
         with pytest.raises(UnsupportedError, match=exactly(message)):
             plots.picture(tmp_path, {})

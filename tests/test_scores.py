@@ -36,7 +36,7 @@ def test_the_number_of_classes():
     assert class_count(SCORES) == 3
     message = (
         "expected a model with scores of shape (N, classes) for labels of images, received one with scores of shape "
-        "(2, 3, 4, 4); --teacher original needs no labels"
+        "(2, 3, 4, 4); teacher='original' needs no labels"
     )
     with pytest.raises(UnsupportedError, match=exactly(message)):
         class_count(np.zeros((2, 3, 4, 4)))

@@ -120,7 +120,7 @@ class TestGroups:
         message = (
             "head.bn: a group of one value per sample normalises to zero and erases the signal "
             "(channels=4, groups=4, values per channel=1); use fewer groups, or leave the layer as it is with "
-            "--exclude 'head.bn'"
+            "exclude='head.bn'"
         )
         with pytest.raises(UnsupportedError, match=exactly(message)):
             resolve_groups(GroupNorm(groups=4), 4, 1, "head.bn")

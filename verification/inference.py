@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data.preprocessing import Preprocessing
-from ..errors import InputError
+from ..errors import InputError, spoken
 from .file import read_model
 from .runtime import session
 
@@ -28,7 +28,7 @@ def open_onnx(path: Path, options: Mapping[str, Any]) -> tuple[Predict, Preproce
         raise InputError(f"expected a file with one input to evaluate, received {len(file.inputs)}")
     if stored is None:
         raise InputError(f"expected a file that says how images become its input, received {path} without; "
-                         "export it with --input-shape")  # fmt: skip
+                         f"export it with {spoken('--input-shape', 'metadata=')}")  # fmt: skip
     try:
         known = Preprocessing.from_dict(stored)
     except (KeyError, TypeError) as error:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, spoken
 from ..sources.files import require_file, staged
 from .reference import Arrays, Batch, Reference
 
@@ -57,7 +57,8 @@ def load_reference(path: Path) -> Reference:
         reason = f"no {str(error.args[0]).split()[0]} in it"
     except Exception as error:
         reason = str(error) or type(error).__name__
-    raise InputError(f"expected a reference written by --save-reference in {path}, received {reason}")
+    wrote = spoken("--save-reference", "save_reference=")
+    raise InputError(f"expected a reference written by {wrote} in {path}, received {reason}")
 
 
 def _batch(stored: Any, number: int, told: dict[str, Any]) -> Batch:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ...errors import UnsupportedError
+from ...errors import UnsupportedError, option
 
 _LEAST_PROBABILITY = 1e-30
 _SUM_TOLERANCE = 1e-3
@@ -36,7 +36,7 @@ def class_count(scores: Any) -> int:
     if len(scores.shape) != 2:
         raise UnsupportedError(
             "expected a model with scores of shape (N, classes) for labels of images, received one with scores of "
-            f"shape {tuple(scores.shape)}; --teacher original needs no labels"
+            f"shape {tuple(scores.shape)}; {option('teacher', 'original')} needs no labels"
         )
     return int(scores.shape[1])
 

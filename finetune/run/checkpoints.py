@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import InputError, NormswapWarning
+from ...errors import InputError, NormswapWarning, option
 from ...sources.files import Kind, sha256, staged
 
 KEPT = 2
@@ -62,7 +62,8 @@ class Checkpoints:
                 return self._read(path)
             except InputError as error:
                 if number == paths[0][0]:
-                    raise InputError(f"{error}; no other checkpoint is whole: start anew with --overwrite") from None
+                    anew = f"start anew with {option('overwrite')}"
+                    raise InputError(f"{error}; no other checkpoint is whole: {anew}") from None
                 warnings.warn(f"{error}; going on from the checkpoint before it", NormswapWarning, stacklevel=2)
         return None
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...data.dataset import Data
-from ...errors import InputError, NormswapError, VerificationError
+from ...errors import InputError, NormswapError, VerificationError, spoken
 from ..hooks.scores import logits
 from .accuracy import Accuracy, accuracy
 from .figures import drift
@@ -57,7 +57,8 @@ class Evaluation:
         """Raise `VerificationError` if the model's scores are not: no loss tells of what the last step did."""
         if not np.isfinite(self._scores(self.model, self._watched)).all():
             raise VerificationError(
-                f"expected finite scores, received NaN or infinity from the model of step={step}; lower --lr"
+                f"expected finite scores, received NaN or infinity from the model of step={step}; "
+                f"lower {spoken('--lr', 'lr')}"
             )
 
     def _scores(self, model: Any, x: NDArray[np.float32]) -> NDArray[Any]:
@@ -76,6 +77,6 @@ def first_scores(engine: ModuleType, model: Any, data: Data) -> NDArray[Any]:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(
             f"expected images of a shape that the model takes, received {x.shape[1:]}: {reason}; "
-            "see --input-shape and --size"
+            f"see {spoken('--input-shape and --size', 'its preprocessing')}"
         ) from error
     return found

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from ...errors import NormswapError
+from ...errors import NormswapError, option
 
 
 class StoppedError(NormswapError):
@@ -14,7 +14,7 @@ class StoppedError(NormswapError):
 
     def __init__(self, number: int, step: int) -> None:
         name = signal.Signals(number).name
-        super().__init__(f"stopped by {name} after step {step}, which is saved; go on with --resume")
+        super().__init__(f"stopped by {name} after step {step}, which is saved; go on with {option('resume')}")
         self.exit_code = 128 + number
 
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import MaxNLocator
 
 from ...bundles.manifest import RUN
-from ...errors import UnsupportedError
+from ...errors import UnsupportedError, spoken
 from .figures import Gates
 from .journal import GATES, METRICS, ORIGINAL, Row, read
 
@@ -49,8 +49,9 @@ def picture(bundle: Path, gates: Gates) -> Figure:
         parts += [(_MAP, _gate_map, gates), (_bars_height(gates), _gate_bars, gates)]
     if not parts:
         raise UnsupportedError(
-            f"expected a bundle with curves or gates, received {bundle} without; `normswap finetune` writes curves, "
-            "and `normswap patch --to sn` makes layers with gates"
+            f"expected a bundle with curves or gates, received {bundle} without; "
+            f"{spoken('`normswap finetune`', '`finetune`')} writes curves, and "
+            f"{spoken('`normswap patch --to sn`', 'patching to SwitchNorm')} makes layers with gates"
         )
     heights = [height for height, _, _ in parts]
     figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 
 from ...convert.targets import BatchRenorm, SwitchNorm
-from ...errors import InputError
+from ...errors import InputError, spoken
 from ...frameworks.keras import Shape, build_shape, call, distinct_layers, inference, named_layers, watching
 from ...layers import keras as layers
 from ..plan import Site
@@ -57,7 +57,7 @@ def _obstacle(layer: keras.Layer, shape: Shape | None) -> str:
     if type(layer).call is not BatchNorm.call or "call" in layer.__dict__:
         return f"{type(layer).__name__} overrides call: a replacement would lose what it adds"
     if shape is None:
-        return "not built yet: give an example input, or call the model on one first"
+        return f"not built yet: {spoken('give --input-shape', 'give an example input, or call the model on one first')}"
     if layer.axis % len(shape) == 0:
         return f"it normalizes along the batch (axis={layer.axis})"
     return ""

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
-from ...errors import InputError, UnsupportedError
+from ...errors import InputError, UnsupportedError, spoken
 from ...frameworks.torch import call, inference, named_layers, watching
 from ..plan import Site
 from .batch_norm import channels_of, is_frozen, overrides, rank_of
@@ -99,7 +99,8 @@ def _obstacle(module: nn.Module, left: str) -> str:
     if left.startswith("part of"):
         return f"{left}: patch the model before it is prepared for quantization"
     if isinstance(module, LazyModuleMixin):
-        return "not initialised yet: run one forward pass first, or give an example input"
+        way = spoken("give --input-shape", "run one forward pass first, or give an example input")
+        return f"not initialised yet: {way}"
     if "forward" in module.__dict__:
         return "its forward was replaced on the object itself: patch the model before that"
     for owner, method in () if is_frozen(module) else overrides(cls):

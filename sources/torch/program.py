@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 
-from ...errors import InputError
+from ...errors import InputError, option
 from ..files import require_file
 
 
@@ -19,7 +19,7 @@ def read_program(path: Path, *, trust: bool) -> ExportedProgram:
     if not trust:
         raise InputError(
             f"expected a model that is read without running code, received {path}, which torch.export unpickles; "
-            "if you trust whoever made it, add --trust (trust=True)"
+            f"if you trust whoever made it, add {option('trust')}"
         )
     try:
         with warnings.catch_warnings():

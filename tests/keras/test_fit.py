@@ -141,7 +141,7 @@ class TestSteps:
         with pytest.raises(VerificationError) as raised:
             fitted(small_net(), Spoiled(3), first=0, on_step=lambda taken: steps.append(taken.step))
 
-        assert str(raised.value) == "expected a finite loss, received loss=nan at step=3; lower --lr"
+        assert str(raised.value) == "expected a finite loss, received loss=nan at step=3; lower lr"
         assert steps == [1, 2, 3]
 
     @pytest.mark.parametrize("workers", [0, 2])

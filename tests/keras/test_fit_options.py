@@ -169,7 +169,7 @@ class TestOutputs:
 
         assert str(raised.value) == (
             "expected a model with scores of shape (N, classes) for labels of images, received one with scores of "
-            "shape (1, 4, 4, 2); --teacher original needs no labels"
+            "shape (1, 4, 4, 2); teacher='original' needs no labels"
         )
 
     def test_features_of_an_evaluation_are_not_held(self):

@@ -68,7 +68,7 @@ def along_the_batch(make):
 
 
 CANNOT = "expected BatchNorms that can be replaced, received {} that cannot:\n{}\n" \
-    "leave such a layer as it is with --exclude NAME (exclude=[NAME])"  # fmt: skip
+    "leave such a layer as it is with exclude='NAME'"  # fmt: skip
 REFUSALS = {
     "negative": (
         negative,
@@ -130,7 +130,7 @@ REFUSALS = {
             1,
             "  bn2 (BatchNormalization): a group of one value per sample normalises to zero and erases the signal "
             "(channels=6, groups=6, values per channel=1); "
-            "use fewer groups, or leave the layer as it is with --exclude 'bn2'",
+            "use fewer groups, or leave the layer as it is with exclude='bn2'",
         ),
     ),
     "none": (

@@ -101,7 +101,7 @@ def test_a_signal(make, tmp_path):
         finetune(source, tmp_path / "parts", images, chosen, on_step=terminate)
     finetune(source, tmp_path / "parts", images, chosen, resume=True, on_step=terminate)
 
-    assert str(raised.value) == "stopped by SIGTERM after step 3, which is saved; go on with --resume"
+    assert str(raised.value) == "stopped by SIGTERM after step 3, which is saved; go on with resume=True"
     assert raised.value.exit_code == 143
     assert steps == [1, 2, 3, 4, 5, 6]
     assert all(map(np.array_equal, weights(tmp_path / "whole"), weights(tmp_path / "parts")))
@@ -115,7 +115,7 @@ def test_a_loss_that_is_not_finite(make, tmp_path):
         finetune(source, tmp_path / "out", Spoiled(5), settings(steps=8, **constant))
 
     assert str(raised.value) == (
-        f"expected a finite loss, received loss=nan at step=5; lower --lr; the model of step 4 is in {tmp_path / 'out'}"
+        f"expected a finite loss, received loss=nan at step=5; lower lr; the model of step 4 is in {tmp_path / 'out'}"
     )
     assert all(map(np.array_equal, weights(tmp_path / "short"), weights(tmp_path / "out")))
 

@@ -90,7 +90,7 @@ def test_refusals(data):
     with pytest.raises(UnsupportedError, match=f"^{message}$"):
         largest_batch(Failing(1, MemoryError()), None, data, Training())
     message = (
-        "expected one process to find the largest batch in, received 3; find it in one, and give --batch-size 3 "
+        "expected one process to find the largest batch in, received 3; find it in one, and give batch_size 3 "
         "times that"
     )
     with pytest.raises(UnsupportedError, match=f"^{message}$"):

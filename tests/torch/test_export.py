@@ -155,7 +155,7 @@ class TestFile:
 
     def test_an_example_is_needed(self, model, tmp_path):
         """A torch model does not tell its input's shape."""
-        message = "expected an example input (--input-shape) to export, received example=None"
+        message = "expected an example input to export, received example=None"
         with pytest.raises(InputError, match=exactly(message)):
             normswap.to_onnx(model, tmp_path / "m.onnx")
 

@@ -71,7 +71,7 @@ class TestScores:
         normswap.patch(model, "gn")
         message = (
             "expected a model with scores of shape (N, classes) for labels of images, received one with scores of "
-            "shape (1, 3, 10, 10); --teacher original needs no labels"
+            "shape (1, 3, 10, 10); teacher='original' needs no labels"
         )
         with pytest.raises(UnsupportedError, match=exactly(message)):
             losses(model)
@@ -137,7 +137,7 @@ class TestTypes:
         normswap.patch(model.to(dtype), "gn")
         message = (
             f"expected parameters to train in torch.float32 or torch.float64, received some in {dtype}, in which most "
-            "steps change nothing; load the model in float32, and let --precision bf16 compute in less"
+            "steps change nothing; load the model in float32, and let precision='bf16' compute in less"
         )
         assert predict(model, coloured().batch(range(4))[0]).shape == (4, 5)
         with pytest.raises(UnsupportedError, match=exactly(message)):

@@ -26,7 +26,7 @@ def test_vectors_have_single_values():
     example = torch.randn(3, 6)
     message = refusal(
         "1 (BatchNorm1d): a group of one value per sample normalises to zero and erases the signal "
-        "(channels=4, groups=4, values per channel=1); use fewer groups, or leave the layer as it is with --exclude '1'"
+        "(channels=4, groups=4, values per channel=1); use fewer groups, or leave the layer as it is with exclude='1'"
     )
     with pytest.raises(UnsupportedError, match=exactly(message)):
         normswap.patch(model, "in", example=example)

@@ -120,7 +120,7 @@ def test_two_processes(tmp_path):
             "start all with one command",
             3,
         ],
-        ["stopped by SIGTERM after step 4, which is saved; go on with --resume", 143],
+        ["stopped by SIGTERM after step 4, which is saved; go on with resume=True", 143],
         ["expected a batch of at least 2 images, one for each process, received batch_size=1", 3],
     ]
     assert not (tmp_path / "disagree").exists()

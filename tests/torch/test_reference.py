@@ -153,7 +153,7 @@ def test_damaged_references(saved, damage, reason):
         verify_against(folder / "r.npz", folder / "m.onnx")
 
     assert str(caught.value) == (
-        f"expected a reference written by --save-reference in {folder / 'r.npz'}, received {reason}"
+        f"expected a reference written by save_reference= in {folder / 'r.npz'}, received {reason}"
     )
 
 
@@ -163,7 +163,7 @@ def test_a_bit_that_flipped(saved):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(InputError, match="^expected a reference written by --save-reference in .*Bad CRC-32"):
+    with pytest.raises(InputError, match="^expected a reference written by save_reference= in .*Bad CRC-32"):
         verify_against(path, saved[0] / "m.onnx")
 
 
@@ -173,7 +173,7 @@ def test_an_enormous_array(saved):
     with zipfile.ZipFile(path, "w") as archive:
         header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776, 1024), }"
         archive.writestr("index.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
-    with pytest.raises(InputError, match="^expected a reference written by --save-reference in "):
+    with pytest.raises(InputError, match="^expected a reference written by save_reference= in "):
         verify_against(path, saved[0] / "m.onnx")
 
 

@@ -116,7 +116,7 @@ class TestResume:
             (tmp_path / "out/run/checkpoints" / name / "checkpoint.json").write_text("{}")
         with (
             pytest.warns(NormswapWarning, match="going on from the checkpoint before it$"),
-            pytest.raises(InputError, match="; no other checkpoint is whole: start anew with --overwrite$"),
+            pytest.raises(InputError, match="; no other checkpoint is whole: start anew with overwrite=True$"),
         ):
             finetune(source(), tmp_path / "out", data, SETTINGS, resume=True)
 

@@ -154,7 +154,7 @@ class TestStopping:
                 os.kill(os.getpid(), number)
 
         handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
-        message = f"stopped by {number.name} after step 4, which is saved; go on with --resume"
+        message = f"stopped by {number.name} after step 4, which is saved; go on with resume=True"
         with pytest.raises(StoppedError, match=f"^{message}$") as caught:
             finetune(source("sn"), tmp_path / "out", data, SETTINGS, eval_data=data, on_step=shoot)
 
@@ -162,7 +162,7 @@ class TestStopping:
         assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
         unfinished = (
             f"expected a bundle in {tmp_path}/out, received a fine-tuning run that has not ended; "
-            "repeat its command with --resume"
+            "repeat it with resume=True"
         )
         with pytest.raises(InputError, match=f"^{re.escape(unfinished)}$"):
             normswap.load(tmp_path / "out")
@@ -212,7 +212,7 @@ class TestStopping:
 
         monkeypatch.setattr(engine, "_gradients", broken)
         message = (
-            f"expected a finite loss, received loss=nan at step=4; lower --lr; the model of step 3 is in {tmp_path}/out"
+            f"expected a finite loss, received loss=nan at step=4; lower lr; the model of step 3 is in {tmp_path}/out"
         )
         with pytest.raises(VerificationError, match=f"^{re.escape(message)}$"):
             finetune(source(), tmp_path / "out", data, SETTINGS)

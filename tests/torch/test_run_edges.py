@@ -56,7 +56,7 @@ class TestBrokenModels:
         """No loss tells of it; the model of the checkpoint before is the output."""
         poison_last(monkeypatch, 6)
         message = (
-            "expected finite scores, received NaN or infinity from the model of step=6; lower --lr; "
+            "expected finite scores, received NaN or infinity from the model of step=6; lower lr; "
             f"the model of step 3 is in {tmp_path}/out"
         )
         with pytest.raises(VerificationError, match=f"^{re.escape(message)}$"):
@@ -137,7 +137,7 @@ class TestRefusals:
         grey = from_arrays(np.random.default_rng(0).random((8, 12, 12, 1), np.float32), np.arange(8) % 3, known)
         message = (
             r"expected images of a shape that the model takes, received \(1, 12, 12\): .*; "
-            "see --input-shape and --size"
+            "see its preprocessing"
         )
         with pytest.raises(InputError, match=f"^{message}$"):
             finetune(source(), tmp_path / "out", grey, SETTINGS)
@@ -155,7 +155,7 @@ class TestRefusals:
             finetune(source(), tmp_path / "out", data, SETTINGS, on_step=halt_at(4))
         message = (
             f"expected an output path that does not exist, received {tmp_path}/out with a fine-tuning run that has not "
-            "ended; add --resume to go on with it, or --overwrite"
+            "ended; add resume=True to go on with it, or overwrite=True"
         )
         with pytest.raises(OutputExistsError, match=f"^{re.escape(message)}$"):
             finetune(source(), tmp_path / "out", data, SETTINGS)

@@ -255,7 +255,7 @@ class TestBundle:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            (None, "expected a bundle in .*, received a folder without normswap.json; make one with `normswap patch`$"),
+            (None, "expected a bundle in .*, received a folder without normswap.json; make one with `normswap.save`$"),
             ("{}", "expected a bundle in .*, received a folder without one: 'schema_version'"),
             ("[", "expected a bundle in "),
             ('{"schema_version": 9}', "expected a bundle of schema_version=1, received schema_version=9"),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ....data.dataset import Data
-from ....errors import InputError, MissingDependencyError, UnsupportedError, VerificationError
+from ....errors import InputError, MissingDependencyError, UnsupportedError, VerificationError, option
 from ....frameworks.torch import call, float_type, inference
 from ....layers.torch.group_norm import guard
 from ....layers.torch.passes import exact
@@ -267,7 +267,7 @@ def _require_wide(parameters: Sequence[nn.Parameter]) -> None:
     for dtype in {parameter.dtype for parameter in parameters} - {torch.float32, torch.float64}:
         raise UnsupportedError(
             f"expected parameters to train in torch.float32 or torch.float64, received some in {dtype}, in which most "
-            "steps change nothing; load the model in float32, and let --precision bf16 compute in less"
+            f"steps change nothing; load the model in float32, and let {option('precision', 'bf16')} compute in less"
         )
 
 
