@@ -3,21 +3,18 @@
 import json
 import math
 import warnings
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from datetime import timedelta
 from statistics import median
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from .errors import EXIT_INTERRUPTED, NormswapWarning, command_line, explain
-
-if TYPE_CHECKING:
-    from .patchers.plan import Decision
+from .patchers.table import as_text
 
 SCHEMA_VERSION = 1
 _FIGURES = {
@@ -27,9 +24,6 @@ _FIGURES = {
     "images_per_second": "{:.0f} images/s",
 }
 """What a bar shows of a training, and how; other figures it leaves to the journal."""
-
-WIDTH_OF_A_FILE = 100
-EXPECTED = "expected change of the layer's output, as a share of its root mean square"
 
 JSON = "normswap.json"
 """Where a context keeps whether --json was given, for an error to be told in kind."""
@@ -115,96 +109,25 @@ def option_set(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return apply
 
 
-def show(as_json: bool, data: Mapping[str, Any], text: Any) -> None:
-    """Print the result: one JSON object on stdout, or text for people on stderr."""
+def show(as_json: bool, data: Mapping[str, Any], text: Any, then: Sequence[str] = ()) -> None:
+    """Print the result: one JSON object on stdout, or text for people on stderr and the commands to type next."""
     if as_json:
         show_json(data)
     else:
         from rich.console import Console
 
         console = Console(stderr=True, highlight=False, markup=False, soft_wrap=isinstance(text, str))
-        if not console.is_terminal:
-            console.width = WIDTH_OF_A_FILE
-        console.print(text)
+        if console.is_terminal:
+            console.print(text)
+        else:
+            click.echo(text if isinstance(text, str) else as_text(text), err=True)
+        for command in then:
+            click.echo(f"next: {command}", err=True)
 
 
 def show_json(data: Mapping[str, Any]) -> None:
     """Print one JSON object on stdout."""
     click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **data}))
-
-
-def table(title: str, rows: list[dict[str, Any]], below: Iterable[str] = ()) -> Any:
-    """Return a table of the rows, leaving out columns in which nothing stands, with lines of text below it."""
-    from rich.console import Group as Together
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    columns = [key for key in (rows[0] if rows else ()) if any(row[key] not in (None, "", []) for row in rows)]
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*("" if row[c] is None else f"{row[c]:.2f}" if isinstance(row[c], float) else str(row[c])
-                        for c in columns))  # fmt: skip
-    return Together(table, *below)
-
-
-def sites_table(title: str, sites: Iterable[Mapping[str, Any]]) -> Any:
-    """Return a table of what `inspect` found, with a column of expected drift for each target."""
-    rows = []
-    for site in sites:
-        told = {"name": _names(site["name"], site["aliases"]), "type": site["type"], "C": site["channels"]}
-        told |= {"shape": _shape(site["shape"]), "patched to": site["patched_to"]}
-        rows.append({**told, **site["drift"], "obstacle": site["obstacle"]})
-    return table(title, rows, [f"sn, gn, in: {EXPECTED} if it becomes that; brn changes nothing"] if rows else [])
-
-
-def plan_table(title: str, decisions: Sequence["Decision"], drift: Iterable[Mapping[str, Any]] = ()) -> Any:
-    """Return a table of a plan's decisions, beside the expected drift the measured one, where there is one."""
-    measured = {found["name"]: found for found in drift}
-    rows = []
-    for decision in decisions:
-        site, found = decision.site, measured.pop(decision.site.name, {})
-        told = {"name": _names(site.name, site.aliases), "type": site.source, "C": site.channels}
-        told |= {"shape": _shape(site.spatial), "becomes": _outcome(decision)}
-        replaced = decision.action == "replace"
-        told |= {"drift": decision.drift, "measured": found.get("rms")}
-        rows.append({**told, "folds": ("yes" if decision.folds else "no") if replaced else "", "note": decision.note})
-    below = [f"drift: {EXPECTED}"] if any(row["drift"] is not None for row in rows) else []
-    if drift:
-        below.append("measured: what it is in the patched model on images, with what the layers before it change")
-    for name, end in measured.items():
-        below.append(f"{name}: off by {_percent(end['rms'])} of its root mean square, {_percent(end['max'])} at most")
-    return table(title, rows, [*below, *_footnotes(rows)])
-
-
-def _outcome(decision: "Decision") -> str:
-    """Return what becomes of a site, a target with what is not its default."""
-    target = decision.target
-    if decision.action in ("skip", "refuse") or target is None:
-        return {"skip": "(left)", "refuse": "(refused)"}[decision.action]
-    said = [f"{f.name}={value}" for f in fields(target) if (value := getattr(target, f.name)) != f.default]
-    return " ".join([target.kind, *said, *(["(before)"] if decision.action == "done" else [])])
-
-
-def _footnotes(rows: list[dict[str, Any]]) -> list[str]:
-    """Move what several rows' notes say to footnotes, and return those."""
-    counts = Counter(part for row in rows for part in row["note"].split("; ") if part)
-    numbers = {part: f"[{n}]" for n, part in enumerate((p for p in counts if counts[p] > 1), 1)}
-    for row in rows:
-        row["note"] = "; ".join(numbers.get(part, part) for part in row["note"].split("; "))
-    return [f"{number} {part}" for part, number in numbers.items()]
-
-
-def _names(name: str, aliases: Iterable[str]) -> str:
-    return " = ".join([name, *aliases])
-
-
-def _shape(spatial: Iterable[int] | None) -> str | None:
-    return None if spatial is None else "x".join(map(str, spatial))
-
-
-def _percent(share: float | None) -> str:
-    return "?" if share is None else f"{100 * share:.1f} %"
 
 
 @contextmanager

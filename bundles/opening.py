@@ -1,35 +1,91 @@
 """A MODEL argument of the command line, opened: a bundle, or anything `normswap.sources.spec` knows."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+import copy
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..data.preprocessing import Preprocessing, preprocessing_of
-from ..errors import InputError
+from ..errors import InputError, UnsupportedError, UsageError, option
 from ..frameworks.detect import framework_of, get_framework
 from . import bundle as bundles
 from .manifest import is_bundle, is_unfinished
 from .source import load_model
 
 
-class Opened:
-    """A model and what is known of its input.
+@dataclass(frozen=True)
+class ModelOptions:
+    """What is said of a model beside its name; None leaves it to what the model or the bundle says.
 
-    ``options`` may hold ``input_shape``, ``size``, ``mean`` and ``std``, which come before what the model or bundle
-    says, and ``trust`` in files that can run code while they are read. ``bundle`` is None for a model that is not
-    one; ``example`` is a batch of zeros, or None if no shape is known.
+    ``weights`` is a file to load into what a source builds. ``input_shape`` is one sample's shape as the model takes
+    it, ``size`` an image's height and width, or one number for both, where only they differ. ``mean`` is subtracted
+    from images in 0..1 and ``std`` divides them, one number or one for each channel. ``trust`` allows to read files
+    that can run code while they are read.
+
+    Raises `UsageError` for both ``input_shape`` and ``size``.
     """
 
-    def __init__(
-        self, spec: str, weights: Path | None, options: Mapping[str, Any], *, need_bundle: bool = False
-    ) -> None:
-        trust = bool(options.get("trust"))
-        bundled = need_bundle or is_bundle(spec) or is_unfinished(spec)
-        self.bundle = bundles.read(spec, trust=trust) if bundled else None
-        self.model = self.bundle.model if self.bundle else load_model(spec, weights, trust=trust)
+    weights: Path | None = None
+    input_shape: tuple[int, ...] | None = None
+    size: tuple[int, ...] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    trust: bool = False
+
+    def __post_init__(self) -> None:
+        if self.input_shape is not None and self.size is not None:
+            raise UsageError(f"expected one of --input-shape and --size, received {self.told('input_shape', 'size')}")
+
+    def given(self) -> list[str]:
+        """Return the names of the options that say something."""
+        return [field.name for field in fields(self) if getattr(self, field.name) not in (None, False)]
+
+    def told(self, *names: str) -> str:
+        """Return options as they were given, for a message."""
+        values = {name: getattr(self, name) for name in names}
+        texts = {name: ",".join(map(str, v)) if isinstance(v, tuple) else str(v) for name, v in values.items()}
+        return ", ".join(option(name, True if values[name] is True else text) for name, text in texts.items())
+
+    def only(self, *names: str) -> "ModelOptions":
+        """Return these options without all but ``names``."""
+        return ModelOptions(**{name: getattr(self, name) for name in names})
+
+
+def reads(spec: str) -> list[str]:
+    """Return the names of the `ModelOptions` that what ``spec`` names has a use for."""
+    if spec.endswith(".onnx"):
+        return ["mean", "std"]
+    return [field.name for field in fields(ModelOptions) if field.name != "weights" or not _is_bundle(spec)]
+
+
+def require_read(options: ModelOptions, *specs: str) -> None:
+    """Raise `UsageError` if an option says something that none of the models has a use for."""
+    read = {name for spec in specs for name in reads(spec)}
+    if unread := [name for name in options.given() if name not in (*read, "trust")]:
+        models = " and ".join(f"{'the bundle' if _is_bundle(spec) else 'the ONNX file'} {spec}" for spec in specs)
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in unread)
+        own = "which tells its own" if len(specs) == 1 else "which tell their own"
+        raise UsageError(
+            f"expected no {flags} beside {models}, {own}, received {options.told(*unread)}; leave that out"
+        )
+
+
+class Opened:
+    """A model and what is known of its input; ``options`` come before what the model or bundle says.
+
+    ``bundle`` is None for a model that is not one; ``example`` is a batch of zeros, or None if no shape is known.
+
+    Raises `UsageError` for options that nothing reads.
+    """
+
+    def __init__(self, spec: str, options: ModelOptions, *, need_bundle: bool = False) -> None:
+        require_read(options, spec)
+        self.spec, self.options = spec, options
+        bundled = need_bundle or _is_bundle(spec)
+        self.bundle = bundles.read(spec, trust=options.trust) if bundled else None
+        self.model = self.bundle.model if self.bundle else load_model(spec, options.weights, trust=options.trust)
         self.framework = framework_of(self.model)
-        shape = options.get("input_shape")
+        shape = options.input_shape
         known = self.bundle.preprocessing if self.bundle else preprocessing_of(self.model, input_shape=shape)
         self.preprocessing = _adjust(known, self.framework, options)
         shape = shape or (self.preprocessing.shape if self.preprocessing else None)
@@ -41,19 +97,59 @@ class Opened:
             raise InputError("expected the shape of one image, received none: give --input-shape")
         return self.preprocessing
 
+    def copy(self) -> Any:
+        """Return another model with the same weights, for the one to be patched and the other to stay.
 
-def _adjust(known: Preprocessing | None, framework: str, options: Mapping[str, Any]) -> Preprocessing | None:
-    """Return the preprocessing with what the options say in place of what is known."""
-    changes = {name: options[name] for name in ("mean", "std") if options.get(name) is not None}
+        Where Python cannot copy it, its source is built again. Raises `UnsupportedError` for a source that gives the
+        same object again.
+        """
+        if self.framework == "torch":
+            try:
+                return copy.deepcopy(self.model)
+            except RuntimeError:  # weights that a hook computes
+                twin = self._built_again()
+                twin.load_state_dict(self.model.state_dict())
+                return twin
+        twin = self._built_again()
+        for model in (self.model, twin):
+            if not model.built and self.example is not None:
+                model(self.example, training=False)
+        twin.set_weights(self.model.get_weights())
+        return twin
+
+    def _built_again(self) -> Any:
+        twin = load_model(self.spec, pretrained=False, trust=self.options.trust)
+        if twin is self.model:
+            raise UnsupportedError(
+                f"expected a source that builds a model each time it is called, received {self.spec}, which returns "
+                "the same one again"
+            )
+        return twin
+
+
+def _is_bundle(spec: str) -> bool:
+    return is_bundle(spec) or is_unfinished(spec)
+
+
+def _adjust(known: Preprocessing | None, framework: str, options: ModelOptions) -> Preprocessing | None:
+    """Return the preprocessing with what the options say in place of what is known.
+
+    Raises `UsageError` for mean or deviation of images where no shape of one is known.
+    """
+    changes: dict[str, Any] = {name: value for name in ("mean", "std") if (value := getattr(options, name)) is not None}
     first = framework == "torch"
-    if (shape := options.get("input_shape")) is not None and len(shape) == 3:
+    shape = options.input_shape
+    if shape is not None and len(shape) == 3:
         changes["shape"] = shape
-    elif (size := options.get("size")) is not None:
-        height, width = size if len(size) == 2 else size * 2
+    elif options.size is not None:
+        height, width = options.size if len(options.size) == 2 else options.size * 2
         channels = 3 if known is None else known.channels
         changes["shape"] = (channels, height, width) if first else (height, width, channels)
     if known is not None:
         return replace(known, **changes)
-    return (
-        Preprocessing(layout="channels_first" if first else "channels_last", **changes) if "shape" in changes else None
-    )
+    if changes and "shape" not in changes:
+        raise UsageError(
+            f"expected the shape of one image beside {options.told(*changes)}, received "
+            f"{'none' if shape is None else options.told('input_shape')}: give --input-shape"
+        )
+    return Preprocessing(layout="channels_first" if first else "channels_last", **changes) if changes else None

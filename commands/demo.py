@@ -2,7 +2,8 @@
 
 import click
 
-from ..console import show, table
+from ..console import show
+from ..patchers.table import table
 from .options import json_option
 
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..console import progress, show
-from .options import json_option, model_options, weights_option
+from .options import json_option, model_options
 
 if TYPE_CHECKING:
+    from ..bundles.opening import ModelOptions
     from ..finetune.run.accuracy import Accuracy
 
 
@@ -20,20 +21,23 @@ if TYPE_CHECKING:
 @click.option("--data", required=True, help="Labelled images.")
 @click.option("--against", help="Model or bundle to compare with: its accuracy, and how often both say the same.")
 @click.option("--batch-size", default=250, show_default=True)
-@weights_option
-@model_options
+@model_options()
 @json_option
-def evaluate(
-    model: str, data: str, against: str | None, batch_size: int, weights: Path | None, as_json: bool, **shape: Any
-) -> None:
+def evaluate(model: str, data: str, against: str | None, batch_size: int, known: "ModelOptions", as_json: bool) -> None:
     """Measure the accuracy of MODEL, a bundle, or an ONNX file (run in onnxruntime).
 
-    Example: normswap evaluate net-gn.onnx --data val/ --against net-gn
+    \b
+    Examples:
+      normswap evaluate net-gn --data val/
+      normswap evaluate net-gn.onnx --data val/ --against net-gn
     """
-    first = measure(model, data, batch_size, weights, shape)
+    from ..bundles.opening import require_read
+
+    require_read(known, *(each for each in (model, against) if each is not None))
+    first = measure(model, data, batch_size, known)
     result, text = {"model": model, **first.accuracy.to_dict()}, str(first)
     if against is not None:
-        second = measure(against, data, batch_size, weights, shape)
+        second = measure(against, data, batch_size, known)
         agreement = first.agreement(second)
         result |= {"against": {"model": against, **second.accuracy.to_dict()}, "agreement": agreement}
         text = f"{model}: {first}\n{against}: {second}\nboth say the same of {agreement:.2f} % of the images"
@@ -56,15 +60,15 @@ class Measured:
         return 100 * float((self.answers == other.answers).mean())
 
 
-def measure(model: str, data: str, batch_size: int, weights: Path | None, options: dict[str, Any]) -> Measured:
-    """Run a model, bundle or ONNX file on labelled images, with a bar on a terminal."""
+def measure(model: str, data: str, batch_size: int, known: "ModelOptions") -> Measured:
+    """Run a model, bundle or ONNX file on labelled images, with a bar on a terminal; it reads what it has a use for."""
     import numpy as np
 
     from ..data.dataset import open_data
     from ..data.labels import check_labels
     from ..finetune.run.accuracy import accuracy
 
-    predict, preprocessing = _opened(model, weights, options)
+    predict, preprocessing = _opened(model, known)
     images = open_data(data, preprocessing)
     answers: list[Any] = []
     with progress(f"evaluating {model}", len(images)) as advance:
@@ -80,14 +84,14 @@ def measure(model: str, data: str, batch_size: int, weights: Path | None, option
     return Measured(found, np.concatenate(answers))
 
 
-def _opened(model: str, weights: Path | None, options: dict[str, Any]) -> tuple[Any, Any]:
+def _opened(model: str, known: "ModelOptions") -> tuple[Any, Any]:
     """Return a function from images to scores, and how images become its input."""
+    from ..bundles.opening import Opened, reads
+
     if model.endswith(".onnx"):
         from ..verification.inference import open_onnx
 
-        return open_onnx(Path(model), options)
-    from ..bundles.opening import Opened
-
-    opened = Opened(model, weights, options)
+        return open_onnx(Path(model), mean=known.mean, std=known.std)
+    opened = Opened(model, known.only(*reads(model)))
     engine = import_module(f"..finetune.run.{opened.framework}.train", __package__)
     return partial(engine.predict, opened.model), opened.require_preprocessing()

@@ -1,12 +1,16 @@
 """The command that writes an ONNX file: export."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..console import show, table
-from .options import json_option, model_options, overwrite_option, read_from, weights_option
+from ..console import show
+from ..patchers.table import table
+from .options import command, json_option, model_options, overwrite_option, read_from, typed
+
+if TYPE_CHECKING:
+    from ..bundles.opening import ModelOptions
 
 
 @click.command()
@@ -18,42 +22,61 @@ from .options import json_option, model_options, overwrite_option, read_from, we
 @click.option("--dynamic-size", is_flag=True, help="Leave height and width open, not only the batch.")
 @click.option("--half", is_flag=True, help="Weights and arithmetic in float16; norms stay in float32.")
 @click.option("--prune-gates", type=float, default=0.0, metavar="EPS", help="Leave out SN's statistics of gates below.")
-@click.option("--latency/--no-latency", default=True, help="Time a bundle's file beside its original's; default yes.")
-@weights_option
-@model_options
+@click.option("--latency/--no-latency", default=None, help="Time a bundle's file beside its original's; default yes.")
+@model_options()
 @overwrite_option
 @json_option
-def export(model: str, output: Path, weights: Path | None, as_json: bool, latency: bool, **options: Any) -> None:
+def export(
+    model: str,
+    output: Path,
+    opset: int,
+    runtime: str,
+    dynamic_size: bool,
+    half: bool,
+    prune_gates: float,
+    latency: bool | None,
+    known: "ModelOptions",
+    overwrite: bool,
+    as_json: bool,
+) -> None:
     """Write MODEL or a bundle to an ONNX file, norms folded, and prove it with onnxruntime.
 
-    Example: normswap export net-gn -o net-gn.onnx
+    \b
+    Examples:
+      normswap export net-gn -o net-gn.onnx
+      normswap export timm:resnet50 --input-shape 3,224,224 --dynamic-size -o resnet50.onnx
     """
     from ..bundles.opening import Opened
     from ..export.onnx import to_onnx
     from ..sources.files import require_output
 
-    require_output(output, overwrite=options["overwrite"], sources=read_from(model, weights))
-    opened = Opened(model, weights, options)
+    require_output(output, overwrite=overwrite, sources=read_from(model, known.weights))
+    opened = Opened(model, known)
+    original = opened.bundle is not None and opened.bundle.has_original
+    if latency and not original:
+        raise click.UsageError(f"expected a bundle saved with its original beside --latency, received {model}")
     settings = opened.preprocessing
     example = None if opened.example is None else _noise(opened.example)
-    form = {name: options[name] for name in ("opset", "runtime", "dynamic_size", "half")}
+    form: dict[str, Any] = {"opset": opset, "runtime": runtime, "dynamic_size": dynamic_size, "half": half}
     report = to_onnx(
         opened.model,
         output,
         example=example,
         **form,
-        prune_gates=options["prune_gates"],
-        overwrite=options["overwrite"],
+        prune_gates=prune_gates,
+        overwrite=overwrite,
         metadata={} if settings is None else {"preprocessing": settings.to_dict()},
     )
     assert report.verdict is not None
     facts = [_row(str(output), report)]
-    if latency and opened.bundle is not None and example is not None:
+    if latency is not False and original and opened.bundle is not None and example is not None:
         facts = _beside_original(opened.bundle.original(), facts[0], example, form)
     lines = [*(f"note: {note}" for note in report.notes)]
     lines.append(f"{len(report.folded)} norms folded, {len(report.kept)} kept; verified: largest difference "
                  f"{report.verdict.max_rel:.1e} of scale in {len(report.verdict.checks)} checks")  # fmt: skip
-    show(as_json, {**report.to_dict(), "files": facts}, table("what was written", facts, lines))
+    then = command("verify", *typed("output", "opset", "runtime", "dynamic_size", "half", "prune_gates", "latency",
+                   "overwrite", "input_shape", "size", "mean", "std"), output, "--data", "DATA")  # fmt: skip
+    show(as_json, {**report.to_dict(), "files": facts}, table("what was written", facts, lines), [then])
 
 
 def _noise(zeros: Any) -> Any:

@@ -16,10 +16,11 @@ import click
 
 from ..console import option_set, progress, show
 from ..errors import InputError, NormswapWarning
-from .options import json_option, model_options, overwrite_option
+from .options import command, given, json_option, model_options, overwrite_option
 
 if TYPE_CHECKING:
     from ..bundles.bundle import Bundle
+    from ..bundles.opening import ModelOptions
     from ..data.dataset import Data
     from ..finetune.run.settings import Settings
 
@@ -199,10 +200,10 @@ how_it_goes = option_set(
 @what_norms_do
 @how_it_goes
 @click.option("--resume", is_flag=True, help="Go on with the run in the output folder, if there is one.")
-@model_options
+@model_options("weights")
 @overwrite_option
 @json_option
-def finetune(bundle: str, output: Path, **options: Any) -> None:
+def finetune(bundle: str, output: Path, known: "ModelOptions", **options: Any) -> None:
     """Fine-tune the model in BUNDLE and write another bundle.
 
     The output's folder `run` has the settings, curves, TensorBoard events and checkpoints. Ctrl-C and SIGTERM finish
@@ -222,7 +223,7 @@ def finetune(bundle: str, output: Path, **options: Any) -> None:
     _decide(options, "stages", "train")
     _decide(options, "teacher", "distill")
     _require_outside(output, options)
-    opened = Opened(bundle, None, options, need_bundle=True)
+    opened = Opened(bundle, known, need_bundle=True)
     assert opened.bundle is not None
     preprocessing = opened.require_preprocessing()
     if options["distill"] or (options["teacher"] is None and opened.bundle.has_original):
@@ -237,10 +238,12 @@ def finetune(bundle: str, output: Path, **options: Any) -> None:
     settings = _settings(options, opened.bundle, engine, data, output)
     if options["batch_size"] == "auto":
         click.echo(f"--batch-size auto: {settings.batch_size} images", err=True)
+    told = {name: options[name] for name in ("data", "eval_data")}
+    told |= {name: getattr(known, name) for name in ("input_shape", "size", "mean", "std")}
     record = {"bundle": bundle, "output": str(output)} | {
         name: _as_text(list(value) if isinstance(value, tuple) else value)
-        for name in ("data", "eval_data", "input_shape", "size", "mean", "std")
-        if (value := options[name]) is not None
+        for name, value in told.items()
+        if value is not None
     }
     with progress("fine-tuning", settings.steps) if leads else nullcontext(lambda *_, **__: None) as advance:
         result = run.finetune(
@@ -255,21 +258,26 @@ def finetune(bundle: str, output: Path, **options: Any) -> None:
             on_step=lambda step, figures: advance(step, **figures),
         )
     if leads:
-        told = {**result.to_dict(), "batch_size": settings.batch_size}
-        show(options["as_json"], told, f"{result}; bundle written to {output}")
+        outcome = {**result.to_dict(), "batch_size": settings.batch_size}
+        show(options["as_json"], outcome, f"{result}; bundle written to {output}", _next(output, known))
 
 
 def _decide(options: dict[str, Any], one: str, other: str) -> None:
     """Of two options that exclude each other take the one on the command line, whatever a file says of the other."""
-    given = [name for name in (one, other) if _given(name)]
-    if len(given) == 2:
+    here = [name for name in (one, other) if given(name)]
+    if len(here) == 2:
         raise click.UsageError(f"expected one of --{one} and --{other}")
-    if given:
-        options[one if given == [other] else other] = None
+    if here:
+        options[one if here == [other] else other] = None
 
 
-def _given(name: str) -> bool:
-    return click.get_current_context().get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+def _next(output: Path, known: "ModelOptions") -> list[str]:
+    """Return what a trained bundle is for: to be measured, and to become a file."""
+    trust = ["--trust"] if known.trust else []
+    return [
+        command("evaluate", output, "--data", "DATA", *trust),
+        command("export", output, *trust, "-o", f"{output}.onnx"),
+    ]
 
 
 def _require_outside(output: Path, options: dict[str, Any]) -> None:
@@ -292,7 +300,7 @@ def _warn_of_no_effect(options: dict[str, Any], bundle: "Bundle") -> None:
         "BRN layers": "brn" in kinds,
     }
     for name, need in _NEEDS.items():
-        if _given(name) and not there[need]:
+        if given(name) and not there[need]:
             message = f"expected {need} for {_flag(name)}, received none; it has no effect"
             warnings.warn(message, NormswapWarning, stacklevel=2)
 

@@ -1,42 +1,70 @@
 """The command that lists a model's BatchNorms: inspect."""
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..console import show, sites_table
-from .options import json_option, model_options, weights_option
+from ..console import show
+from .options import all_option, command, json_option, model_options, short_name, typed
+
+if TYPE_CHECKING:
+    from ..bundles.opening import ModelOptions
+    from ..patchers.plan import Decision, Site
+
+TARGETS = ("sn", "gn", "in")
 
 
 @click.command()
 @click.argument("model")
-@weights_option
-@model_options
+@all_option
+@model_options("mean", "std")
 @json_option
-def inspect(model: str, weights: Path | None, as_json: bool, **shape: Any) -> None:
+def inspect(model: str, every: bool, known: "ModelOptions", as_json: bool) -> None:
     """List the BatchNorms of MODEL and what replacing each is expected to change.
 
-    Example: normswap inspect timm:resnet50 --input-shape 3,224,224
+    \b
+    Examples:
+      normswap inspect timm:resnet50 --input-shape 3,224,224
+      normswap inspect net.py:build --weights net.pth --all
     """
     from ..bundles.opening import Opened
     from ..patchers.patch import plans
+    from ..patchers.table import EXPECTED, site_row, sites_table
 
-    opened = Opened(model, weights, shape)
-    targets = ("sn", "gn", "in")
-    found = [each.decisions for each in plans(opened.model, targets, example=opened.example)]
+    opened = Opened(model, known)
+    found = [each.decisions for each in plans(opened.model, TARGETS, example=opened.example)]
+    sites = [(decisions[0].site, _drift(decisions)) for decisions in zip(*found, strict=True)]
     rows = [
-        {
-            "name": site.name,
-            "aliases": list(site.aliases),
-            "type": site.source,
-            "channels": site.channels,
-            "shape": None if site.spatial is None else list(site.spatial),
-            "patched_to": site.kind,
-            "drift": {name: decision.drift for name, decision in zip(targets, decisions, strict=True)},
-            "obstacle": site.obstacle or site.left,
-        }
-        for decisions in zip(*found, strict=True)
-        for site in [decisions[0].site]
+        site_row(site.name, site.aliases, site.source, site.channels, site.spatial)
+        | {"patched to": site.kind, **drift, "note": site.obstacle or site.left}
+        for site, drift in sites
     ]
-    show(as_json, {"model": model, "sites": rows}, sites_table(f"{len(rows)} BatchNorms in {model}", rows))
+    known_drift = any(drift[target] is not None for _, drift in sites for target in TARGETS)
+    legend = [f"sn, gn, in: {EXPECTED}", "if it becomes that; brn changes nothing"] if known_drift else []
+    drifts = {target: f"as {target}" for target in TARGETS}
+    text = sites_table(f"{len(rows)} BatchNorms in {model}", rows, drifts, legend, every=every)
+    show(as_json, {"model": model, "sites": [_told(*each) for each in sites]}, text, _next(model, sites))
+
+
+def _drift(decisions: tuple["Decision", ...]) -> dict[str, float | None]:
+    return {name: decision.drift for name, decision in zip(TARGETS, decisions, strict=True)}
+
+
+def _told(site: "Site", drift: dict[str, float | None]) -> dict[str, Any]:
+    return {
+        "name": site.name,
+        "aliases": list(site.aliases),
+        "type": site.source,
+        "channels": site.channels,
+        "shape": None if site.spatial is None else list(site.spatial),
+        "patched_to": site.kind,
+        "drift": drift,
+        "obstacle": site.obstacle or site.left,
+    }
+
+
+def _next(model: str, sites: list[Any]) -> list[str]:
+    """Return the command to type next: to patch what is left, or to export what is patched."""
+    if any(site.kind is None for site, _ in sites):
+        return [command("patch", *typed("every"), "--to", "sn", "-o", f"{short_name(model)}-sn")]
+    return [command("export", *typed("every"), "-o", f"{short_name(model)}.onnx")] if sites else []

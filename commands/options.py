@@ -1,6 +1,10 @@
-"""Options that several commands take."""
+"""Options that several commands take, and how a command tells what to type next."""
 
+import shlex
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,21 +15,85 @@ json_option = click.option(
 )
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
 trust_option = click.option("--trust", is_flag=True, help="Read a .pt2 file, which can run code while it is read.")
-model_options = option_set(
-    click.option("--input-shape", callback=numbers(int, above=0), help="One sample's shape, such as 3,224,224."),
-    click.option(
+all_option = click.option("--all", "every", is_flag=True, help="Give every layer a row; else those alike share one.")
+
+_MODEL = {
+    "weights": click.option("--weights", type=Path, help="State dict to load: .safetensors, .pt, .pth, .th or .bin."),
+    "input_shape": click.option(
+        "--input-shape", callback=numbers(int, above=0), help="One sample's shape, such as 3,224,224."
+    ),
+    "size": click.option(
         "--size",
         callback=numbers(int, above=0, most=2),
         help="Image height and width, if only they differ: 224 or 224,224.",
     ),
-    click.option("--mean", callback=numbers(float), help="Subtracted from images in 0..1; one number or one each."),
-    click.option("--std", callback=numbers(float, above=0), help="Images are divided by it; one number or one each."),
-    trust_option,
-)
-weights_option = click.option("--weights", type=Path, help="State dict to load: .safetensors, .pt, .pth, .th or .bin.")
+    "mean": click.option(
+        "--mean", callback=numbers(float), help="Subtracted from images in 0..1; one number or one each."
+    ),
+    "std": click.option(
+        "--std", callback=numbers(float, above=0), help="Images are divided by it; one number or one each."
+    ),
+    "trust": trust_option,
+}
+
+
+def model_options(*without: str) -> Callable[[Any], Any]:
+    """Return the decorator that gives a command ``known``: what is said of its MODEL, as `ModelOptions`."""
+    names = [name for name in _MODEL if name not in without]
+
+    def decorate(function: Any) -> Any:
+        @wraps(function)
+        def call(**options: Any) -> Any:
+            from ..bundles.opening import ModelOptions
+
+            known = ModelOptions(**{name: options.pop(name) for name in names})
+            return function(known=known, **options)
+
+        return option_set(*(_MODEL[name] for name in names))(call)
+
+    return decorate
 
 
 def read_from(model: str, *paths: str | Path | None) -> list[str | Path]:
     """Return the paths a command reads: that in MODEL, which may be ``file.py:callable``, and others it is given."""
     file, _, _ = model.rpartition(":")
     return [file if file.endswith(".py") else model, *(path for path in paths if path is not None)]
+
+
+def given(name: str) -> bool:
+    """Return whether an option stands on the command line."""
+    return click.get_current_context().get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
+def require_none(names: list[str], expected: str) -> None:
+    """Raise a usage error that begins with ``expected`` if any of the options is on the command line."""
+    parameters = click.get_current_context().command.params
+    if found := [_typed(each)[0] for each in parameters if each.name in names and given(each.name)]:
+        raise click.UsageError(f"expected {expected}, received {', '.join(found)}")
+
+
+def typed(*without: str) -> list[str]:
+    """Return the arguments of the command as they were given, without some, to be typed again."""
+    parameters = click.get_current_context().command.params
+    kept = [each for each in parameters if each.name not in without and given(str(each.name))]
+    return [part for each in kept for part in _typed(each)]
+
+
+def _typed(parameter: click.Parameter) -> list[str]:
+    """Return one option or argument as it was given."""
+    value = click.get_current_context().params[str(parameter.name)]
+    if isinstance(parameter, click.Option) and parameter.is_flag:
+        return [(parameter.opts if value else parameter.secondary_opts)[-1]]
+    values = value if parameter.multiple else [value]
+    texts = [",".join(map(str, each)) if isinstance(each, tuple) else str(each) for each in values]
+    return texts if isinstance(parameter, click.Argument) else [part for t in texts for part in (parameter.opts[0], t)]
+
+
+def command(*arguments: str | Path) -> str:
+    """Return a command of normswap to type next."""
+    return shlex.join(["normswap", *map(str, arguments)])
+
+
+def short_name(model: str) -> str:
+    """Return a name for what is made of a MODEL: ``resnet50`` of timm:resnet50, ``net`` of dir/net.keras."""
+    return Path(model.rpartition(":")[2]).stem

@@ -1,17 +1,28 @@
 """The command that replaces a model's norms: patch."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..console import groups, plan_table, show
+from ..console import groups, show
 from ..errors import UnsupportedError
-from .options import json_option, model_options, overwrite_option, weights_option
+from .options import (
+    all_option,
+    command,
+    given,
+    json_option,
+    model_options,
+    overwrite_option,
+    require_none,
+    short_name,
+    typed,
+)
 
 if TYPE_CHECKING:
-    from ..bundles.opening import Opened
+    from ..bundles.opening import ModelOptions, Opened
+    from ..convert.recipe import Recipe, Rules
+    from ..convert.targets import Target
 
 
 @click.command()
@@ -33,11 +44,30 @@ if TYPE_CHECKING:
 @click.option("--calibration-size", default=256, show_default=True, help="Number of images --calibrate uses.")
 @click.option("--refit/--no-refit", default=True, help="Let --calibrate change convolutions too; default yes.")
 @click.option("--dry-run", is_flag=True, help="Show the plan; write nothing.")
-@weights_option
-@model_options
+@all_option
+@model_options()
 @overwrite_option
 @json_option
-def patch(model: str, target: str | None, output: Path | None, **options: Any) -> None:
+def patch(
+    model: str,
+    target: str | None,
+    output: Path | None,
+    groups: int | str | None,
+    start: str | None,
+    batch_statistics: str | None,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    recipe: Path | None,
+    data: str | None,
+    calibrate: str | None,
+    calibration_size: int,
+    refit: bool,
+    dry_run: bool,
+    every: bool,
+    known: "ModelOptions",
+    overwrite: bool,
+    as_json: bool,
+) -> None:
     """Replace the BatchNorms of MODEL, weights carried over, and write a bundle.
 
     \b
@@ -49,86 +79,113 @@ def patch(model: str, target: str | None, output: Path | None, **options: Any) -
     from ..bundles import bundle
     from ..bundles.manifest import require_replaceable
     from ..bundles.opening import Opened
-    from ..bundles.source import load_model
-    from ..convert.recipe import recipe_from_json
     from ..patchers import patch as patchers
-    from ..sources.files import require_file
+    from ..patchers.table import plan_table
 
-    if (target is None) == (options["recipe"] is None):
+    if (target is None) == (recipe is None):
         raise click.UsageError("expected one of --to and --recipe")
-    if output is None and not options["dry_run"]:
+    if output is None and not dry_run:
         raise click.UsageError("expected -o BUNDLE, or --dry-run")
-    wanted: Any = _target(target, options) if target else None
-    if options["recipe"] is not None:
-        require_file(options["recipe"])
-        wanted = recipe_from_json(options["recipe"].read_bytes())
+    if calibrate is None:
+        require_none(["calibration_size", "refit"], "--calibrate DATA beside what is said of it")
+    wanted = _target(target, groups, start, batch_statistics) if target else _recipe(recipe)
     if output is not None:
-        require_replaceable(output, overwrite=options["overwrite"])
-    opened = Opened(model, options["weights"], options)
-    selection = {"include": options["include"], "exclude": options["exclude"], "example": opened.example}
-    report = None if options["dry_run"] else patchers.patch(opened.model, wanted, **selection)
-    plan = patchers.plan(opened.model, wanted, **selection) if report is None else report.plan
-    result: dict[str, Any] = {
-        "replaced": [d.site.name for d in plan.having("replace")],
-        "skipped": [d.site.name for d in plan.having("skip")],
-        "output": None if report is None else str(output),
-        "plan": [decision.to_dict() for decision in plan.decisions],
-        "recipe": plan.recipe().to_dict(),
-    }
-    if report is None:
-        if problem := plan.problem():
-            result |= {"error": problem, "exit_code": UnsupportedError.exit_code}
-        show(options["as_json"], result, plan_table(f"plan for {model}", plan.decisions))
+        require_replaceable(output, overwrite=overwrite)
+    opened = Opened(model, known)
+    selection: dict[str, Any] = {"include": include, "exclude": exclude, "example": opened.example}
+    if dry_run:
+        plan = patchers.plan(opened.model, wanted, **selection)
+        problem = plan.problem()
+        result = _told(plan, None) | ({"error": problem, "exit_code": UnsupportedError.exit_code} if problem else {})
+        then = [] if problem else [_again(model, target)]
+        show(as_json, result, plan_table(f"plan for {model}", plan.decisions, every=every), then)
         if problem:
             click.echo(f"error: {problem}", err=True)
             raise click.exceptions.Exit(UnsupportedError.exit_code)
         return
     assert output is not None
-    if opened.bundle is not None and not report.replaced:
-        raise UnsupportedError(f"expected a model to patch, received a bundle patched already: {model}")
-    original = (
-        opened.bundle.original() if opened.bundle else load_model(model, options["weights"], trust=options["trust"])
-    )
-    if options["calibrate"] is not None:
-        result["calibration"] = _calibrate(opened, original, options)
-    data = options["calibrate"] if options["data"] is None else options["data"]
-    if data is not None:
-        result["drift"] = _drift(opened, original, result["replaced"], data)
+    original = None if opened.bundle else opened.copy()
+    report = patchers.patch(opened.model, wanted, **selection)
+    if opened.bundle is not None:
+        if not report.replaced:
+            raise UnsupportedError(f"expected a model to patch, received a bundle patched already: {model}")
+        original = opened.bundle.original()
+    result = _told(report.plan, output)
+    if calibrate is not None:
+        result["calibration"] = _calibrate(opened, original, calibrate, calibration_size, refit)
+    if (images := calibrate if data is None else data) is not None:
+        result["drift"] = _drift(opened, original, result["replaced"], images)
     bundle.save(
         report,
         output,
         source=opened.bundle.source if opened.bundle else model,
         original=original,
         preprocessing=opened.preprocessing,
-        overwrite=options["overwrite"],
+        overwrite=overwrite,
     )
-    title = f"{report}; bundle written to {output}"
-    show(options["as_json"], result, plan_table(title, plan.decisions, result.get("drift", ())))
+    title = f"{report.summary}; bundle written to {output}"
+    text = plan_table(title, report.plan.decisions, result.get("drift", ()), every=every)
+    show(as_json, result, text, _next(output, known))
 
 
-def _target(name: str, options: Mapping[str, Any]) -> Any:
+def _target(name: str, groups: int | str | None, start: str | None, batch_statistics: str | None) -> "Target":
     """Return the configuration that --to and the options beside it name."""
     from ..convert.targets import GroupNorm, SwitchNorm, as_target
 
-    groups = options["groups"]
-    switch = {key: options[key] for key in ("start", "batch_statistics") if options[key] is not None}
     if groups is not None and name != "gn":
         raise click.UsageError(f"--groups belongs to --to gn, received --to {name}")
+    switch: dict[str, Any] = {"start": start, "batch_statistics": batch_statistics}
+    switch = {key: value for key, value in switch.items() if value is not None}
     if switch and name != "sn":
         raise click.UsageError(f"--start and --batch-statistics belong to --to sn, received --to {name}")
     if groups is not None:
-        return GroupNorm(groups=groups)
+        return GroupNorm(groups=groups)  # type: ignore[arg-type]
     return SwitchNorm(**switch) if switch else as_target(name)
 
 
-def _calibrate(opened: "Opened", original: Any, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _recipe(path: Path | None) -> "Recipe | Rules":
+    """Return what the file of --recipe says."""
+    from ..convert.recipe import recipe_from_json
+    from ..sources.files import require_file
+
+    require_none(["groups", "start", "batch_statistics"], "a recipe that says what layers become")
+    assert path is not None
+    require_file(path, "a recipe")
+    return recipe_from_json(path.read_bytes())
+
+
+def _told(plan: Any, output: Path | None) -> dict[str, Any]:
+    """Return what --json tells of a plan, and of the bundle if it was carried out."""
+    return {
+        "replaced": [decision.site.name for decision in plan.having("replace")],
+        "skipped": [decision.site.name for decision in plan.having("skip")],
+        "output": None if output is None else str(output),
+        "plan": [decision.to_dict() for decision in plan.decisions],
+        "recipe": plan.recipe().to_dict(),
+    }
+
+
+def _again(model: str, target: str | None) -> str:
+    """Return the command that carries out what a dry run showed."""
+    output = [] if given("output") else ["-o", f"{short_name(model)}-{target or 'patched'}"]
+    return command("patch", *typed("dry_run", "every"), *output)
+
+
+def _next(output: Path, known: "ModelOptions") -> list[str]:
+    """Return what a bundle is for: to be trained, and to become a file."""
+    trust = ["--trust"] if known.trust else []
+    return [
+        command("finetune", output, "--data", "DATA", *trust, "-o", f"{output}-tuned"),
+        command("export", output, *trust, "-o", f"{output}.onnx"),
+    ]
+
+
+def _calibrate(opened: "Opened", original: Any, spec: str, count: int, refit: bool) -> list[dict[str, Any]]:
     from ..data.dataset import open_data
     from ..finetune.calibration.calibrate import calibrate, sample
 
-    data = open_data(options["calibrate"], opened.require_preprocessing(), labelled=False)
-    batches = sample(data, options["calibration_size"])
-    residuals = calibrate(opened.model, original, batches, refit=options["refit"])
-    return [vars(residual) for residual in residuals]
+    data = open_data(spec, opened.require_preprocessing(), labelled=False)
+    return [vars(residual) for residual in calibrate(opened.model, original, sample(data, count), refit=refit)]
 
 
 def _drift(opened: "Opened", original: Any, names: list[str], spec: str) -> list[dict[str, Any]]:

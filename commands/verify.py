@@ -1,13 +1,16 @@
 """The command that proves an ONNX file: verify."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from ..console import show
 from ..errors import VerificationError
-from .options import json_option, model_options, overwrite_option, read_from, weights_option
+from .options import json_option, model_options, overwrite_option, read_from, require_none
+
+if TYPE_CHECKING:
+    from ..bundles.opening import ModelOptions
 
 
 @click.command()
@@ -25,8 +28,7 @@ from .options import json_option, model_options, overwrite_option, read_from, we
 )
 @click.option("--save-reference", type=Path, help="Write what MODEL answers to an .npz, to verify without it.")
 @click.option("--against", type=Path, help="Hold FILE against such an .npz; no MODEL and no framework is needed.")
-@weights_option
-@model_options
+@model_options()
 @overwrite_option
 @json_option
 def verify(
@@ -36,9 +38,9 @@ def verify(
     providers: tuple[str, ...],
     save_reference: Path | None,
     against: Path | None,
-    weights: Path | None,
+    known: "ModelOptions",
+    overwrite: bool,
     as_json: bool,
-    **options: Any,
 ) -> None:
     """Prove that an ONNX FILE computes what MODEL or a bundle computes; exits 5 if it does not.
 
@@ -50,8 +52,13 @@ def verify(
     """
     if (file is None) == (against is None):
         raise click.UsageError("expected MODEL and FILE, or FILE and --against")
-    if against is not None and (data or save_reference):
-        raise click.UsageError("expected --data and --save-reference with a MODEL, received --against in its place")
+    if against is not None:
+        of_a_model = ["data", "save_reference", "overwrite", "weights", "input_shape", "size", "mean", "std", "trust"]
+        require_none(of_a_model, "no option of a MODEL beside --against, which stands in its place")
+    if save_reference is None:
+        require_none(["overwrite"], "--save-reference FILE to overwrite")
+    if data in (None, "random"):
+        require_none(["input_shape", "size", "mean", "std"], "--data DATA beside what is said of its images")
 
     from ..verification.verify import verify as prove
     from ..verification.verify import verify_against
@@ -65,17 +72,16 @@ def verify(
         from ..sources.files import require_output
 
         if save_reference is not None:
-            read = read_from(model, weights, file, data)
-            require_output(save_reference, overwrite=options["overwrite"], sources=read)
-        opened = Opened(model, weights, options)
+            read = read_from(model, known.weights, file, data)
+            require_output(save_reference, overwrite=overwrite, sources=read)
+        opened = Opened(model, known)
         batches = []
         if data is not None and data != "random":
             images = open_data(data, opened.require_preprocessing(), labelled=False)
             batches = [images.batch(images.sample(16))[0]]
-        saved = {"save_reference": save_reference, "overwrite": options["overwrite"]}
-        verdict = prove(opened.model, file, data=batches, providers=providers, **saved)
-    text = f"passed: {len(verdict.checks)} checks, largest difference {verdict.max_rel:.1e} of scale"
-    text = "\n".join([*(f"note: {note}" for note in verdict.notes), text])
-    show(as_json, {"file": str(file), **verdict.to_dict()}, text if verdict else verdict.explain(str(file)))
+        verdict = prove(
+            opened.model, file, data=batches, providers=providers, save_reference=save_reference, overwrite=overwrite
+        )
+    show(as_json, {"file": str(file), **verdict.to_dict()}, verdict.explain(str(file)))
     if not verdict:
         raise click.exceptions.Exit(VerificationError.exit_code)

@@ -51,7 +51,8 @@ def _requested(target: GroupNorm, channels: int, name: str) -> tuple[int, str]:
         if target.indivisible == "error":
             raise UnsupportedError(
                 f"{name}: expected {label} to divide the {channels} channels, received {label}={wanted}; "
-                f"use {label}={used}, groups='auto', or indivisible='gcd'"
+                f"use {option(label, used) if label == 'groups' else f'{label}={used}'}, {option('groups', 'auto')}, "
+                f"or {spoken('in a recipe ', '')}indivisible='gcd'"
             )
     note = "" if used == wanted else f"{label}={wanted} does not divide {channels} channels: {used} taken"
     return (channels // used if label == "channels_per_group" else used), note

@@ -103,7 +103,7 @@ def run(framework: str, say: Callable[[str], None]) -> list[dict[str, Any]]:
             settings = {"preprocessing": train.preprocessing.to_dict()}
             report = to_onnx(model, path, example=train.batch(range(2))[0], metadata=settings)
             assert report.verdict is not None
-            row["onnx"] = accuracy(open_onnx(path, {})[0], test).top1
+            row["onnx"] = accuracy(open_onnx(path)[0], test).top1
             row["max_rel"] = f"{report.verdict.max_rel:.0e}"
         rows.append(row)
     return rows

@@ -13,6 +13,7 @@ from ..convert.groups import resolve_groups
 from ..convert.recipe import Choice, Recipe, Rule, Rules
 from ..convert.targets import BatchRenorm, GroupNorm, SwitchNorm, Target, target_to_dict
 from ..errors import InputError, UnsupportedError, option, spoken
+from .table import as_text, plan_table
 
 if TYPE_CHECKING:
     from .measured_drift import Drift
@@ -116,6 +117,13 @@ class Plan:
             return f"expected a model with BatchNorm layers to replace, received {found}"
         return ""
 
+    def table(self, *, all: bool = False) -> str:
+        """Return the plan as a table of text, as `print` shows it; ``all`` gives every site a row of its own."""
+        return as_text(plan_table(f"plan for {len(self.decisions)} BatchNorms", self.decisions, every=all))
+
+    def __str__(self) -> str:
+        return self.table()
+
     def require_work(self) -> None:
         """Raise `UnsupportedError` if the plan cannot be carried out."""
         if problem := self.problem():
@@ -166,8 +174,13 @@ class Report:
         """
         return self._drift(example)
 
-    def __str__(self) -> str:
+    @property
+    def summary(self) -> str:
+        """How many sites were replaced, were so before, and were left."""
         return f"{len(self.replaced)} replaced, {len(self.already)} already patched, {len(self.skipped)} skipped"
+
+    def __str__(self) -> str:
+        return as_text(plan_table(self.summary, self.plan.decisions))
 
 
 def decide(

@@ -128,7 +128,7 @@ class TestWholeFiles:
             _ = read_model(path).sites
         assert str(caught.value) == f"expected layers by name in the metadata of {path}, received sites=3"
         with pytest.raises(InputError) as caught:
-            open_onnx(path, {})
+            open_onnx(path)
         assert str(caught.value) == (
             f"expected how images become the input of {path}, received {{'shape': [3]}}: KeyError('layout')"
         )
@@ -195,7 +195,7 @@ class TestEvaluate:
         """`evaluate` reads a file through the same checks."""
         path = external(folder, location="../secret.bin", length=48)
         with pytest.raises(InputError, match="it leaves the folder$"):
-            open_onnx(path, {})
+            open_onnx(path)
 
     @pytest.mark.parametrize(
         ("make", "code"),

@@ -1,6 +1,6 @@
 """Run an ONNX file for its predictions alone."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from .runtime import session
 Predict = Callable[[NDArray[Any]], NDArray[Any]]
 
 
-def open_onnx(path: Path, options: Mapping[str, Any]) -> tuple[Predict, Preprocessing]:
+def open_onnx(
+    path: Path, *, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None
+) -> tuple[Predict, Preprocessing]:
     """Return a function from a batch of images to scores in onnxruntime, and how images become its input.
 
-    The preprocessing is the file's own, with what ``options`` (``mean``, ``std``) say in its place.
+    The preprocessing is the file's own, with ``mean`` and ``std`` in its place where they are given.
     Raises `InputError` if the file is no ONNX model of one input, or does not tell its preprocessing.
     """
     file = read_model(path)
@@ -33,7 +35,7 @@ def open_onnx(path: Path, options: Mapping[str, Any]) -> tuple[Predict, Preproce
         known = Preprocessing.from_dict(stored)
     except (KeyError, TypeError) as error:
         raise InputError(f"expected how images become the input of {path}, received {stored!r}: {error!r}") from None
-    changed = replace(known, **{name: options[name] for name in ("mean", "std") if options.get(name) is not None})
+    changed = replace(known, mean=known.mean if mean is None else mean, std=known.std if std is None else std)
     runner = session(file.content, folder=path.parent)
     entry = runner.get_inputs()[0]
     dtype = np.float16 if entry.type == "tensor(float16)" else np.float32

@@ -113,8 +113,14 @@ class Verdict:
     def __bool__(self) -> bool:
         return self.passed
 
-    def explain(self, path: str) -> str:
-        """Return why the file failed, for an error message."""
+    def __str__(self) -> str:
+        return self.explain()
+
+    def explain(self, path: str = "a file") -> str:
+        """Return what the file passed, or why it failed, for people."""
+        if self.passed:
+            passed = f"passed: {len(self.checks)} checks, largest difference {self.max_rel:.1e} of scale"
+            return "\n".join([*(f"note: {note}" for note in self.notes), passed])
         failed = [check for check in self.checks if not check.passed]
         lines = [*self.problems, *map(str, self.worst)]
         if failed:

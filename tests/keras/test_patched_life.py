@@ -55,7 +55,7 @@ def test_a_copy_remembers_what_was_patched(make):
     model = make("functional")
     patch(model, GroupNorm(), include=["bn1"])
     report = patch(model, GroupNorm(), inplace=False)
-    assert str(report) == "1 replaced, 1 already patched, 0 skipped"
+    assert report.summary == "1 replaced, 1 already patched, 0 skipped"
 
 
 def test_a_masked_sequence(tmp_path, train):
@@ -107,7 +107,7 @@ def test_a_loaded_model_knows_its_replacements(tmp_path, make):
         patch(model, as_target(target))
         model.save(tmp_path / "m.keras")
         loaded = keras.models.load_model(tmp_path / "m.keras")
-        assert str(patch(loaded, as_target(target))) == "0 replaced, 2 already patched, 0 skipped"
+        assert patch(loaded, as_target(target)).summary == "0 replaced, 2 already patched, 0 skipped"
 
 
 def test_a_class_that_cannot_be_saved_is_not_copied(make):

@@ -1,8 +1,9 @@
-"""The plan as the command line shows it: tables of at most 100 columns for people, everything as JSON."""
+"""The plan as the command line shows it: tables that fit a screen for people, everything as JSON."""
 
 import json
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from normswap.cli import main
@@ -17,37 +18,57 @@ def build():
                           nn.BatchNorm1d(8))
     model.pretrained_cfg = {"input_size": (8, 4, 4)}
     return model
+
+def deep():
+    model = nn.Module()
+    model.blocks = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(16), nn.BatchNorm2d(8)) for _ in range(15))
+    model.blocks[14][1] = nn.Identity()
+    model.stem = nn.ModuleDict({"bn": nn.BatchNorm2d(8)})
+    return model
 """
 
 INSPECTED = """\
 5 BatchNorms in net.py:build
-┏━━━━━━━┳━━━━━━━━━━━━━┳━━━┳━━━━━━━┳━━━━━━┳━━━━━━┳━━━━━━┓
-┃ name  ┃ type        ┃ C ┃ shape ┃ sn   ┃ gn   ┃ in   ┃
-┡━━━━━━━╇━━━━━━━━━━━━━╇━━━╇━━━━━━━╇━━━━━━╇━━━━━━╇━━━━━━┩
-│ 0 = 2 │ BatchNorm2d │ 8 │ 4x4   │ 0.03 │ 0.19 │ 0.42 │
-│ 1     │ BatchNorm2d │ 8 │ 4x4   │      │      │      │
-│ 3     │ BatchNorm2d │ 8 │ 4x4   │ 0.03 │ 0.19 │ 0.42 │
-│ 4     │ BatchNorm2d │ 8 │ 4x4   │      │      │      │
-│ 7     │ BatchNorm1d │ 8 │       │ 0.02 │ 0.19 │      │
-└───────┴─────────────┴───┴───────┴──────┴──────┴──────┘
-sn, gn, in: expected change of the layer's output, as a share of its root mean square if it becomes
-that; brn changes nothing
+name   type         C  shape  sn    gn    in
+-----------------------------------------------
+0 = 2  BatchNorm2d  8  4x4    0.03  0.19  0.42
+1      BatchNorm2d  8  4x4
+3      BatchNorm2d  8  4x4    0.03  0.19  0.42
+4      BatchNorm2d  8  4x4
+7      BatchNorm1d  8         0.02  0.19
+sn, gn, in: expected change of the layer's output, as a share of its root mean square
+if it becomes that; brn changes nothing
+next: normswap patch net.py:build --to sn -o build-sn
 """
 
 PLANNED = """\
 plan for net.py:build
-┏━━━━━━━┳━━━━━━━━━━━━━┳━━━┳━━━━━━━┳━━━━━━━━━━━━━┳━━━━━━━┳━━━━━━━┳━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━┓
-┃ name  ┃ type        ┃ C ┃ shape ┃ becomes     ┃ drift ┃ folds ┃ note                             ┃
-┡━━━━━━━╇━━━━━━━━━━━━━╇━━━╇━━━━━━━╇━━━━━━━━━━━━━╇━━━━━━━╇━━━━━━━╇━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━┩
-│ 0 = 2 │ BatchNorm2d │ 8 │ 4x4   │ gn groups=2 │ 0.24  │ no    │                                  │
-│ 1     │ BatchNorm2d │ 8 │ 4x4   │ gn groups=2 │       │ no    │ [1]                              │
-│ 3     │ BatchNorm2d │ 8 │ 4x4   │ (left)      │       │       │ excluded                         │
-│ 4     │ BatchNorm2d │ 8 │ 4x4   │ gn groups=2 │       │ no    │ [1]                              │
-│ 7     │ BatchNorm1d │ 8 │       │ gn groups=2 │ 0.24  │ no    │ only 4 values per group: expect  │
-│       │             │   │       │             │       │       │ noisy statistics                 │
-└───────┴─────────────┴───┴───────┴─────────────┴───────┴───────┴──────────────────────────────────┘
-drift: expected change of the layer's output, as a share of its root mean square
+name   type         C  shape  becomes      drift  folds  note
+------------------------------------------------------------------
+0 = 2  BatchNorm2d  8  4x4    gn groups=2  0.24   no
+1      BatchNorm2d  8  4x4    gn groups=2         no     [1]
+3      BatchNorm2d  8  4x4    (left)                     excluded
+4      BatchNorm2d  8  4x4    gn groups=2         no     [1]
+7      BatchNorm1d  8         gn groups=2  0.24   no     [2]
 [1] no running statistics: gamma and beta are copied, expect a large drift
+[2] only 4 values per group: expect noisy statistics
+drift: expected change of the layer's output, as a share of its root mean square
+next: normswap patch net.py:build --to gn --groups 2 --exclude 3 -o build-gn
+"""
+
+DEEP = """\
+30 BatchNorms in net.py:deep
+name                      C   sn    gn    in
+-----------------------------------------------
+blocks.*.0 (15)           16  0.03  0.17  0.42
+blocks.*.1, stem.bn (15)  8   0.03  0.19  0.42
+sn, gn, in: expected change of the layer's output, as a share of its root mean square
+if it becomes that; brn changes nothing
+largest as sn: blocks.0.1 0.03, blocks.1.1 0.03, blocks.2.1 0.03
+largest as gn: blocks.0.1 0.19, blocks.1.1 0.19, blocks.2.1 0.19
+largest as in: blocks.0.0 0.42, blocks.0.1 0.42, blocks.1.0 0.42
+all are BatchNorm2d; --all shows every layer
+next: normswap patch net.py:deep --weights 'my net.pth' --to sn -o deep-sn
 """
 
 
@@ -98,8 +119,38 @@ def test_mixed_rules(run, tmp_path):
         ("7", "skip", None, None, "left by rule 2"),
     ]
     assert code == 0
-    assert "│ 3     │ BatchNorm2d │ 8 │ 4x4   │ sn start=exact" in err
+    assert "\n3      BatchNorm2d  8  4x4    sn start=exact batch_statistics=frozen  0.00   yes\n" in err
+    assert err.endswith("next: normswap patch net.py:build --recipe rules.json -o build-patched\n")
     assert max(map(len, err.splitlines())) <= 100
+
+
+def test_a_deep_network(run, tmp_path):
+    """Layers that say the same are one row, with the worst by name and the command to type next; --all shows each."""
+    namespace = {}
+    exec(CODE, namespace)
+    torch.save(namespace["deep"]().state_dict(), tmp_path / "my net.pth")
+    arguments = ["inspect", "net.py:deep", "--weights", "my net.pth"]
+    code, out, err = run(*arguments)
+    every = run(*arguments, "--all")[2]
+
+    assert (code, out, err) == (0, "", DEEP)
+    assert len(every.splitlines()) == 3 + 30 + 3
+    assert "blocks.14.0" in every
+    assert len(json.loads(run(*arguments, "--json")[1])["sites"]) == 30
+
+
+def test_what_is_patched_is_told_to_be_exported(run, tmp_path):
+    """After `patch` come training and export, after `inspect` of a bundle export."""
+    code, _, err = run("patch", "net.py:deep", "--to", "gn", "-o", "my gn")
+
+    assert (code, err.splitlines()[-2:]) == (
+        0,
+        [
+            "next: normswap finetune 'my gn' --data DATA -o 'my gn-tuned'",
+            "next: normswap export 'my gn' -o 'my gn.onnx'",
+        ],
+    )
+    assert run("inspect", "my gn")[2].splitlines()[-1] == "next: normswap export 'my gn' -o 'my gn.onnx'"
 
 
 @pytest.mark.parametrize("target", ["in", "sn"])

@@ -81,8 +81,14 @@ def test_text(run):
         (["gn.onnx"], "expected MODEL and FILE, or FILE and --against"),
         (["gn", "gn.onnx", "--against", "r.npz"], "expected MODEL and FILE, or FILE and --against"),
         (
-            ["gn.onnx", "--against", "r.npz", "--data", "data.npz"],
-            "expected --data and --save-reference with a MODEL, received --against in its place",
+            ["gn.onnx", "--against", "r.npz", "--data", "data.npz", "--mean", "0.5", "--trust"],
+            "expected no option of a MODEL beside --against, which stands in its place, "
+            "received --data, --mean, --trust",
+        ),
+        (["gn", "gn.onnx", "--overwrite"], "expected --save-reference FILE to overwrite, received --overwrite"),
+        (
+            ["gn", "gn.onnx", "--std", "0.5", "--input-shape", "3,8,8"],
+            "expected --data DATA beside what is said of its images, received --input-shape, --std",
         ),
     ],
 )

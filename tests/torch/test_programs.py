@@ -20,11 +20,11 @@ from ..helpers import exactly
 from .models import Residual, batch_norms, exported, patched, trained_
 
 
-def untrusted(path, way="--trust"):
-    """The whole message about a file that is not trusted, and the way out."""
+def untrusted(path):
+    """The whole message about a file that is not trusted."""
     return (
         f"expected a model that is read without running code, received {path}, which torch.export unpickles; "
-        f"if you trust whoever made it, add {way}"
+        "if you trust whoever made it, add --trust"
     )
 
 
