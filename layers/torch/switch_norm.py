@@ -45,7 +45,7 @@ class _SwitchNorm(RunningNorm):
     instance gate starts closed, which leaves theirs of layer and batch; running statistics start at mean 0 and
     variance 0; ``momentum`` is the weight of the old value. Its ``last_gamma`` is ``zero_init`` here and its
     ``using_bn=False`` is ``batch_statistics="none"``. ``momentum="auto"`` is 0.1, with compat theirs: 0.9 in 2d,
-    0.997 in 1d and 3d. `normswap.interop.checkpoints` reads and writes its checkpoints.
+    0.997 in 1d and 3d. `normswap.interop.switchablenorms` reads and writes its checkpoints.
 
     Statistics are computed in float32 for narrower inputs; output has the input's dtype and shape.
 

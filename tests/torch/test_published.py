@@ -10,7 +10,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import nn
 
 from normswap.convert.carry_over import softmax
-from normswap.interop.checkpoints import from_switchablenorms, to_switchablenorms
+from normswap.interop.switchablenorms import from_switchablenorms, to_switchablenorms
 from normswap.layers import torch as layers
 
 from ..helpers import bits

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from normswap.errors import InputError, OutputExistsError
-from normswap.interop.checkpoints import LayerWeights, read_keras_h5, write_keras_h5
+from normswap.interop.keras_h5 import LayerWeights, read_keras_h5, write_keras_h5
 
 from .helpers import bits
 

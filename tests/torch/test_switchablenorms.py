@@ -12,7 +12,7 @@ from torch import nn
 
 from normswap.convert.carry_over import softmax
 from normswap.errors import InputError
-from normswap.interop.checkpoints import from_switchablenorms, is_switchablenorms, to_switchablenorms
+from normswap.interop.switchablenorms import from_switchablenorms, is_switchablenorms, to_switchablenorms
 from normswap.layers.torch import SwitchNorm1d, SwitchNorm2d
 
 from ..helpers import bits
