@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from normswap.convert.targets import BatchRenorm, GroupNorm, SwitchNorm
     from normswap.export.onnx import to_onnx
     from normswap.finetune.calibration.calibrate import calibrate
+    from normswap.interop.load_weights import load_weights
     from normswap.patchers.patch import patch, plan
     from normswap.patchers.torch.subclasses import register_batch_norm
     from normswap.verification.verify import verify, verify_against
@@ -27,6 +28,7 @@ _HOME = {
     "SwitchNorm": "normswap.convert.targets",
     "calibrate": "normswap.finetune.calibration.calibrate",
     "load": "normswap.bundles.bundle",
+    "load_weights": "normswap.interop.load_weights",
     "patch": "normswap.patchers.patch",
     "plan": "normswap.patchers.patch",
     "register_batch_norm": "normswap.patchers.torch.subclasses",
@@ -46,6 +48,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "load",
+    "load_weights",
     "patch",
     "plan",
     "register_batch_norm",

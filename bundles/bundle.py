@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..convert.recipe import Recipe
+from ..convert.targets import SwitchNorm
 from ..data.preprocessing import Preprocessing
 from ..errors import InputError, spoken
 from ..frameworks.detect import get_framework
@@ -55,8 +56,8 @@ class Bundle:
         """Return the model as it was before the patch; raises `InputError` if the bundle was saved without it."""
         if not self.has_original:
             raise InputError(
-                f"expected a bundle saved with its original, received {self.directory}; "
-                f"make it with {spoken('`normswap patch`', '`normswap.save(..., original=model)`')}"
+                f"expected a bundle saved with its original, received {self.directory} without; make it with "
+                f"{spoken('`normswap patch` from weights of BatchNorms', '`normswap.save(..., original=model)`')}"
             )
         if self.recipe.framework == "keras":
             return _load_keras(self.original_weights, self.source, self.preprocessing)[0]
@@ -105,7 +106,22 @@ def save(
                     "nothing there; pass original="
                 )
             shutil.copy2(before.original_weights, temporary / f"original{suffix}")
-        (temporary / MANIFEST).write_text(manifest_of(temporary, directory, known.recipe, source, preprocessing))
+        recipe = _as_it_is(known.recipe, known.model)
+        (temporary / MANIFEST).write_text(manifest_of(temporary, directory, recipe, source, preprocessing))
+
+
+def _as_it_is(recipe: Recipe, model: Any) -> Recipe:
+    """Return the recipe with the formulas that the layers have taken over with weights loaded since."""
+    if recipe.framework != "torch":  # a Keras file tells its layers' settings itself
+        return recipe
+    layers = dict(model.named_modules(remove_duplicate=False))
+    choices = [
+        replace(choice, target=replace(choice.target, compat=layers[choice.name].compat))
+        if isinstance(choice.target, SwitchNorm) and choice.name in layers
+        else choice
+        for choice in recipe.choices
+    ]
+    return replace(recipe, choices=tuple(choices))
 
 
 def _patched(patched: Any) -> Patched:
@@ -131,7 +147,8 @@ def save_into(bundle: Bundle, directory: Path) -> None:
         write_weights(bundle.model, manifest.with_name(f"model{SUFFIX[framework]}"))
         if bundle.has_original:
             shutil.copy2(bundle.original_weights, manifest.with_name(bundle.original_weights.name))
-        text = manifest_of(manifest.parent, directory, bundle.recipe, bundle.source, bundle.preprocessing)
+        recipe = _as_it_is(bundle.recipe, bundle.model)
+        text = manifest_of(manifest.parent, directory, recipe, bundle.source, bundle.preprocessing)
         manifest.write_text(text)
         written = {file.name for file in manifest.parent.iterdir()}
     for name in (f"{which}{suffix}" for which in ("model", "original") for suffix in SUFFIX.values()):

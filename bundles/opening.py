@@ -74,16 +74,20 @@ class Opened:
     """A model and what is known of its input; ``options`` come before what the model or bundle says.
 
     ``bundle`` is None for a model that is not one; ``example`` is a batch of zeros, or None if no shape is known.
+    ``pretrained=False`` builds a zoo's architecture without fetching its weights.
 
     Raises `UsageError` for options that nothing reads.
     """
 
-    def __init__(self, spec: str, options: ModelOptions, *, need_bundle: bool = False) -> None:
+    def __init__(self, spec: str, options: ModelOptions, *, need_bundle: bool = False, pretrained: bool = True) -> None:
         require_read(options, spec)
         self.spec, self.options = spec, options
         bundled = need_bundle or _is_bundle(spec)
         self.bundle = bundles.read(spec, trust=options.trust) if bundled else None
-        self.model = self.bundle.model if self.bundle else load_model(spec, options.weights, trust=options.trust)
+        if self.bundle is not None:
+            self.model = self.bundle.model
+        else:
+            self.model = load_model(spec, options.weights, pretrained=pretrained, trust=options.trust)
         self.framework = framework_of(self.model)
         shape = options.input_shape
         known = self.bundle.preprocessing if self.bundle else preprocessing_of(self.model, input_shape=shape)

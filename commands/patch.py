@@ -1,12 +1,13 @@
 """The command that replaces a model's norms: patch."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..console import groups, show
-from ..errors import UnsupportedError
+from ..errors import InputError, UnsupportedError
 from .options import (
     all_option,
     command,
@@ -78,7 +79,6 @@ def patch(
     """
     from ..bundles import bundle
     from ..bundles.manifest import require_replaceable
-    from ..bundles.opening import Opened
     from ..patchers import patch as patchers
     from ..patchers.table import plan_table
 
@@ -91,7 +91,7 @@ def patch(
     wanted = _target(target, groups, start, batch_statistics) if target else _recipe(recipe)
     if output is not None:
         require_replaceable(output, overwrite=overwrite)
-    opened = Opened(model, known)
+    opened, patched_weights = _opened(model, known)
     selection: dict[str, Any] = {"include": include, "exclude": exclude, "example": opened.example}
     if dry_run:
         plan = patchers.plan(opened.model, wanted, **selection)
@@ -104,13 +104,21 @@ def patch(
             raise click.exceptions.Exit(UnsupportedError.exit_code)
         return
     assert output is not None
-    original = None if opened.bundle else opened.copy()
+    original = None if opened.bundle or patched_weights else opened.copy()
     report = patchers.patch(opened.model, wanted, **selection)
     if opened.bundle is not None:
         if not report.replaced:
             raise UnsupportedError(f"expected a model to patch, received a bundle patched already: {model}")
-        original = opened.bundle.original()
+        if opened.bundle.has_original or calibrate is not None or data is not None:
+            original = opened.bundle.original()
     result = _told(report.plan, output)
+    if patched_weights is not None:
+        if calibrate is not None or data is not None:
+            raise click.UsageError(
+                "--calibrate and --data compare with the original, received the weights of a patched network: "
+                f"{patched_weights}"
+            )
+        result["weights"] = _load_patched(opened, wanted, patched_weights)
     if calibrate is not None:
         result["calibration"] = _calibrate(opened, original, calibrate, calibration_size, refit)
     if (images := calibrate if data is None else data) is not None:
@@ -123,9 +131,38 @@ def patch(
         preprocessing=opened.preprocessing,
         overwrite=overwrite,
     )
-    title = f"{report.summary}; bundle written to {output}"
+    told = [report.summary, *([result["weights"]] if patched_weights else []), f"bundle written to {output}"]
+    title = "; ".join(told)
     text = plan_table(title, report.plan.decisions, result.get("drift", ()), every=every)
     show(as_json, result, text, _next(output, known))
+
+
+def _opened(model: str, known: "ModelOptions") -> tuple["Opened", Path | None]:
+    """Return the model with its weights, or without and the weights apart if they are those of the patched network."""
+    from ..bundles.opening import Opened
+    from ..interop.checkpoint import is_patched_checkpoint
+    from ..sources.misfit import PatchedWeightsError
+
+    try:
+        return Opened(model, known), None
+    except InputError as error:
+        patched = isinstance(error, PatchedWeightsError)
+        if not patched and (known.weights is None or not is_patched_checkpoint(known.weights)):
+            raise  # any other file, whatever it is called
+    return Opened(model, replace(known, weights=None), pretrained=False), known.weights
+
+
+def _load_patched(opened: "Opened", wanted: "Target | Recipe | Rules", weights: Path) -> str:
+    """Give the patched model weights of its own kind, and return what they were."""
+    from ..convert.targets import GroupNorm
+    from ..interop.load_weights import load_weights
+
+    loaded = load_weights(opened.model, weights)
+    if isinstance(wanted, GroupNorm) and wanted.groups == "auto" and wanted.channels_per_group is None:
+        raise click.UsageError(
+            f"expected --groups with the weights of a patched network, which the network in {weights} was trained with"
+        )
+    return str(loaded)
 
 
 def _target(name: str, groups: int | str | None, start: str | None, batch_statistics: str | None) -> "Target":

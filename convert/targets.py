@@ -9,6 +9,7 @@ from ..errors import InputError
 
 Start = Literal["warm", "exact", "even"]
 BatchStatistics = Literal["moving", "frozen", "none"]
+Compat = Literal["switchablenorms"]
 
 
 def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -30,16 +31,23 @@ class SwitchNorm:
     ``"moving"`` batches in training and running averages at inference (the paper), ``"frozen"`` the pretrained
     running averages always, so that no sample sees another, ``"none"`` no batch component at all.
 
+    ``compat="switchablenorms"``, for PyTorch, computes by the formulas of switchablenorms/Switchable-Normalization
+    (see `normswap.layers.torch.SwitchNorm2d`), which its checkpoints were trained with: `normswap.load_weights` sets
+    it.
+
     Source: Luo et al., "Differentiable Learning-to-Normalize via Switchable Normalization", section 3.
     """
 
     start: Start = "warm"
     batch_statistics: BatchStatistics = "moving"
+    compat: Compat | None = None
     kind: ClassVar[str] = "sn"
 
     def __post_init__(self) -> None:
         _one_of("start", self.start, get_args(Start))
         _one_of("batch_statistics", self.batch_statistics, get_args(BatchStatistics))
+        if self.compat not in (None, *get_args(Compat)):
+            raise InputError(f"expected `compat` to be None or 'switchablenorms', received compat={self.compat!r}")
 
 
 @dataclass(frozen=True)

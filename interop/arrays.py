@@ -1,19 +1,18 @@
 """A layer's arrays by the names of its parts, and what is expected of their shapes and values."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import isclose
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
+from ..sources.misfit import SHOWN
 
 Array = NDArray[Any]
 Parts = Mapping[str, Array]
 Shapes = dict[str, tuple[int, ...]]
-
-SHOWN = 10
-"""How many misfits a message lists."""
 
 
 def expect_shapes(parts: Parts, shapes: Shapes) -> None:
@@ -38,3 +37,23 @@ def expect_values(parts: Parts) -> None:
             raise InputError(f"{part} has {bad} values that are not finite")
         if part in ("running_var", "moving_variance") and (bad := int(np.count_nonzero(array < 0))):
             raise InputError(f"{part} has {bad} values below 0")
+
+
+def require_none(problems: Sequence[str], expectation: str) -> None:
+    """Raise one `InputError` that says ``expectation`` and lists the problems, if there are any."""
+    if problems:
+        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        raise InputError(f"{expectation}:\n  " + "\n  ".join([*problems[:SHOWN], *more]))
+
+
+def require_eps(layers: Mapping[str, tuple[float, Sequence[float]]]) -> None:
+    """Raise `InputError` for layers by name whose ε is none of those that follow it."""
+    require_none(
+        [
+            f"{name}: eps={eps:g} instead of {' or '.join(f'{each:g}' for each in trained)}"
+            for name, (eps, trained) in layers.items()
+            if not any(isclose(eps, each, rel_tol=1e-5) for each in trained)
+        ],
+        "expected layers with the eps that the network was trained with, received others; build MODEL with that, or "
+        "tell what it was trained with: load_weights(..., eps=EPS)",
+    )

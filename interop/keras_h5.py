@@ -4,12 +4,14 @@ The layouts are those of titu1994/keras-switchnorm, titu1994/BatchRenormalizatio
 shaoanlu/GroupNormalization-keras. NumPy and h5py only. Gates are ordered instance, layer, batch throughout.
 """
 
+import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count, takewhile
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -51,7 +53,13 @@ class LayerWeights:
     shapes: Shapes
 
 
-def read_keras_h5(path: Path) -> dict[str, LayerWeights]:
+class KerasWeights(dict[str, LayerWeights]):
+    """The layers of a file in its order, and the configurations that a whole model's file has of them, by name."""
+
+    configs: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+
+
+def read_keras_h5(path: Path) -> KerasWeights:
     """Return the weights in an HDF5 file of Keras 1 or 2, at its root or in ``model_weights``, by layer in file order.
 
     Layers of keras-switchnorm are ``"sn"`` and those of BatchRenormalization ``"brn"`` (``running_std`` is a variance
@@ -59,8 +67,8 @@ def read_keras_h5(path: Path) -> dict[str, LayerWeights]:
     gamma and beta of (1, 1, 1, C), (1, C, 1, 1) or (1, C); all else is ``"other"``.
 
     Raises `InputError` for a file that is damaged or of another layout, for links, data outside the file and dtypes
-    that are not numbers, for a layer of these kinds of which a weight is missing, unexpected, of another shape, not
-    finite or a negative variance, and for a nested model that holds one.
+    that are not numbers, for Theano's turned kernels, for a layer of these kinds of which a weight is missing,
+    unexpected, of another shape, not finite or a negative variance, and for a nested model that holds one.
 
     Source: titu1994/keras-switchnorm, titu1994/BatchRenormalization, shaoanlu/GroupNormalization-keras.
     """
@@ -74,7 +82,10 @@ def read_keras_h5(path: Path) -> dict[str, LayerWeights]:
             if link := links.visit(lambda name, info: None if info.type == h5py.h5l.TYPE_HARD else name, info=True):
                 raise InputError(f"expected data at {link.decode()}, received a link; put there what it points to")
             root = file.get("model_weights", file)
-            return {layer: _read_layer(_member(root, layer)) for layer in _names(root, "layer_names")}
+            _require_tensorflow_layout(root)
+            found = KerasWeights({layer: _read_layer(_member(root, layer)) for layer in _names(root, "layer_names")})
+            found.configs = _configs(file)
+            return found
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except (OSError, RuntimeError, KeyError, ValueError) as error:
@@ -113,6 +124,42 @@ def _in_file(layer: str, weights: LayerWeights) -> Parts:
     except InputError as error:
         raise InputError(f"expected the arrays layer {layer} was read with, received others: {error}") from None
     return {name: flat[part].reshape(weights.shapes[part]) for part, name in weights.names.items()}
+
+
+def _require_tensorflow_layout(root: Any) -> None:
+    backend = _text(root.attrs.get("backend", b"tensorflow"))
+    if backend == "theano":
+        raise InputError(
+            "expected convolution kernels as TensorFlow has them, received backend='theano', which turns them round; "
+            "save the weights in Keras 2 on TensorFlow"
+        )
+
+
+def _configs(file: Any) -> dict[str, Mapping[str, Any]]:
+    """Return the configurations of the layers in a whole model's file by name, {} for a file of weights."""
+    text = file.attrs.get("model_config")
+    if text is None:
+        return {}
+    try:
+        found = dict(_configured(json.loads(_text(text))))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"expected a model's configuration in JSON, received other text: {error}") from None
+    return found
+
+
+def _configured(data: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if isinstance(data, dict):
+        config = data.get("config")
+        if "class_name" in data and isinstance(config, dict) and isinstance(config.get("name"), str):
+            yield config["name"], config
+        yield from _configured(list(data.values()))
+    elif isinstance(data, list):
+        for member in data:
+            yield from _configured(member)
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _read_layer(group: Any) -> LayerWeights:
@@ -181,7 +228,7 @@ def _names(group: Any, attribute: str) -> list[str]:
     if not keys:
         raise InputError(f"expected an attribute {attribute} of {group.name}, as Keras 1 and 2 write, received none")
     found = [name for key in keys for name in np.ravel(group.attrs[key])]
-    names = [name.decode() if isinstance(name, bytes) else str(name) for name in found]
+    names = list(map(_text, found))
     if len({*names}) < len(names):
         raise InputError(f"expected different names in {attribute} of {group.name}, received one twice")
     return names

@@ -4,12 +4,13 @@ NumPy only. Gates are ordered instance, layer, batch throughout.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
 from ..convert.carry_over import CLOSED_GATE
 from ..errors import InputError
-from .arrays import SHOWN, Array, Parts, Shapes, expect_shapes, expect_values
+from .arrays import Array, Parts, Shapes, expect_shapes, expect_values, require_none
 
 _GATES = ("mean_weight", "var_weight")
 _RUNNING = ("running_mean", "running_var")
@@ -20,9 +21,19 @@ _ROUNDING = 1e-5
 """How far below 0, relative to E[x²], rounding alone can push the variance taken from float32 sums."""
 
 
-def is_switchablenorms(state: Parts) -> bool:
-    """Return whether ``state`` holds a SwitchNorm as switchablenorms shapes it: with a gamma of rank 2 or more."""
+def is_switchablenorms(state: Mapping[str, Any]) -> bool:
+    """Return whether ``state``, of arrays or tensors, holds a SwitchNorm as switchablenorms shapes it.
+
+    Its gamma is of rank 2 or more.
+    """
     return any("weight" in parts and parts["weight"].ndim > 1 for parts in _layers(state).values())
+
+
+def dimensions_of(state: Parts) -> dict[str, int]:
+    """Return the dimensions, 1, 2 or 3, that each SwitchNorm layer of a switchablenorms state dict is for, by name."""
+    layers = {stem.removesuffix("."): parts for stem, parts in _layers(state).items()}
+    ranks = {name: parts["weight"].ndim for name, parts in layers.items() if "weight" in parts}
+    return {name: _DIMENSIONS_OF_RANK[rank] for name, rank in ranks.items() if rank in _DIMENSIONS_OF_RANK}
 
 
 def from_switchablenorms(state: Parts, *, batches: int | None = None) -> dict[str, Array]:
@@ -63,7 +74,7 @@ def to_switchablenorms(state: Parts, *, dimensions: int | Mapping[str, int] = 2,
     return {f"{prefix}{name}": array for name, array in converted.items()}
 
 
-def _layers(state: Parts) -> dict[str, Parts]:
+def _layers(state: Mapping[str, Any]) -> dict[str, Parts]:
     """Return the parts of each SwitchNorm layer by its stem: what comes before a part's name, as in ``layer1.sn.``."""
     stems = dict.fromkeys(
         name.removesuffix(part) for name in state for part in _GATES if f".{name}".endswith(f".{part}")
@@ -88,12 +99,11 @@ def _convert(state: Parts, convert: Callable[[str, Parts], Parts], expected: str
         else:
             result.pop(stem + _COUNTER, None)
             result |= {stem + part: array for part, array in converted.items()}
-    if problems:
-        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        raise InputError(
-            f"expected every SwitchNorm layer {expected}, received {len(problems)} of {len(layers)} that are not; "
-            "use a whole checkpoint:\n  " + "\n  ".join(problems[:SHOWN] + more)
-        )
+    require_none(
+        problems,
+        f"expected every SwitchNorm layer {expected}, received {len(problems)} of {len(layers)} that are not; "
+        "use a whole checkpoint",
+    )
     return result
 
 

@@ -21,7 +21,10 @@ def targets():
     """Every configuration hypothesis can think of."""
     return st.one_of(
         st.builds(
-            SwitchNorm, st.sampled_from(["warm", "exact", "even"]), st.sampled_from(["moving", "frozen", "none"])
+            SwitchNorm,
+            st.sampled_from(["warm", "exact", "even"]),
+            st.sampled_from(["moving", "frozen", "none"]),
+            st.sampled_from([None, "switchablenorms"]),
         ),
         st.builds(BatchRenorm, st.floats(1, 10), st.floats(0, 10)),
         st.builds(GroupNorm, st.one_of(st.just("auto"), st.integers(1, 64)), indivisible=st.sampled_from(["error"])),
@@ -58,6 +61,10 @@ class TestTargets:
                 "received target='bn'",
             ),
             (lambda: SwitchNorm(start="hot"), "expected `start` out of warm, exact, even, received start='hot'"),
+            (
+                lambda: SwitchNorm(compat="keras-switchnorm"),
+                "expected `compat` to be None or 'switchablenorms', received compat='keras-switchnorm'",
+            ),
             (lambda: BatchRenorm(r_max=0.5), "expected `r_max` of at least 1, received r_max=0.5"),
             (lambda: BatchRenorm(d_max=-1), "expected `d_max` of at least 0, received d_max=-1"),
             (

@@ -131,6 +131,8 @@ def _swap(layer: keras.Layer, decision: Decision) -> Swap:
         return Swap(layer, name, new, target.kind, _values(layer, decision))
     settings |= {key: getattr(layer, key) for key in _MOVING}
     if isinstance(target, SwitchNorm):
+        if target.compat is not None:
+            raise InputError(f"{name}: expected compat=None for a Keras model, received compat={target.compat!r}")
         new = layers.SwitchNormalization(batch_statistics=target.batch_statistics, **settings)
         return Swap(layer, name, new, target.kind, _values(layer, decision))
     settings |= {"center": layer.center, "scale": layer.scale}

@@ -225,6 +225,7 @@ def _build(module: nn.Module, target: Target, site: Site, like: Tensor | None) -
     common["momentum"] = getattr(module, "momentum", 0.1)
     new: nn.Module
     if isinstance(target, SwitchNorm):
+        common |= {} if target.compat is None else {"compat": target.compat, "momentum": "auto"}
         new = _SWITCH_NORMS[dimensions](site.channels, batch_statistics=target.batch_statistics, **common)
     else:
         new = _BATCH_RENORMS[dimensions](site.channels, r_max=target.r_max, d_max=target.d_max, **common)

@@ -5,7 +5,9 @@ from typing import Any
 
 from ...errors import InputError
 from ..files import require_file
+from ..misfit import PATCHED, PatchedWeightsError
 from .model_file import reason
+from .other_norms import holds_other_norms
 
 
 def load_weights(model: Any, path: Path) -> None:
@@ -14,7 +16,10 @@ def load_weights(model: Any, path: Path) -> None:
     try:
         model.load_weights(path)
     except Exception as error:
-        raise InputError(f"expected weights for this model in {path}, received: {reason(error)}") from error
+        message = f"expected weights for this model in {path}, received: {reason(error)}"
+        if path.suffix in (".h5", ".hdf5") and holds_other_norms(path):
+            raise PatchedWeightsError(f"{message}\n  {PATCHED}") from error
+        raise InputError(message) from error
 
 
 def write_weights(model: Any, path: Path) -> None:

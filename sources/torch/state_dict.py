@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from ...errors import InputError, UnsupportedError
 from ..files import require_file
+from ..misfit import misfit
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".th", ".bin")
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
-_SHOWN = 10
-_PATCHED = "  they look like a patched model's: patch the model before loading them, or give the bundle"
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -38,6 +37,11 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if path.suffix not in PICKLE_SUFFIXES:
         known = ", ".join((".safetensors", *PICKLE_SUFFIXES))
         raise InputError(f"expected weights in a file ending in {known}, received {path}")
+    return read_checkpoint(path)
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """Return the tensors in a torch checkpoint of any file name; see `read_state_dict`."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -68,13 +72,7 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], origin: str) 
         if k in state and own[k].shape != state[k].shape
     ]
     if missing or unexpected or shapes:
-        parts = [
-            _listing("missing", missing),
-            _listing("unexpected", unexpected),
-            _listing("other shape", shapes),
-            _PATCHED if _of_a_patched_model(missing, unexpected) else "",
-        ]
-        raise InputError(f"expected weights that fit the model, received {origin}:\n" + "\n".join(filter(None, parts)))
+        raise misfit(origin, missing, unexpected, shapes, patched=_of_a_patched_model(missing, unexpected))
     model.load_state_dict(state, strict=False)
 
 
@@ -102,13 +100,6 @@ def _of_a_patched_model(missing: list[str], unexpected: list[str]) -> bool:
     if any(name.endswith(("mean_weight", "r_max")) for name in unexpected):
         return True
     return bool(missing) and not unexpected and all(n.endswith(("running_mean", "running_var")) for n in missing)
-
-
-def _listing(label: str, names: list[str]) -> str:
-    if not names:
-        return ""
-    more = f"\n    and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"  {label} ({len(names)}):\n    " + "\n    ".join(names[:_SHOWN]) + more
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,0 +1,42 @@
+"""Weights that do not fit a model, told in one message."""
+
+from collections.abc import Sequence
+
+from ..errors import InputError
+
+SHOWN = 10
+"""How many names a message lists."""
+
+PATCHED = (
+    "they look like a patched network's: load them into the patched model (patch MODEL --to KIND --weights FILE, "
+    "normswap.load_weights), or give the bundle"
+)
+"""The way out for weights that a plain model does not take since another network's norms are in them."""
+
+
+class PatchedWeightsError(InputError):
+    """The weights do not fit since they are those of a network whose BatchNorms have been replaced."""
+
+
+def misfit(
+    origin: str, missing: Sequence[str], unexpected: Sequence[str], shapes: Sequence[str], *, patched: bool = False
+) -> InputError:
+    """Return the error that lists what is missing in ``origin``, unexpected there or of another shape.
+
+    With ``patched`` it is a `PatchedWeightsError`, which tells the way out.
+    """
+    parts = [
+        _listing("missing", missing),
+        _listing("unexpected", unexpected),
+        _listing("other shape", shapes),
+        f"  {PATCHED}" if patched else "",
+    ]
+    error = PatchedWeightsError if patched else InputError
+    return error(f"expected weights that fit the model, received {origin}:\n" + "\n".join(filter(None, parts)))
+
+
+def _listing(label: str, names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    more = f"\n    and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"  {label} ({len(names)}):\n    " + "\n    ".join(names[:SHOWN]) + more
