@@ -41,7 +41,7 @@ def load(model: keras.Model, checkpoint: Checkpoint, eps: float | None) -> tuple
     """Load the weights whole or not at all, and return how many norms and how many other layers got some."""
     if checkpoint.layers is None:
         return _load_own(model, checkpoint)
-    own = {layer.name: layer for layer in model.layers if layer.weights}
+    own = _by_name(model)
     fit = _Fit(own, checkpoint.layers)
     if fit.missing or fit.unexpected or fit.shapes:
         raise misfit(str(checkpoint.path), fit.missing, fit.unexpected, fit.shapes)
@@ -52,6 +52,15 @@ def load(model: keras.Model, checkpoint: Checkpoint, eps: float | None) -> tuple
     for variable, value in fit.values:
         variable.assign(value)
     return len(norms), len(own) - len(norms)
+
+
+def _by_name(model: keras.Layer) -> dict[str, keras.Layer]:
+    layers = [layer for layer in getattr(model, "layers", model._layers) if layer.weights]
+    own = {layer.name: layer for layer in layers}
+    if len(own) < len(layers):
+        twice = next(layer.name for layer in layers if own[layer.name] is not layer)
+        raise InputError(f"expected layers of different names in the model, received {twice} twice; name them apart")
+    return own
 
 
 def _load_own(model: keras.Model, checkpoint: Checkpoint) -> tuple[int, int]:
@@ -160,7 +169,11 @@ def _snake_case(name: str) -> str:
 
 def _trained(layer: keras.Layer, config: Mapping[str, Any], eps: float | None) -> Sequence[float]:
     told = config.get("epsilon") if eps is None else eps
-    return _EPS[_KINDS[type(layer)]] if told is None else (float(told),)
+    if told is None:
+        return _EPS[_KINDS[type(layer)]]
+    if not isinstance(told, float | int):
+        raise InputError(f"expected a number as epsilon of {layer.name} in the file, received epsilon={told!r}")
+    return (told,)
 
 
 def _require_groups(norms: Mapping[str, keras.Layer], configs: Mapping[str, Mapping[str, Any]]) -> None:

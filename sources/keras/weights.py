@@ -7,19 +7,23 @@ from ...errors import InputError
 from ..files import require_file
 from ..misfit import PATCHED, PatchedWeightsError
 from .model_file import reason
-from .other_norms import holds_other_norms
+from .other_norms import has_other_norms, holds_other_norms
+
+HDF5_SUFFIXES = (".h5", ".hdf5")
 
 
 def load_weights(model: Any, path: Path) -> None:
     """Give a Keras model the weights in ``path``; raises `InputError` if they do not fit."""
     require_file(path)
+    if path.suffix in HDF5_SUFFIXES and holds_other_norms(path) and not has_other_norms(model):
+        # Keras would take those of Batch Renormalization for a BatchNorm's, whatever their epsilon and order.
+        raise PatchedWeightsError(
+            f"expected weights for this model in {path}, received another network's:\n  {PATCHED}"
+        )
     try:
         model.load_weights(path)
     except Exception as error:
-        message = f"expected weights for this model in {path}, received: {reason(error)}"
-        if path.suffix in (".h5", ".hdf5") and holds_other_norms(path):
-            raise PatchedWeightsError(f"{message}\n  {PATCHED}") from error
-        raise InputError(message) from error
+        raise InputError(f"expected weights for this model in {path}, received: {reason(error)}") from error
 
 
 def write_weights(model: Any, path: Path) -> None:

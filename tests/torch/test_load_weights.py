@@ -144,6 +144,16 @@ class TestLoading:
         assert [getattr(report.model, name).momentum for name in DIMENSIONS] == [0.9, 0.9, 0.997]
         close(report.model, state)
 
+    def test_narrow_weights(self, tmp_path):
+        """Weights in bfloat16, which NumPy does not know, are loaded as the numbers they are."""
+        narrow = {name: tensor.bfloat16() for name, tensor in published().items()}
+        torch.save(narrow, tmp_path / "sn.pth")
+        report = normswap.patch(network(), "sn")
+
+        normswap.load_weights(report.model, tmp_path / "sn.pth")
+
+        close(report.model, {name: tensor.float() for name, tensor in narrow.items()})
+
     def test_layers_without_batch_statistics(self, tmp_path):
         """A checkpoint of using_bn=False fits where the patch leaves the batch out too."""
         state = published(moving=False)
