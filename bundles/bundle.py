@@ -35,6 +35,9 @@ class Patched(Protocol):
         """What it was made by."""
 
 
+_PATCH_AGAIN = "patch the model with its BatchNorms' weights"
+
+
 @dataclass
 class Bundle:
     """What a bundle's folder holds, the model loaded."""
@@ -56,8 +59,8 @@ class Bundle:
         """Return the model as it was before the patch; raises `InputError` if the bundle was saved without it."""
         if not self.has_original:
             raise InputError(
-                f"expected a bundle saved with its original, received {self.directory} without; make it with "
-                f"{spoken('`normswap patch` from weights of BatchNorms', '`normswap.save(..., original=model)`')}"
+                f"expected a bundle saved with its original, received {self.directory} without; "
+                f"{spoken(_PATCH_AGAIN, 'pass original= to `normswap.save`')}"
             )
         if self.recipe.framework == "keras":
             return _load_keras(self.original_weights, self.source, self.preprocessing)[0]
