@@ -30,7 +30,13 @@ JSON = "normswap.json"
 
 
 class Group(click.Group):
-    """Turns errors into one message and the right exit code."""
+    """Turns errors into one message and the right exit code, and tells of each command in a whole sentence."""
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands in the order of the work."""
+        rows = [(name, str(command.help).partition("\n\n")[0]) for name, command in self.commands.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
     def invoke(self, context: click.Context) -> Any:
         """Run a command; an error ends it with its message and code, told as JSON too where that was asked for."""

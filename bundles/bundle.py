@@ -83,12 +83,30 @@ def save(
 ) -> None:
     """Write a patched model as a bundle: a report of `patch`, a `Bundle`, or a model that `load` returned.
 
-    ``source`` says where the architecture comes from (see `normswap.load_model`); without it a torch bundle
-    can only be loaded into a model given to `load`. ``original`` is the model before the patch, which distillation
-    learns from. What comes from a bundle keeps that bundle's own where they are None.
+    What comes from a bundle keeps that bundle's source, original and preprocessing where they are None.
 
-    Raises `OutputExistsError` if ``directory`` exists, unless it is a bundle and may be overwritten; `InputError` for
-    a model of another kind, and if the bundle it came from has lost its original since.
+    Args:
+        patched: What `patch` or `load` returned.
+        directory: Folder to write.
+        source: Where the architecture comes from, as `load_model` takes it; without it a torch bundle can only be
+            loaded into a model given to `load`.
+        original: The model before the patch, which distillation learns from.
+        preprocessing: How images become the model's input, for the command line.
+        overwrite: Replace a bundle that is there.
+
+    Raises:
+        OutputExistsError: If ``directory`` exists, unless it is a bundle and may be overwritten.
+        InputError: For a model of another kind, and if the bundle it came from has lost its original since.
+
+    Example:
+        >>> import normswap, torch
+        >>> build = lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).eval()
+        >>> report = normswap.patch(build(), "gn")
+        >>> normswap.save(report, "net-gn")
+        >>> model = normswap.load("net-gn", model=build())
+        >>> x = torch.randn(2, 3, 8, 8)
+        >>> torch.equal(model(x), report.model(x))
+        True
     """
     directory = Path(directory)
     require_replaceable(directory, overwrite=overwrite)
@@ -162,11 +180,23 @@ def save_into(bundle: Bundle, directory: Path) -> None:
 def load(directory: str | Path, *, model: Any = None, trust: bool = False) -> Any:
     """Return the patched model in a bundle.
 
-    A torch bundle's architecture is built by running the code its source names, or is taken from ``model``, a
-    fresh unpatched copy; so is a Keras bundle's if Keras does not know its classes.
-    Where the source is a ``.pt2`` file, which can run code while it is read, ``trust`` says that it may.
+    What it returns can be trained, exported and saved again. A torch bundle's architecture is built by running the code
+    its source names; so is a Keras bundle's if Keras does not know its classes.
 
-    Raises `InputError` if the folder is not a bundle, is damaged, is not trusted, or does not fit.
+    Args:
+        directory: The bundle's folder, as `save` or ``normswap patch`` wrote it.
+        model: A fresh unpatched copy of the architecture, in place of the bundle's source.
+        trust: Allows a source that is a ``.pt2`` file, which can run code while it is read.
+
+    Raises:
+        InputError: If the folder is not a bundle, is damaged, is not trusted, or does not fit.
+
+    Example:
+        >>> import normswap, torch
+        >>> report = normswap.patch(torch.nn.Sequential(torch.nn.BatchNorm1d(8)).eval(), "sn")
+        >>> normswap.save(report, "net-sn")
+        >>> type(normswap.load("net-sn", model=torch.nn.Sequential(torch.nn.BatchNorm1d(8)))[0]).__name__
+        'SwitchNorm1d'
     """
     bundle = read(directory, model=model, trust=trust)
     bundle.model.__dict__[MEMORY] = replace(bundle, model=None)

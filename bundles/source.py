@@ -10,13 +10,24 @@ from ..sources.weights import load_weights
 
 
 def load_model(spec: str, weights: str | Path | None = None, *, pretrained: bool = True, trust: bool = False) -> Any:
-    """Return the model ``spec`` names, with ``weights`` (a state dict, or Keras weights) loaded if given.
+    """Return the model that a name, a callable or a file stands for, ready to be patched, trained and exported.
 
-    ``pretrained=False`` builds a zoo's architecture without fetching its weights. A callable is Python code and
-    is run. A ``.pt2`` file can run code while it is read, and is read with ``trust`` only.
+    Args:
+        spec: ``timm:NAME``, ``torchvision:NAME``, ``keras:NAME``, ``file.py:callable``, ``package.module:callable``, a
+            ``.keras``, ``.h5`` or ``.hdf5`` file, or a ``.pt2`` file of `torch.export`. A callable is Python code and
+            is run.
+        weights: A file with a state dict or Keras weights to load into it. Nothing in it is run.
+        pretrained: False builds a zoo's architecture without fetching its weights.
+        trust: Allows to read a ``.pt2`` file, which can run code while it is read.
 
-    Raises `InputError` if there is no such model, it is not trusted or the weights do not fit,
-    `MissingDependencyError` if the zoo's package is not installed.
+    Raises:
+        InputError: If there is no such model, it is not trusted, or the weights do not fit.
+        MissingDependencyError: If the zoo's package is not installed.
+
+    Example:
+        >>> import normswap
+        >>> normswap.load_model("torch.nn:ReLU")
+        ReLU()
     """
     model = as_module(load_source(spec, pretrained=pretrained and weights is None, trust=trust))
     framework_of(model)

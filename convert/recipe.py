@@ -31,7 +31,27 @@ class Choice:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The choices for every replaced site of one model, in the model's own order."""
+    """The choices for every replaced site of one model, in the model's own order, to be replayed on a fresh copy.
+
+    A plan and a report make one (``plan.recipe()``, ``report.recipe``), `plan` and `patch` take one as their target.
+
+    Args:
+        framework: ``"torch"`` or ``"keras"``.
+        choices: One `Choice` for each replaced site, every setting resolved.
+
+    Raises:
+        InputError: By `from_json` and `from_dict`, for text or data that is no recipe.
+
+    Example:
+        >>> import normswap, torch
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> text = normswap.plan(model, "gn").recipe().to_json()
+        >>> recipe = normswap.Recipe.from_json(text)
+        >>> [(choice.name, choice.target.groups) for choice in recipe.choices]
+        [('1', 1)]
+        >>> normswap.patch(model, recipe).summary
+        '1 replaced, 0 already patched, 0 skipped'
+    """
 
     framework: str
     choices: tuple[Choice, ...]
@@ -94,13 +114,22 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Rule:
-    """What the sites become that fit all of what it says; a ``target`` of None leaves them as they are.
+    """What the sites become that fit all of what it says.
 
-    ``match`` is a glob on a site's name, or a regular expression after ``re:``. ``depth`` is a share of the model's
-    sites in order, from 0 (the first) to 1 (the last): ``(0, 1/3)`` is the first third. ``stage`` counts the sizes of
-    the maps from the largest, 0.
+    Args:
+        target: A `SwitchNorm`, `BatchRenorm` or `GroupNorm`; None leaves the sites as they are.
+        match: A glob on a site's name, or a regular expression after ``re:``.
+        depth: A share of the model's sites in order, from 0 (the first) to 1 (the last): ``(0, 1/3)`` is the first
+            third.
+        stage: The number of a size of maps, counted from the largest, 0; it needs an example.
 
-    Raises `InputError` if ``depth`` or ``stage`` is none.
+    Raises:
+        InputError: If ``match`` is no text, ``depth`` no range or ``stage`` no count.
+
+    Example:
+        >>> import normswap
+        >>> print(normswap.Rule(normswap.GroupNorm(groups=8), match="layer4.*", depth=(0.5, 1)))
+        match='layer4.*', depth=(0.5, 1)
     """
 
     target: Target | None
@@ -131,6 +160,24 @@ class Rules:
          "rules": [{"match": "layer4.*", "target": "leave"},
                    {"depth": [0, 0.5], "target": {"kind": "sn", "batch_statistics": "frozen"}},
                    {"match": "*", "target": "gn"}]}
+
+    Args:
+        rules: The `Rule` objects, in the order in which they are asked.
+
+    Raises:
+        InputError: By `from_dict`, for data that are no rules; by `plan` and `patch`, if a rule fits no site.
+
+    Example:
+        >>> import normswap, torch
+        >>> norms = [torch.nn.BatchNorm2d(8) for _ in range(3)]
+        >>> rules = normswap.Rules((
+        ...     normswap.Rule(None, match="2"),
+        ...     normswap.Rule(normswap.SwitchNorm(), depth=(0, 1 / 3)),
+        ...     normswap.Rule(normswap.GroupNorm()),
+        ... ))
+        >>> plan = normswap.plan(torch.nn.Sequential(*norms), rules)
+        >>> [(d.site.name, d.target.kind if d.action == "replace" else d.note) for d in plan.decisions]
+        [('0', 'sn'), ('1', 'gn'), ('2', 'left by rule 1')]
     """
 
     rules: tuple[Rule, ...]

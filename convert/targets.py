@@ -25,11 +25,21 @@ def _positive_integer(value: object) -> bool:
 class SwitchNorm:
     """Switchable Normalization: a learned mix of instance, layer and batch statistics.
 
-    ``start`` sets the gates: ``"warm"`` leans on the batch statistics but lets every gate learn, ``"exact"``
-    takes the batch statistics alone (the original function to the last bit, with gates that no longer learn),
-    ``"even"`` is the paper's equal mix. ``batch_statistics`` says where the batch component comes from:
-    ``"moving"`` batches in training and running averages at inference (the paper), ``"frozen"`` the pretrained
-    running averages always, so that no sample sees another, ``"none"`` no batch component at all.
+    Args:
+        start: The gates to begin with. ``"warm"`` leans on the batch statistics but lets every gate learn, ``"exact"``
+            takes the batch statistics alone (the original function to the last bit, with gates that no longer learn),
+            ``"even"`` is the paper's equal mix.
+        batch_statistics: Where the batch component comes from. ``"moving"``: from batches in training and running
+            averages at inference (the paper). ``"frozen"``: always from the pretrained running averages, so that no
+            sample sees another. ``"none"``: there is no batch component.
+
+    Raises:
+        InputError: If either is another word.
+
+    Example:
+        >>> import normswap
+        >>> normswap.SwitchNorm(batch_statistics="frozen")
+        SwitchNorm(start='warm', batch_statistics='frozen')
 
     ``compat="switchablenorms"``, for PyTorch, computes by the formulas of switchablenorms/Switchable-Normalization
     (see `normswap.layers.torch.SwitchNorm2d`), which its checkpoints were trained with: `normswap.load_weights` sets
@@ -54,8 +64,19 @@ class SwitchNorm:
 class BatchRenorm:
     """Batch Renormalization: batch statistics corrected towards the running ones within limits.
 
-    ``r_max`` (>= 1) and ``d_max`` (>= 0) bound the correction of scale and shift; the defaults are the paper's
-    final limits.
+    It is the BatchNorm at inference. The defaults are the paper's final limits.
+
+    Args:
+        r_max: Largest correction of the scale, as a factor of at least 1; 1 is none.
+        d_max: Largest correction of the shift, in running standard deviations, at least 0; 0 is none.
+
+    Raises:
+        InputError: If a limit is below its least value.
+
+    Example:
+        >>> import normswap
+        >>> normswap.BatchRenorm(r_max=2.0)
+        BatchRenorm(r_max=2.0, d_max=5.0)
 
     Source: Ioffe, "Batch Renormalization", section 3.
     """
@@ -75,9 +96,21 @@ class BatchRenorm:
 class GroupNorm:
     """Group Normalization: each sample's statistics over groups of channels.
 
-    ``groups`` is the number of groups or ``"auto"`` (few groups, which keep most of a pretrained function: see
-    `normswap.convert.groups`). ``channels_per_group`` sets the group size instead. Where the channels do not
-    divide, ``indivisible="error"`` refuses and ``"gcd"`` takes the greatest common divisor.
+    One group is a LayerNorm over channels and positions, one channel a group an InstanceNorm.
+
+    Args:
+        groups: Number of groups of every layer, or ``"auto"``: one, which keeps most of a pretrained function.
+        channels_per_group: Number of channels of a group, in place of ``groups``.
+        indivisible: What happens where the channels do not divide: ``"error"`` refuses the layer, ``"gcd"`` takes the
+            greatest common divisor.
+
+    Raises:
+        InputError: If a number is not positive, or both are given.
+
+    Example:
+        >>> import normswap
+        >>> normswap.GroupNorm(channels_per_group=16, indivisible="gcd")
+        GroupNorm(groups='auto', channels_per_group=16, indivisible='gcd')
 
     Source: Wu and He, "Group Normalization", section 3.
     """

@@ -119,12 +119,28 @@ def open_data(
 ) -> Data:
     """Open a folder with one subfolder of images per class, an ``.npz`` with arrays ``x`` and ``y``, or a data set.
 
-    ``x`` is (N, H, W) or (N, H, W, C), uint8 in 0..255 or floating-point in 0..1; ``y`` is (N,) of integers. A data
-    set is ``hf:NAME[:CONFIG][SPLIT]``, anything `datasets.load_dataset` takes without running code. Of decoded files
-    up to ``cache_bytes`` are kept in memory. With ``labelled=False`` any folder of images will do, and an ``.npz``
-    without ``y``; labels are 0 then.
+    Args:
+        spec: The folder; the file, whose ``x`` is (N, H, W) or (N, H, W, C), uint8 in 0..255 or floating-point in 0..1,
+            and whose ``y`` is (N,) of integers; or ``hf:NAME[:CONFIG][SPLIT]``, anything `datasets.load_dataset` takes
+            without running code.
+        preprocessing: How an image becomes a model's input: its shape and layout, mean and standard deviation.
+        labelled: False takes any folder of images, and an ``.npz`` without ``y``; labels are 0 then.
+        cache_bytes: Bytes of decoded files that are kept in memory.
 
-    Raises `InputError` if the data is empty, malformed or does not fit the preprocessing.
+    Returns:
+        `Data`, of which ``batch(indices)`` and ``batches(size)`` give images as the model takes them, and labels.
+
+    Raises:
+        InputError: If the data is empty, malformed or does not fit the preprocessing.
+
+    Example:
+        >>> import normswap, numpy as np
+        >>> from normswap.data.preprocessing import Preprocessing
+        >>> np.savez("data.npz", x=np.zeros((4, 8, 8, 3), np.uint8), y=np.arange(4))
+        >>> data = normswap.open_data("data.npz", Preprocessing((3, 8, 8), "channels_first", mean=(0.5,), std=(0.2,)))
+        >>> images, labels = data.batch([0, 3])
+        >>> images.shape, labels
+        ((2, 3, 8, 8), array([0, 3]))
     """
     path = Path(spec)
     if path.suffix == ".npz":

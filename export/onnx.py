@@ -77,16 +77,39 @@ def to_onnx(
 ) -> ExportReport:
     """Write ``model`` in inference mode to an ONNX file, its norms folded or in constant form, and prove the file.
 
-    ``example`` is what the model takes (see `normswap.Inputs`); a Keras model that knows its input shapes needs none.
-    The batch dimension of the file is free, with ``dynamic_size`` the others but the channels too. ``runtime`` is
-    "portable" for operators every runtime knows, or "ort" for what onnxruntime runs fastest. ``half`` stores weights
-    and computes in float16, norms and inputs and outputs excepted. ``prune_gates`` leaves out a statistic of a
-    Switchable Normalization whose gate is below it; the report's notes say which, and how far the output moves.
-    ``metadata`` is stored in the file as JSON under ``normswap.NAME``. With ``check`` the file is verified before it
-    gets its name. Weights over 2 GB go into ``path`` + ".data".
+    The file's batch dimension is free. No file is left on an error.
 
-    Raises `UnsupportedError` for a model, dtype or opset that cannot be exported, `VerificationError` if the file
-    computes something else than the model, `OutputExistsError` if ``path`` exists. No file is left on an error.
+    Args:
+        model: A patched model, or any other of PyTorch or Keras, with float32 weights.
+        path: File to write. Weights over 2 GB go into ``path`` + ".data".
+        example: What the model takes: a tensor or array (N, ...), a tuple of arguments, a mapping of keyword arguments,
+            or `normswap.Inputs`; a Keras model that knows its input shapes needs none.
+        opset: Version of the operator set, from 17 to 24.
+        runtime: ``"portable"`` for operators every runtime knows, or ``"ort"`` for what onnxruntime runs fastest.
+        dynamic_size: Leave height and width free too.
+        half: Store weights and compute in float16, but for norms, inputs and outputs.
+        prune_gates: Leave out a statistic of a Switchable Normalization whose gate is below this, from 0 to below 1/3;
+            the report's notes say which, and how far the output moves.
+        overwrite: Replace a file that is there.
+        check: Verify the file before it gets its name.
+        metadata: Stored in the file as JSON under ``normswap.NAME``.
+
+    Returns:
+        The `ExportReport`: which norms were ``folded`` into what, which were ``kept`` and why, and the ``verdict``.
+
+    Raises:
+        UnsupportedError: For a model, dtype or opset that cannot be exported.
+        InputError: For a setting out of its range, and without an example where one is needed.
+        VerificationError: If the file computes something else than the model.
+        OutputExistsError: If ``path`` exists.
+
+    Example:
+        >>> import normswap, torch
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).eval()
+        >>> report = normswap.patch(model, "brn")
+        >>> written = normswap.to_onnx(model, "net.onnx", example=torch.randn(2, 3, 8, 8))
+        >>> written.folded, bool(written.verdict)
+        ({'1': 'Conv'}, True)
     """
     path = Path(path)
     if opset not in LOWEST_IR:

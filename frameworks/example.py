@@ -14,8 +14,8 @@ class Inputs:
     within an argument are the model's own and reach it as they are.
 
     Args:
-        *args: What the model takes by position; tensors and arrays have the batch first.
-        **kwargs: What it takes by keyword.
+        args: What the model takes by position; tensors and arrays have the batch first.
+        kwargs: What it takes by keyword.
 
     Example:
         >>> import normswap

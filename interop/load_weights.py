@@ -45,20 +45,30 @@ def load_weights(model: Any, path: str | Path, *, eps: float | None = None, batc
       formulas. A file of weights does not tell GroupNormalization's number of groups: it is the patched model's.
     - The **model's own** weights: a state dict, or what Keras saves.
 
-    ``eps`` is the ε the network was trained with; by default what a whole model's file says, or else one of those that
-    the system publishes: 1e-5 or, in its face networks, 2e-5 for switchablenorms, 1e-3 or 1e-5 for keras-switchnorm and
-    BatchRenormalization, 1e-6 for GroupNormalization-keras. The model has to be built with it.
-    ``batches`` says over how many batches a batch average of switchablenorms was summed up to then (see
-    `normswap.interop.switchablenorms.from_switchablenorms`).
+    Args:
+        model: A patched model, of the network that the weights are of.
+        path: The file with the weights, whatever it is called.
+        eps: The ε the network was trained with, with which the model has to be built; by default what a whole model's
+            file says, or else one of those that the system publishes: 1e-5 or, in its face networks, 2e-5 for
+            switchablenorms, 1e-3 or 1e-5 for keras-switchnorm and BatchRenormalization, 1e-6 for
+            GroupNormalization-keras.
+        batches: Number of batches that a batch average of switchablenorms was summed over when it was saved (see
+            `normswap.interop.switchablenorms.from_switchablenorms`).
 
-    Raises `InputError`, the model unchanged, if it is not patched, patched to something else, or of the other
-    framework, and where names, shapes, gates, dimensions, ε or groups do not fit.
+    Returns:
+        What the file was, and how many layers got weights.
 
-    Example::
+    Raises:
+        InputError: If the model is not patched, patched to something else or of the other framework, and where names,
+            shapes, gates, dimensions, ε or groups do not fit. The model is unchanged then.
 
-        report = normswap.patch(resnet(), "sn")
-        print(normswap.load_weights(report.model, "resnetv1sn50.pth"))
-        normswap.save(report, "resnetv1sn50")
+    Example:
+        >>> import normswap, torch
+        >>> build = lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> trained = normswap.patch(build(), "sn").model
+        >>> torch.save(trained.state_dict(), "net.pth")
+        >>> print(normswap.load_weights(normswap.patch(build(), "sn").model, "net.pth"))
+        normswap weights for 1 norms and 1 other layers
     """
     framework = framework_of(model)
     checkpoint = read_checkpoint(Path(path))

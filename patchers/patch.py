@@ -1,13 +1,17 @@
 """The library's two verbs, `plan` and `patch`, for a model of either framework."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ..convert.recipe import Recipe, Rules
 from ..convert.targets import Target, as_target
+from ..errors import InputError
 from .contract import patcher_of
 from .plan import Plan, Report
+
+Patterns = str | Iterable[str] | None
+"""One pattern of names, several, or none."""
 
 
 def plan(
@@ -15,19 +19,43 @@ def plan(
     target: str | Target | Recipe | Rules,
     *,
     example: Any = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: Patterns = None,
+    exclude: Patterns = None,
     where: Callable[[Any, str], bool] | None = None,
 ) -> Plan:
     """Decide what `patch` would do to every BatchNorm of ``model``, touching nothing.
 
-    ``target`` is a shorthand (``"sn" | "brn" | "gn" | "ln" | "in"``), a configuration, a `Recipe` made from the same
-    model, or `Rules` for any. ``example`` is an input the model accepts: with it the plan knows every site's shape and
-    can refuse what a shape rules out. ``include`` and ``exclude`` are name globs, or regular expressions after
-    ``re:``; ``where(module, name)`` is asked last. Each decision says what the replacement is expected to change
-    (``drift``) and whether an exported file is rid of it (``folds``).
+    ``print(plan)`` is a table of the decisions. Each says what the replacement is expected to change (``drift``, a
+    share of the output's root mean square) and whether an exported file is rid of it (``folds``).
 
-    Raises `InputError` for a target, pattern, recipe or example that does not fit the model.
+    Args:
+        model: A `torch.nn.Module`, a `torch.export.ExportedProgram` or a Keras 3 model.
+        target: What BatchNorms become: ``"sn"``, ``"brn"``, ``"gn"``, ``"ln"`` (one group) or ``"in"`` (a group for
+            each channel), a `SwitchNorm`, `BatchRenorm` or `GroupNorm`, a `Recipe` made from the same model, or
+            `Rules`.
+        example: What the model takes: a tensor or array, such as (N, C, H, W) for PyTorch or (N, H, W, C) for Keras, a
+            tuple of arguments, a mapping of keyword arguments, or `normswap.Inputs`. With it the plan knows every
+            layer's shape, and can refuse what a shape rules out.
+        include: Replace only layers whose name fits a pattern: a glob such as ``"layer4.*"``, or a regular expression
+            after ``re:``. One pattern or several; None for all.
+        exclude: Leave layers alone whose name fits a pattern; as ``include``, None for none.
+        where: A function of layer and name, asked last: a layer is left for which it returns False.
+
+    Returns:
+        The `Plan`, with ``decisions``, ``having("replace")``, ``recipe()`` and ``table(all=True)``.
+
+    Raises:
+        InputError: For a target, pattern, recipe or example that does not fit the model.
+
+    Example:
+        >>> import normswap, torch
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).eval()
+        >>> print(normswap.plan(model, normswap.GroupNorm(groups=2), example=torch.randn(2, 3, 8, 8)))
+        plan for 1 BatchNorm
+        name  type         C  shape  becomes      drift  folds
+        -------------------------------------------------------
+        1     BatchNorm2d  8  6x6    gn groups=2  0.24   no
+        drift: expected change of the layer's output, as a share of its root mean square
     """
     return plans(model, [target], example=example, include=include, exclude=exclude, where=where)[0]
 
@@ -37,14 +65,16 @@ def plans(
     targets: Sequence[str | Target | Recipe | Rules],
     *,
     example: Any = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: Patterns = None,
+    exclude: Patterns = None,
     where: Callable[[Any, str], bool] | None = None,
 ) -> list[Plan]:
     """Return what `plan` decides for each of ``targets``, on one look at the model."""
     model = as_module(model)
     resolved = [_resolved(target) for target in targets]
-    return patcher_of(model).plans(model, resolved, example=example, include=include, exclude=exclude, where=where)
+    return patcher_of(model).plans(
+        model, resolved, example=example, include=_several(include), exclude=_several(exclude), where=where
+    )
 
 
 def patch(
@@ -52,23 +82,64 @@ def patch(
     target: str | Target | Recipe | Rules,
     *,
     example: Any = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: Patterns = None,
+    exclude: Patterns = None,
     where: Callable[[Any, str], bool] | None = None,
     inplace: bool = True,
 ) -> Report:
     """Replace the BatchNorms of ``model`` with the weights carried over, and return what was done.
 
-    The arguments are those of `plan`. The model is changed in place unless ``inplace=False``; either way it is
-    ``report.model``. An exported program (`torch.export.ExportedProgram`) is not changed: ``report.model`` is a module
-    made from it, which shares the weights that are no norm's unless ``inplace=False``. Patching again with the same
-    target changes nothing. Either every planned site is replaced or, on any error, none.
+    Either every planned layer is replaced or, on any error, none. Patching again with the same target changes nothing.
 
-    Raises `UnsupportedError` if a selected site cannot be replaced or there is none, `InputError` as `plan`.
+    Args:
+        model: A `torch.nn.Module`, a `torch.export.ExportedProgram` or a Keras 3 model. A program is not changed:
+            ``report.model`` is a module made from it, which shares the weights that are no norm's unless
+            ``inplace=False``.
+        target: What BatchNorms become: ``"sn"``, ``"brn"``, ``"gn"``, ``"ln"`` (one group) or ``"in"`` (a group for
+            each channel), a `SwitchNorm`, `BatchRenorm` or `GroupNorm`, a `Recipe` made from the same model, or
+            `Rules`.
+        example: An input the model accepts, such as an array (N, C, H, W) for PyTorch or (N, H, W, C) for Keras. It
+            shows every layer's shape, builds what is lazy, and finds calls of ``batch_norm`` that no layer makes.
+        include: Replace only layers whose name fits a pattern: a glob such as ``"layer4.*"``, or a regular expression
+            after ``re:``. One pattern or several; None for all.
+        exclude: Leave layers alone whose name fits a pattern; as ``include``, None for none.
+        where: A function of layer and name, asked last: a layer is left for which it returns False.
+        inplace: False leaves ``model`` as it is and patches a copy, ``report.model``.
+
+    Returns:
+        The `Report`: ``model``, ``replaced``, ``skipped``, ``recipe``, ``drift(example)``, ``undo()``.
+        ``print(report)`` is a table of it.
+
+    Raises:
+        UnsupportedError: If a selected layer cannot be replaced, or there is none; each is named with the reason.
+        InputError: For a target, pattern, recipe or example that does not fit the model.
+
+    Example:
+        >>> import normswap, torch
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).eval()
+        >>> x = torch.randn(2, 3, 8, 8)
+        >>> before = model(x)
+        >>> report = normswap.patch(model, normswap.SwitchNorm(batch_statistics="frozen"), example=x)
+        >>> report.summary
+        '1 replaced, 0 already patched, 0 skipped'
+        >>> report.drift(x)[-1].rms < 0.2
+        True
+        >>> report.undo()
+        >>> torch.equal(model(x), before)
+        True
+
+    Source: the algebra is in docs/design.md; Luo et al., "Differentiable Learning-to-Normalize via Switchable
+    Normalization"; Ioffe, "Batch Renormalization"; Wu and He, "Group Normalization".
     """
     model = as_module(model)
     return patcher_of(model).patch(
-        model, _resolved(target), example=example, include=include, exclude=exclude, where=where, inplace=inplace
+        model,
+        _resolved(target),
+        example=example,
+        include=_several(include),
+        exclude=_several(exclude),
+        where=where,
+        inplace=inplace,
     )
 
 
@@ -84,3 +155,11 @@ def as_module(model: Any) -> Any:
 
 def _resolved(target: str | Target | Recipe | Rules) -> Target | Recipe | Rules:
     return target if isinstance(target, Recipe | Rules) else as_target(target)
+
+
+def _several(patterns: Patterns) -> tuple[str, ...]:
+    """Return one pattern, several or none as a tuple; raises `InputError` for what is no text."""
+    found = (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
+    if others := [each for each in found if not isinstance(each, str)]:
+        raise InputError(f"expected a pattern or several, each a text, received {others[0]!r}")
+    return found

@@ -119,7 +119,8 @@ class Plan:
 
     def table(self, *, all: bool = False) -> str:
         """Return the plan as a table of text, as `print` shows it; ``all`` gives every site a row of its own."""
-        return as_text(plan_table(f"plan for {len(self.decisions)} BatchNorms", self.decisions, every=all))
+        count = len(self.decisions)
+        return as_text(plan_table(f"plan for {count} BatchNorm{'' if count == 1 else 's'}", self.decisions, every=all))
 
     def __str__(self) -> str:
         return self.table()

@@ -47,13 +47,42 @@ def verify(
 ) -> Verdict:
     """Hold an ONNX file against the model it was made from; the verdict is true if the file passes.
 
-    Random inputs are scaled standard normal at each of ``batch_sizes``, or at the one the file is fixed to; ``data``
-    are further inputs (N, ...) for a model of one input. ``providers`` are names of `runtime.PROVIDERS` or ``auto``.
-    On a miss the verdict names the first layer, in call order, whose output differs. ``save_reference`` is an
-    ``.npz`` to write the model's answers to, for `verify_against`.
+    Every output has to be within 1e-5 of its scale on random inputs and on data. On a miss the verdict names the first
+    layer, in call order, whose output differs.
 
-    Raises `InputError` or `UnsupportedError` if the file is not an ONNX model onnxruntime loads,
-    `MissingDependencyError` if a provider is not installed, `OutputExistsError` if ``save_reference`` exists.
+    Args:
+        model: The model, of PyTorch or Keras.
+        path: The ONNX file.
+        example: What the model takes (see `normswap.Inputs`), for a model whose arguments are more than arrays by
+            position.
+        data: Further inputs of the user's own, each as an example has them: as many arrays as the file has inputs.
+        batch_sizes: Numbers of samples of the random inputs, which are standard normal at several scales; a file of a
+            fixed batch size is run at that.
+        providers: Where onnxruntime runs the file: ``"cpu"``, ``"cuda"``, ``"tensorrt"``, ``"openvino"``, ``"coreml"``,
+            ``"dml"``, or ``"auto"`` for all that are installed.
+        save_reference: An ``.npz`` to write the model's answers to, for `verify_against`.
+        overwrite: Replace a reference that is there.
+        seed: Of the random inputs.
+
+    Returns:
+        The `Verdict`, which is true if the file passes; ``print(verdict)`` says what it passed, or why it failed.
+
+    Raises:
+        InputError: If the file is damaged or unsafe, or data does not fit it.
+        UnsupportedError: If onnxruntime does not load it.
+        MissingDependencyError: If a provider is not installed.
+        OutputExistsError: If ``save_reference`` exists.
+
+    Example:
+        >>> import normswap, torch
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).eval()
+        >>> written = normswap.to_onnx(model, "net.onnx", example=torch.randn(2, 3, 8, 8))
+        >>> print(normswap.verify(model, "net.onnx", save_reference="net.npz"))
+        passed: 8 checks, largest difference ...e-... of scale
+        >>> with torch.no_grad():
+        ...     model[0].weight *= 2
+        >>> bool(normswap.verify(model, "net.onnx"))
+        False
     """
     file = read_model(Path(path))
     runs = _Runs(file, providers)
@@ -71,8 +100,26 @@ def verify(
 def verify_against(reference: str | Path, path: str | Path, *, providers: Sequence[str] = ("cpu",)) -> Verdict:
     """Hold an ONNX file against the answers `verify` saved of a model; needs no framework.
 
-    Raises `InputError` if the reference is damaged or belongs to a model of other inputs or outputs, and what
-    `verify` raises.
+    Args:
+        reference: The ``.npz`` that `verify` wrote as ``save_reference``. Nothing in it is run.
+        path: The ONNX file.
+        providers: Where onnxruntime runs the file; see `verify`.
+
+    Returns:
+        The `Verdict`, as that of `verify`.
+
+    Raises:
+        InputError: If the reference is damaged, or belongs to a model of other inputs or outputs.
+        UnsupportedError: If onnxruntime does not load the file.
+        MissingDependencyError: If a provider is not installed.
+
+    Example:
+        >>> import normswap, torch
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).eval()
+        >>> written = normswap.to_onnx(model, "net.onnx", example=torch.randn(2, 3, 8, 8))
+        >>> verdict = normswap.verify(model, "net.onnx", save_reference="net.npz")
+        >>> bool(normswap.verify_against("net.npz", "net.onnx"))
+        True
     """
     file = read_model(Path(path))
     stored = load_reference(Path(reference))

@@ -47,12 +47,31 @@ def calibrate(model: Any, reference: Any, batches: Iterable[Any], *, refit: bool
     \lambda \lVert W' - W \rVert^2`. ``refit=False`` leaves those as they are, as frozen, shared, grouped and very
     wide ones always are. A layer that is called several times is solved for all its calls together.
 
-    ``batches`` are inputs as the model takes them; a few hundred samples do. Each layer takes a pass over them: an
-    iterator is held in memory, anything else is iterated over again and may be of any length. Sums are float64, and
-    the outputs of one layer for one batch are all that is held. Returns the residual of each layer.
+    Sums are float64, and the outputs of one layer for one batch are all that is held.
 
-    Raises `UnsupportedError` if the model has no replaced layers, `InputError` if the inputs are none or not finite, or
-    if ``reference`` lacks a layer of the model, `VerificationError` if they are constant at a layer.
+    Args:
+        model: The patched model, which is changed.
+        reference: The model before the patch.
+        batches: Inputs as the model takes them, without labels; a few hundred samples do. Each layer takes a pass over
+            them: an iterator is held in memory, anything else is iterated over again and may be of any length.
+        refit: False leaves convolutions and dense layers alone.
+
+    Returns:
+        The `Residual` of each layer: how far its output was from the original's, before and after.
+
+    Raises:
+        UnsupportedError: If the model has no replaced layers.
+        InputError: If the inputs are none or not finite, or ``reference`` lacks a layer of the model.
+        VerificationError: If the inputs are constant at a layer.
+
+    Example:
+        >>> import copy, normswap, torch
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).eval()
+        >>> original = copy.deepcopy(model)
+        >>> report = normswap.patch(model, "gn")
+        >>> residuals = normswap.calibrate(model, original, [torch.randn(16, 3, 8, 8)])
+        >>> [(residual.name, residual.after < residual.before) for residual in residuals]
+        [('1', True)]
     """
     adapter = layers_of(model)
     batches = list(batches) if isinstance(batches, Iterator) else batches

@@ -28,12 +28,32 @@ _AFTER: dict[str, After] = {
 def register_batch_norm(cls: type | str, after: After = nothing_more) -> None:
     """Let `patch` replace a BatchNorm subclass that overrides ``forward``, keeping what it adds.
 
-    Its forward must be the BatchNorm of its input followed by ``after(module, y)``; without ``after``, the BatchNorm
-    alone. ``cls`` is the class that overrides, or its qualified name (``"package.module.Class"``), so that the
-    package need not be imported. Subclasses that override no further are covered. ``after`` sees the same module
-    object with its children and attributes; give a function of a module, since a patched model is pickled with it.
+    Its forward must be the BatchNorm of its input followed by ``after(module, y)``. Subclasses that override no further
+    are covered.
 
-    Raises `TypeError` for anything else.
+    Args:
+        cls: The class that overrides ``forward``, or its qualified name (``"package.module.Class"``), so that the
+            package need not be imported.
+        after: What it adds: a function of the same module object, with its children and attributes, and of the
+            normalized input. Give a function of a module, not a lambda, since a patched model is pickled with it.
+            Without it the class adds nothing.
+
+    Raises:
+        TypeError: For anything else.
+
+    Example:
+        >>> import normswap, torch
+        >>> class Clipped(torch.nn.BatchNorm2d):
+        ...     def forward(self, x):
+        ...         return super().forward(x).clamp(0, 6)
+        >>> def clip(module, y):
+        ...     return y.clamp(0, 6)
+        >>> normswap.register_batch_norm(Clipped, clip)
+        >>> model = torch.nn.Sequential(Clipped(8)).eval()
+        >>> normswap.patch(model, "gn").summary
+        '1 replaced, 0 already patched, 0 skipped'
+        >>> bool((model(torch.randn(2, 8, 4, 4)) >= 0).all())
+        True
     """
     if not isinstance(cls, type | str):
         raise TypeError(f"expected a class or its qualified name, received cls={cls!r}")

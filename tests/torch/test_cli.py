@@ -188,19 +188,32 @@ class TestCommands:
     def test_help_on_all(self, run):
         """What the commands share is told once: forms of models and data, and all exit codes."""
         code, out, _ = run("--help")
+        text = " ".join(out.split())
 
         assert code == 0
         assert (
-            """
-  DATA is a folder with one subfolder of images per class, an .npz with arrays x and y, or hf:NAME[SPLIT]
-  (a data set of Hugging Face's); any folder of images, or an .npz without y, where labels are not used.
+            "DATA is a folder with one subfolder of images per class, an .npz with arrays x and y, or hf:NAME[SPLIT] "
+            "(a data set of Hugging Face's); any folder of images, or an .npz without y, where labels are not used. "
+        ) in text
+        assert (
+            "Exit codes: 0 ok, 1 internal error, 2 usage, 3 input rejected, 4 unsupported or nothing to do, "
+            "5 verification failed or training went non-finite, 6 something not installed, 7 file system, "
+            "130 stopped by Ctrl-C, 143 stopped by SIGTERM. "
+        ) in text
+        assert "Examples: normswap inspect timm:resnet50 " in text
+        assert max(map(len, out.splitlines())) <= 80
 
-  Exit codes: 0 ok, 1 internal error, 2 usage, 3 input rejected, 4 unsupported or nothing to do,
-  5 verification failed or training went non-finite, 6 something not installed, 7 file system,
-  130 stopped by Ctrl-C, 143 stopped by SIGTERM.
-"""
-            in out
+    def test_the_list_of_commands(self, run):
+        """Each stands in the order of the work, with a whole sentence."""
+        out = run("--help")[1]
+        listed = " ".join(out.partition("Commands:")[2].split())
+
+        assert listed.startswith(
+            "inspect List the BatchNorms of MODEL and what replacing each is expected to change. patch"
         )
+        assert "..." not in listed
+        assert listed.endswith("train a BatchNorm network, swap, fine-tune, export, prove.")
+        assert listed.count(". ") == len(main.commands) - 1
 
 
 class TestRefusals:

@@ -186,3 +186,21 @@ class TestRecipe:
         recipe = normswap.plan(model, "gn", include=["bn"]).recipe()
 
         assert [d.note for d in normswap.patch(model, recipe).skipped] == ["not in the recipe"]
+
+
+@pytest.mark.parametrize(
+    ("options", "replaced"),
+    [
+        ({}, ["stem.1", "bn"]),
+        ({"include": None, "exclude": None}, ["stem.1", "bn"]),
+        ({"include": "stem.*"}, ["stem.1"]),
+        ({"exclude": "stem.*"}, ["bn"]),
+        ({"include": ["stem.1", "b?"], "exclude": "re:b."}, ["stem.1"]),
+    ],
+)
+def test_one_pattern_or_several(model, options, replaced):
+    """`plan` and `patch` take a pattern, several or None for which layers are meant."""
+    planned = normswap.plan(model, "gn", **options)
+
+    assert [decision.site.name for decision in planned.having("replace")] == replaced
+    assert [decision.site.name for decision in normswap.patch(model, "gn", **options).replaced] == replaced
