@@ -71,10 +71,15 @@ def spoken(command: str, python: str) -> str:
     return command if _on_command_line.get() else python
 
 
+def named(name: str) -> str:
+    """Return what an option is called: ``--input-shape`` or ``input_shape``."""
+    return spoken(f"--{name.replace('_', '-')}", name)
+
+
 def option(name: str, value: Any = True) -> str:
     """Return how an option is given: ``--overwrite`` or ``overwrite=True``, ``--exclude bn1`` or ``exclude='bn1'``."""
-    flag = f"--{name.replace('_', '-')}"
-    return spoken(flag if value is True else f"{flag} {shlex.quote(str(value))}", f"{name}={value!r}")
+    command = named(name) if value is True else f"{named(name)} {shlex.quote(str(value))}"
+    return spoken(command, f"{name}={value!r}")
 
 
 EXIT_MISSING = MissingDependencyError.exit_code

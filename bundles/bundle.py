@@ -234,7 +234,7 @@ def _build(directory: Path, source: str | None, *, trust: bool) -> Any:
     if source is None:
         raise InputError(
             f"expected a bundle that says where its architecture comes from, received {directory} without; "
-            "pass a fresh model to load(directory, model=...)"
+            f"{spoken('save it with source=', 'pass a fresh model to load(directory, model=...)')}"
         )
     return load_model(source, pretrained=False, trust=trust)
 

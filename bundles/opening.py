@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.preprocessing import Preprocessing, preprocessing_of
-from ..errors import InputError, UnsupportedError, UsageError, option
+from ..errors import InputError, UnsupportedError, UsageError, named, option
 from ..frameworks.detect import framework_of, get_framework
 from . import bundle as bundles
 from .manifest import is_bundle, is_unfinished
@@ -34,7 +34,8 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         if self.input_shape is not None and self.size is not None:
-            raise UsageError(f"expected one of --input-shape and --size, received {self.told('input_shape', 'size')}")
+            both = self.told("input_shape", "size")
+            raise UsageError(f"expected one of {named('input_shape')} and {named('size')}, received {both}")
 
     def given(self) -> list[str]:
         """Return the names of the options that say something."""
@@ -63,7 +64,7 @@ def require_read(options: ModelOptions, *specs: str) -> None:
     read = {name for spec in specs for name in reads(spec)}
     if unread := [name for name in options.given() if name not in (*read, "trust")]:
         models = " and ".join(f"{'the bundle' if _is_bundle(spec) else 'the ONNX file'} {spec}" for spec in specs)
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in unread)
+        flags = ", ".join(map(named, unread))
         own = "which tells its own" if len(specs) == 1 else "which tell their own"
         raise UsageError(
             f"expected no {flags} beside {models}, {own}, received {options.told(*unread)}; leave that out"
@@ -98,7 +99,7 @@ class Opened:
     def require_preprocessing(self) -> Preprocessing:
         """Return how images become the model's input; raises `InputError` if the shape of one is not known."""
         if self.preprocessing is None:
-            raise InputError("expected the shape of one image, received none: give --input-shape")
+            raise InputError(f"expected the shape of one image, received none: give {named('input_shape')}")
         return self.preprocessing
 
     def copy(self) -> Any:
@@ -154,6 +155,6 @@ def _adjust(known: Preprocessing | None, framework: str, options: ModelOptions) 
     if changes and "shape" not in changes:
         raise UsageError(
             f"expected the shape of one image beside {options.told(*changes)}, received "
-            f"{'none' if shape is None else options.told('input_shape')}: give --input-shape"
+            f"{'none' if shape is None else options.told('input_shape')}: give {named('input_shape')}"
         )
     return Preprocessing(layout="channels_first" if first else "channels_last", **changes) if changes else None

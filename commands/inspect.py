@@ -40,7 +40,7 @@ def inspect(model: str, every: bool, known: "ModelOptions", as_json: bool) -> No
         for site, drift in sites
     ]
     known_drift = any(drift[target] is not None for _, drift in sites for target in TARGETS)
-    legend = [f"sn, gn, in: {EXPECTED}", "if it becomes that; brn changes nothing"] if known_drift else []
+    legend = [f"{EXPECTED},", "if it becomes sn, gn or in; brn changes nothing"] if known_drift else []
     drifts = {target: f"as {target}" for target in TARGETS}
     text = sites_table(f"{len(rows)} BatchNorms in {model}", rows, drifts, legend, every=every)
     show(as_json, {"model": model, "sites": [_told(*each) for each in sites]}, text, _next(model, sites))

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InputError
+from ..errors import InputError, named
 from ..sources.files import require_file
 from .augment import changed, generator, policies, random_box
 from .folders import Folder
@@ -181,7 +181,7 @@ def from_arrays(images: Array, labels: Array, preprocessing: Preprocessing) -> D
     if images.dtype != np.uint8 and (low < -_ROUNDING or high > 1 + _ROUNDING):
         raise InputError(
             f"expected floating-point `x` in 0..1, received {low:.4g} to {high:.4g}; divide what is in 0..255 by 255 "
-            "or make it uint8, and leave normalization to `mean` and `std`"
+            f"or make it uint8, and leave normalization to {named('mean')} and {named('std')}"
         )
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
         raise InputError(

@@ -273,7 +273,8 @@ def _decide_one(site: Site, target: Target, state_of: Callable[[str], BatchNormS
         notes.append(note)
     elif isinstance(target, SwitchNorm) and not site.has_statistics and target.batch_statistics != "none":
         if target.batch_statistics == "frozen":
-            return Decision(site, "refuse", target, "batch_statistics='frozen' needs running statistics to freeze")
+            frozen = option("batch_statistics", "frozen")
+            return Decision(site, "refuse", target, f"{frozen} needs running statistics to freeze")
         notes.append("its running statistics start at 0 and 1: fine-tune before use")
     state = state_of(site.name)
     drift = None if state is None else expected_drift(state, target, groups=groups, spatial=site.spatial)

@@ -213,10 +213,10 @@ class TestArrays:
              "expected finite `x`, received NaN or infinity in 1 of 2 images, first in x[1]"),
             ({"x": np.full((2, 4, 6, 3), 255.0), "y": np.zeros(2, int)},
              "expected floating-point `x` in 0..1, received 255 to 255; divide what is in 0..255 by 255 or make it "
-             "uint8, and leave normalization to `mean` and `std`"),
+             "uint8, and leave normalization to mean and std"),
             ({"x": np.full((2, 4, 6, 3), [[[[-2.118]]], [[[0.5]]]], np.float32), "y": np.zeros(2, int)},
              "expected floating-point `x` in 0..1, received -2.118 to 0.5; divide what is in 0..255 by 255 or make it "
-             "uint8, and leave normalization to `mean` and `std`"),
+             "uint8, and leave normalization to mean and std"),
             ({"x": np.zeros((2, 4, 6, 3)), "y": np.zeros(2)},
              "expected `y` of 2 non-negative integers, received shape=(2,) and dtype=float64"),
             ({"x": np.zeros((3, 4, 6, 3)), "y": np.array([0, -1, -7])},

@@ -3,10 +3,14 @@
 from pathlib import Path
 from threading import Thread
 
+import numpy as np
 import pytest
 
 from normswap.bundles.manifest import read_manifest
-from normswap.convert.targets import GroupNorm
+from normswap.convert.groups import resolve_groups
+from normswap.convert.targets import GroupNorm, SwitchNorm, as_target
+from normswap.data.dataset import from_arrays
+from normswap.data.preprocessing import Preprocessing
 from normswap.errors import InputError, OutputExistsError, UnsupportedError, command_line, option, spoken
 from normswap.finetune.run.interruption import StoppedError
 from normswap.finetune.run.training import not_finite
@@ -18,10 +22,11 @@ SITE = Site("layer 1.bn", "BatchNorm2d", 8, obstacle="it clips")
 LAZY = Site("bn", "SyncBatchNorm", 8, any_rank=True)
 
 
+IMAGES = Preprocessing((3, 8, 8), "channels_first")
+
+
 def refused(site, target="sn"):
     """The note of a site that is refused."""
-    from normswap.convert.targets import as_target
-
     return decide("torch", [site], as_target(target)).decisions[0].note
 
 
@@ -100,6 +105,27 @@ MESSAGES = [
         lambda folder: said(InputError, load_reference, garbage(folder)),
         "expected a reference written by --save-reference in {}/r.npz, received File is not a zip file",
         "expected a reference written by save_reference= in {}/r.npz, received File is not a zip file",
+    ),
+    (
+        lambda folder: refused(
+            Site("bn", "BatchNorm2d", 8, has_statistics=False), SwitchNorm(batch_statistics="frozen")
+        ),
+        "--batch-statistics frozen needs running statistics to freeze",
+        "batch_statistics='frozen' needs running statistics to freeze",
+    ),
+    (
+        lambda folder: said(UnsupportedError, resolve_groups, GroupNorm(groups=3), 8, None, "bn"),
+        "bn: expected groups to divide the 8 channels, received groups=3; use --groups 1, --groups auto, "
+        "or in a recipe indivisible='gcd'",
+        "bn: expected groups to divide the 8 channels, received groups=3; use groups=1, groups='auto', "
+        "or indivisible='gcd'",
+    ),
+    (
+        lambda folder: said(InputError, from_arrays, np.full((1, 8, 8, 3), 2.0), np.zeros(1, int), IMAGES),
+        "expected floating-point `x` in 0..1, received 2 to 2; divide what is in 0..255 by 255 or make it uint8, and "
+        "leave normalization to --mean and --std",
+        "expected floating-point `x` in 0..1, received 2 to 2; divide what is in 0..255 by 255 or make it uint8, and "
+        "leave normalization to mean and std",
     ),
     (
         lambda folder: not_finite(float("nan"), 3),

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 
 from ...data.dataset import Data
-from ...errors import UnsupportedError, spoken
+from ...errors import UnsupportedError, named
 from .training import Training
 
 LARGEST = 1024
@@ -33,7 +33,7 @@ def largest_batch(engine: ModuleType, model: Any, data: Data, training: Training
     if world > 1:
         raise UnsupportedError(
             f"expected one process to find the largest batch in, received {world}; find it in one, and give "
-            f"{spoken('--batch-size', 'batch_size')} {world} times that"
+            f"{named('batch_size')} {world} times that"
         )
     restore = engine.snapshot(model)
     found, size = 0, 1

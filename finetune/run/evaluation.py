@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...data.dataset import Data
-from ...errors import InputError, NormswapError, VerificationError, spoken
+from ...errors import InputError, NormswapError, VerificationError, named, spoken
 from ..hooks.scores import logits
 from .accuracy import Accuracy, accuracy
 from .figures import drift
@@ -57,8 +57,7 @@ class Evaluation:
         """Raise `VerificationError` if the model's scores are not: no loss tells of what the last step did."""
         if not np.isfinite(self._scores(self.model, self._watched)).all():
             raise VerificationError(
-                f"expected finite scores, received NaN or infinity from the model of step={step}; "
-                f"lower {spoken('--lr', 'lr')}"
+                f"expected finite scores, received NaN or infinity from the model of step={step}; lower {named('lr')}"
             )
 
     def _scores(self, model: Any, x: NDArray[np.float32]) -> NDArray[Any]:

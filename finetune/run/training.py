@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from numpy.typing import NDArray
 
 from ...data.augment import policies
-from ...errors import InputError, spoken
+from ...errors import InputError, named
 from ..hooks.schedules import Decay
 
 Array = NDArray[Any]
@@ -105,4 +105,4 @@ State = Mapping[str, Array]
 
 def not_finite(loss: float, step: int) -> str:
     """Return what is said of a loss that is not finite."""
-    return f"expected a finite loss, received loss={loss} at step={step}; lower {spoken('--lr', 'lr')}"
+    return f"expected a finite loss, received loss={loss} at step={step}; lower {named('lr')}"

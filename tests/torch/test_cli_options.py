@@ -158,8 +158,7 @@ def test_options_for_one_of_two(run):
 def test_in_python_the_message_names_arguments():
     """The same refusal in the other voice."""
     with pytest.raises(UsageError, match=exactly(
-        "expected no --weights beside the ONNX file m.onnx, which tells its own, received weights='w.pth'; leave that "
-        "out"
+        "expected no weights beside the ONNX file m.onnx, which tells its own, received weights='w.pth'; leave that out"
     )):  # fmt: skip
         require_read(ModelOptions(weights=Path("w.pth")), "m.onnx")
 

@@ -36,8 +36,8 @@ name   type         C  shape  sn    gn    in
 3      BatchNorm2d  8  4x4    0.03  0.19  0.42
 4      BatchNorm2d  8  4x4
 7      BatchNorm1d  8         0.02  0.19
-sn, gn, in: expected change of the layer's output, as a share of its root mean square
-if it becomes that; brn changes nothing
+expected change of the layer's output, as a share of its root mean square,
+if it becomes sn, gn or in; brn changes nothing
 next: normswap patch net.py:build --to sn -o build-sn
 """
 
@@ -62,8 +62,8 @@ name                      C   sn    gn    in
 -----------------------------------------------
 blocks.*.0 (15)           16  0.03  0.17  0.42
 blocks.*.1, stem.bn (15)  8   0.03  0.19  0.42
-sn, gn, in: expected change of the layer's output, as a share of its root mean square
-if it becomes that; brn changes nothing
+expected change of the layer's output, as a share of its root mean square,
+if it becomes sn, gn or in; brn changes nothing
 largest as sn: blocks.0.1 0.03, blocks.1.1 0.03, blocks.2.1 0.03
 largest as gn: blocks.0.1 0.19, blocks.1.1 0.19, blocks.2.1 0.19
 largest as in: blocks.0.0 0.42, blocks.0.1 0.42, blocks.1.0 0.42

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import OrderedDict
+from functools import partial
 
 import numpy as np
 import pytest
@@ -90,6 +91,14 @@ def test_with_trust_every_command_works(run, folder, tmp_path, command):
     code, _, stderr = run(*(tmp_path / "new" if part == "new" else part for part in command), "--trust")
 
     assert code == 0, stderr
+
+
+def test_without_trust_in_python(folder):
+    """The way out is the argument there."""
+    message = untrusted(folder / "net.pt2").replace("--trust", "trust=True")
+    for call in (partial(load_model, f"{folder}/net.pt2"), partial(normswap.load, folder / "gn")):
+        with pytest.raises(InputError, match=exactly(message)):
+            call()
 
 
 def test_the_bundle_is_the_patched_program(run, folder):
