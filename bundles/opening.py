@@ -111,7 +111,7 @@ class Opened:
         if self.framework == "torch":
             try:
                 return copy.deepcopy(self.model)
-            except RuntimeError:  # weights that a hook computes
+            except (RuntimeError, TypeError, copy.Error):  # weights that a hook computes, a lock, a generator
                 twin = self._built_again()
                 twin.load_state_dict(self.model.state_dict())
                 return twin
