@@ -73,6 +73,15 @@ def test_the_whole_job_on_code(name, code):
     assert run("export", "t", "-o", "m.onnx")["verdict"]["passed"]
 
 
+@pytest.mark.parametrize("name", ["Net", "graph"])
+def test_the_original_is_the_model_that_was_patched(name, code, images):
+    """Code that draws other weights each time is no other original."""
+    run("patch", f"net.py:{name}", "--to", "brn", "--input-shape", "8,8,3", "-o", "b")
+    opened = bundle.read("b")
+
+    np.testing.assert_allclose(output(opened.model, images), output(opened.original(), images), rtol=1e-5, atol=1e-6)
+
+
 def test_a_bundle_without_a_source(code, images):
     """A class that Keras does not know is refused, unless a fresh model is given, which gets recipe and weights."""
     model, fresh = load_model("net.py:Net"), load_model("net.py:Net")
