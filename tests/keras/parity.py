@@ -1,9 +1,5 @@
-"""Run under one Keras backend: check the layers, and write what they and patched models compute to an .npz file.
+"""What layers and patched models compute on one Keras backend, for `test_backends` to compare with the others'."""
 
-``python -m tests.keras.parity OUTPUT`` with KERAS_BACKEND set; `test_backends` compares the files.
-"""
-
-import sys
 import tempfile
 from pathlib import Path
 
@@ -31,7 +27,6 @@ TARGETS = {"a": SwitchNorm(), "b": BatchRenorm(), "c": GroupNorm(2)}
 CONFORMING = ("(N, C)", "2d", "mean far above deviation")
 SHAPE = (3, 4, 6)
 MASK = np.array([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]], bool)
-REPLICAS = (5, 3)
 
 
 def inputs(shape):
@@ -115,57 +110,11 @@ def run_model(results):
     assert np.array_equal(loaded.predict(x, verbose=0), trained)
 
 
-def run_replicas(results):
-    """Record outputs, gradients and statistics on one device, and with the batch in uneven parts on two."""
-    import tensorflow as tf
-
-    (device,) = tf.config.list_physical_devices("CPU")
-    tf.config.set_logical_device_configuration(device, [tf.config.LogicalDeviceConfiguration()] * 2)
-    x, dy = inputs((sum(REPLICAS), 4, 6)), np.sin(np.arange(sum(REPLICAS) * 24, dtype="float32")).reshape(-1, 4, 6)
-    strategies = {
-        "one": tf.distribute.OneDeviceStrategy("CPU:0"),
-        "two": tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]),
-    }
-    for cls in (SwitchNormalization, BatchRenormalization):
-        for name, strategy in strategies.items():
-            bounds = np.cumsum([0, *REPLICAS]) if name == "two" else [0, len(x)]
-            with strategy.scope():
-                layer = cls(momentum=0.5, synchronized=True)
-                layer.build(x.shape)
-                for variable, value in values(layer).items():
-                    getattr(layer, variable).assign(value)
-
-            def part(array, bounds=bounds, strategy=strategy):
-                def piece(context):
-                    rank = context.replica_id_in_sync_group
-                    return tf.constant(array[bounds[rank] : bounds[rank + 1]])
-
-                return strategy.experimental_distribute_values_from_function(piece)
-
-            @tf.function
-            def step(x, dy, layer=layer):
-                with tf.GradientTape() as tape:
-                    tape.watch(x)
-                    y = layer(x, training=True)
-                sources = [x, *(v.value for v in layer.trainable_variables)]
-                return y, tape.gradient(y, sources, dy)
-
-            y, (dx, *gradients) = strategy.run(step, args=(part(x), part(dy)))
-            parts = strategy.experimental_local_results
-            found = {"y": np.concatenate(parts(y)), "dx": np.concatenate(parts(dx))}
-            for variable, gradient in zip(layer.trainable_variables, gradients, strict=True):
-                found[variable.name] = np.sum([g.numpy() for g in parts(gradient)], 0)
-            for variable in layer.non_trainable_variables:
-                found[variable.name] = numpy(variable)
-            results.update({f"replicas/{cls.__name__}/{name}/{key}": value for key, value in found.items()})
-
-
-if __name__ == "__main__":
-    recorded = {"backend": np.array(keras.backend.backend())}
-    if keras.backend.backend() == "tensorflow":
-        run_replicas(recorded)  # first, since it divides the device
-    else:
+def recorded():
+    """Return all that is recorded on this backend."""
+    results = {"backend": np.array(keras.backend.backend())}
+    if keras.backend.backend() != "tensorflow":
         run_conformance()
-    run_masked(recorded)
-    run_model(recorded)
-    np.savez(sys.argv[1], **recorded)
+    run_masked(results)
+    run_model(results)
+    return results

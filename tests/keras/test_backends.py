@@ -1,66 +1,120 @@
-"""The Keras layers and the patcher compute the same on every backend; the layers also conform there."""
+"""What holds on TensorFlow, where the other tests run, holds on every Keras backend, and on replicas of a strategy."""
 
+import json
 import os
 import subprocess
 import sys
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
-pytestmark = [pytest.mark.keras, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
-BACKENDS = [name for name in ("tensorflow", "torch", "jax") if find_spec(name) is not None]
+OTHERS = [name for name in ("torch", "jax") if find_spec(name) is not None]
 ROOT = Path(__file__).parents[2]
+JAX = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # its time goes into compiling
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """Return what each installed backend computed, by backend and quantity."""
-    folder = tmp_path_factory.mktemp("parity")
-    running = {}
-    for backend in BACKENDS:
-        environment = {**os.environ, "KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
-        command = [sys.executable, "-m", "tests.keras.parity", str(folder / f"{backend}.npz")]
-        running[backend] = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-    for process in running.values():
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-    return {backend: dict(np.load(folder / f"{backend}.npz")) for backend in BACKENDS}
+def on(tmp_path_factory):
+    """The function that returns the folder in which `on_backend` left what it found on a backend."""
+
+    @cache
+    def run(backend):
+        folder = tmp_path_factory.mktemp(backend)
+        environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3", **JAX}
+        command = [sys.executable, "-m", "tests.keras.on_backend", str(folder)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return folder
+
+    return run
 
 
-def test_every_backend_computes_the_same(results):
-    """Layers with masked timesteps, patched models, and one training step of both agree to 1e-5."""
-    golden = results[BACKENDS[0]]
-    for backend in BACKENDS:
-        assert str(results[backend]["backend"]) == backend
-    for backend in BACKENDS[1:]:
-        computed = results[backend].keys() - {"backend"}
-        assert computed == {name for name in golden if name != "backend" and not name.startswith("replicas/")}
-        for name in computed:
-            expected, found = golden[name], results[backend][name]
-            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5, err_msg=f"{backend}: {name}")
+@pytest.fixture(scope="module")
+def trainings(on):
+    """What came of training on one device and on two replicas."""
+    return json.loads((on("tensorflow") / "trainings.json").read_text())
 
 
-@pytest.mark.parametrize("backend", BACKENDS[1:])
-def test_patching_holds_on_another_backend(backend):
-    """What holds of patched models on TensorFlow holds on this backend too, and no test is skipped."""
-    files = sorted(map(str, Path(__file__).parent.glob("test_patch_*.py")))
-    environment = {**os.environ, "KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
-    assert "skipped" not in done.stdout.splitlines()[-1]
+@pytest.mark.parametrize("backend", OTHERS)
+class TestOthers:
+    def test_compute_the_same(self, on, backend):
+        """Layers with masked timesteps, patched models, and one training step of both agree to 1e-5."""
+        expected, found = (dict(np.load(on(name) / "parity.npz")) for name in ("tensorflow", backend))
+
+        assert [str(expected.pop("backend")), str(found.pop("backend"))] == ["tensorflow", backend]
+        assert found.keys() == expected.keys()
+        for name, array in expected.items():
+            np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-5, err_msg=f"{backend}: {name}")
+
+    @pytest.mark.parametrize(("tests", "least"), [("test_patch_", 100), ("test_fit", 12)])
+    def test_pass_the_same_tests(self, on, backend, tests, least):
+        """What is marked as holding of patched models, and of trainings, on every backend does, and none is skipped."""
+        cases = ElementTree.parse(on(backend) / "tests.xml").iter("testcase")
+        chosen = [case for case in cases if case.get("classname").rpartition(".keras.")[2].startswith(tests)]
+
+        assert len(chosen) >= least
+        assert [f"{case.get('name')}: {part.tag}\n{part.text}" for case in chosen for part in case] == []
 
 
-@pytest.mark.parametrize("layer", ["SwitchNormalization", "BatchRenormalization"])
-def test_synchronized_replicas_normalize_as_one(layer, results):
-    """With a batch in parts of 5 and 3, outputs, gradients and statistics are those of the whole on one device."""
-    if "tensorflow" not in results:
-        pytest.skip("replicas are TensorFlow's")
-    found = results["tensorflow"]
-    one = {name: array for name, array in found.items() if name.startswith(f"replicas/{layer}/one/")}
-    assert len(one) >= 6
-    for name, array in one.items():
-        np.testing.assert_allclose(found[name.replace("/one/", "/two/")], array, rtol=1e-5, atol=1e-5, err_msg=name)
+SMALL = {"names": [["image"], ["scores"]], "transposes": 1, "passed": True}
+EXPORTS = {
+    "torch": {
+        "functional sn": {**SMALL, "norms": [0, 1]},
+        "functional gn": {**SMALL, "norms": [0, 1]},
+        "functional brn": {**SMALL, "norms": [1, 0]},
+        "sequential": {**SMALL, "norms": [0, 1], "transposes": 2},
+        "network": {"names": [["input_layer"], ["predictions"]], "norms": [49, 0], "transposes": 1, "passed": True},
+    },
+    "jax": (
+        "expected the tensorflow or the torch backend, received backend='jax'; save the model as .keras and export it "
+        "with KERAS_BACKEND=tensorflow"
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+def test_torch_exports_and_jax_is_refused(on, backend):
+    """A file made on torch has the model's names, folds what TensorFlow's would, and is proven; JAX is refused."""
+    assert json.loads((on(backend) / "exports.json").read_text()) == EXPORTS[backend]
+
+
+class TestReplicas:
+    @pytest.mark.parametrize("layer", ["SwitchNormalization", "BatchRenormalization"])
+    def test_synchronized_normalize_as_one(self, on, layer):
+        """With a batch in parts of 5 and 3, outputs, gradients and statistics are those of the whole on one device."""
+        found = np.load(on("tensorflow") / "replicas.npz")
+        one = [name for name in found if name.startswith(f"{layer}/one/")]
+
+        assert len(one) >= 6
+        for name in one:
+            np.testing.assert_allclose(
+                found[name.replace("/one/", "/two/")], found[name], rtol=1e-5, atol=1e-5, err_msg=name
+            )
+
+    @pytest.mark.parametrize("norm", ["gn", "sn", "brn"])
+    def test_have_the_loss_curve_of_one_device(self, trainings, norm):
+        """Gradients, their clipping and the batch statistics are those of the whole batch."""
+        np.testing.assert_allclose(*trainings[norm], rtol=1e-5)
+
+    def test_give_a_whole_run(self, trainings):
+        """Distillation, averages, re-estimated statistics and evaluations come to the same."""
+        one, two = trainings["run"]
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+        assert one["top1"] == two["top1"]
+
+    def test_refuse_what_they_cannot_share(self, trainings):
+        """Batches that cannot be shared evenly, and accumulation; the layers are left as they were."""
+        assert trainings["uneven"] == (
+            "InputError: expected batches that 2 replicas share evenly, received one of 15 images"
+        )
+        assert trainings["accumulate"] == (
+            "UnsupportedError: expected accumulate=1 with 2 replicas, received accumulate=2; "
+            "raise the batch size instead"
+        )
+        assert trainings["flag"] is False

@@ -1,10 +1,5 @@
 """Fine-tuning through ``fit``: what is learned from, what is told of each step, and how a training goes on."""
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-
 import keras
 import numpy as np
 import pytest
@@ -18,8 +13,6 @@ from normswap.finetune.run.keras.train import predict
 from .fitting import BATCH_SIZE, Spoiled, changed, fitted, losses, small_net, stripes, values
 
 pytestmark = pytest.mark.keras
-
-OTHER_BACKENDS = [name for name in ("torch", "jax") if find_spec(name) and keras.backend.backend() == "tensorflow"]
 
 
 class Noted(Hook):
@@ -52,6 +45,7 @@ class TestLearning:
         for one, other in zip(logits.get_weights(), probabilities.get_weights(), strict=True):
             np.testing.assert_allclose(one, other, atol=1e-4)
 
+    @pytest.mark.backends
     def test_distils_without_labels(self):
         """With a teacher the labels have no part, and the teacher stays as it is."""
         teacher = small_net(end="softmax")
@@ -64,6 +58,7 @@ class TestLearning:
         assert one[0].accuracy is None
         assert changed(before, values(teacher)) == set()
 
+    @pytest.mark.backends
     def test_leaves_how_the_model_is_compiled(self):
         """Optimizer, loss and training function of the model are the user's."""
         model = small_net()
@@ -105,6 +100,7 @@ class TestSteps:
         assert hook.steps == [6, 7]
         assert [taken.step for taken in found] == [2, 3]
 
+    @pytest.mark.backends
     def test_moves_the_renorm_limits_before_each_step(self):
         """A schedule's limits act within the compiled step and end up in the layer."""
         model, seen = small_net("brn"), []
@@ -116,6 +112,7 @@ class TestSteps:
         """A true answer to a step is the end, whatever was to follow."""
         assert len(fitted(small_net("gn"), on_step=lambda taken: taken.step == 2)) == 2
 
+    @pytest.mark.backends
     def test_goes_on_as_if_it_had_not_stopped(self):
         """Six steps, and three and three more from a fresh model with the state, give the same bits."""
         whole, first, second = (small_net("brn", dropout=0.3) for _ in range(3))
@@ -135,6 +132,7 @@ class TestSteps:
         assert all(map(np.array_equal, whole.get_weights(), second.get_weights()))
         assert all(map(np.array_equal, averages[5], averages[-1]))
 
+    @pytest.mark.backends
     def test_stops_at_a_loss_that_is_not_finite(self):
         """The message names the step, of which nobody is told."""
         steps = []
@@ -154,6 +152,7 @@ class TestSteps:
         assert raised.value is error
 
 
+@pytest.mark.backends
 class TestPredict:
     def test_is_the_output_at_inference_in_batches(self):
         """The batch size does not matter, and no function is left compiled in the model."""
@@ -172,18 +171,3 @@ def averaged(model, taken):
     """The weights of the average after a step."""
     with taken.averaged():
         return model.get_weights()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", OTHER_BACKENDS)
-def test_holds_on_other_backends(backend):
-    """What depends on how a backend keeps its variables during a training holds on every backend."""
-    chosen = (
-        "distils or leaves or goes_on or not_finite or limits or predict or scaled or narrow or decay or accum or seed"
-    )
-    environment = {**os.environ, "KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu"}
-    files = [__file__, __file__.replace("test_fit.py", "test_fit_options.py")]
-    command = [sys.executable, "-m", "pytest", *files, "-q", "-x", "-k", chosen, "-p", "no:cacheprovider"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-
-    assert done.returncode == 0, done.stdout[-3000:]

@@ -49,6 +49,7 @@ class TestWhatLearns:
 
 
 class TestRule:
+    @pytest.mark.backends
     def test_accumulated_batches_are_one_large_one(self):
         """Two batches of 8 to a step are one of 16: losses and weights agree but for rounding."""
         whole, parts = small_net("gn"), small_net("gn")
@@ -58,6 +59,7 @@ class TestRule:
         for one, other in zip(whole.get_weights(), parts.get_weights(), strict=True):
             np.testing.assert_allclose(one, other, atol=1e-6)
 
+    @pytest.mark.backends
     def test_weight_decay_spares_norms_biases_and_gates(self):
         """The rest shrinks in the first step by rate times decay, as often as momentum will repeat a gradient."""
         start, plain, decayed = (small_net("sn") for _ in range(3))
@@ -69,6 +71,7 @@ class TestRule:
         for name in ("conv/kernel", "scores/kernel"):
             np.testing.assert_allclose(one[name] - other[name], 0.1 * 0.01 / 0.1 * before[name], rtol=1e-3, atol=1e-7)
 
+    @pytest.mark.backends
     def test_the_gates_rate_is_scaled(self):
         """With gate_lr gates take so many times the step, and everything else the same."""
         start, plain, fast = (small_net("sn") for _ in range(3))
@@ -80,6 +83,7 @@ class TestRule:
         for name in ("norm/mean_weight", "norm/var_weight"):
             np.testing.assert_allclose(other[name] - before[name], 5 * (one[name] - before[name]), rtol=1e-2, atol=1e-6)
 
+    @pytest.mark.backends
     def test_a_rate_without_decay(self):
         """The constant rate rises and stays."""
         rates = [taken.lr for taken in fitted(small_net("gn"), steps=6, decay="constant", warmup=0.5, lr=0.3)]
@@ -185,6 +189,7 @@ class TestOutputs:
         assert noted == [("norm", False), ("norm", False), ("norm", True)]
 
 
+@pytest.mark.backends
 def test_a_large_seed():
     """A time in nanoseconds will do as a seed."""
     assert losses(small_net("gn", dropout=0.3), seed=1763726400123456789, steps=1) != losses(
@@ -193,6 +198,7 @@ def test_a_large_seed():
 
 
 class TestPrecision:
+    @pytest.mark.backends
     def test_narrow_passes_wide_weights(self):
         """bf16 changes the losses a little; weights, and the model outside of a step, remain float32."""
         image = stripes().batch([0])[0]

@@ -1,7 +1,4 @@
-"""Compiled models, and models that Keras saves as the arguments of their class.
-
-`test_backends` runs these tests on the other backends too.
-"""
+"""Compiled models, and models that Keras saves as the arguments of their class."""
 
 import copy
 import subprocess
@@ -21,10 +18,11 @@ from normswap.patchers.keras.sites import find_sites
 from ..helpers import exactly
 from .models import Backbone, Block, Net, output
 
-# Keras's own saving converts variables this way.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
-)
+pytestmark = [
+    pytest.mark.backends,
+    # Keras's own saving converts variables this way.
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"),
+]
 
 TARGETS = ["brn", "sn", "gn"]
 LOAD = """

@@ -1,7 +1,4 @@
-"""The options a Keras BatchNorm may have.
-
-`test_backends` runs these tests on the other backends too.
-"""
+"""The options a Keras BatchNorm may have."""
 
 import json
 
@@ -20,6 +17,8 @@ from normswap.patchers.keras.swap import read_state
 
 from ..helpers import exactly
 from .models import output
+
+pytestmark = pytest.mark.backends
 
 TARGETS = ["brn", "sn", "gn"]
 NATIVE = ["renorm", "synchronized"] if keras.backend.backend() == "tensorflow" else ["renorm"]

@@ -1,7 +1,4 @@
-"""Where BatchNorms sit in Keras models, how they are called, what is beside them, their axis.
-
-`test_backends` runs these tests on the other backends too.
-"""
+"""Where BatchNorms sit in Keras models, how they are called, what is beside them, their axis."""
 
 import keras
 import numpy as np
@@ -13,6 +10,8 @@ from normswap.patchers.keras.patch import patch
 from normswap.patchers.keras.sites import find_sites
 
 from .models import batch_norms, output
+
+pytestmark = pytest.mark.backends
 
 TARGETS = ["brn", "sn", "gn"]
 SITES = {

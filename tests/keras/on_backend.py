@@ -1,6 +1,6 @@
-"""Export models on one Keras backend and print as JSON what their files hold.
+"""Run on one Keras backend what holds on each, and write what came of it to a folder, for `test_backends` to read.
 
-``python -m tests.keras.export_on_backend FOLDER`` with KERAS_BACKEND set; `test_export_backends` reads what is printed.
+``python -m tests.keras.on_backend FOLDER`` with KERAS_BACKEND set.
 """
 
 import json
@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import keras
+import numpy as np
+import pytest
 from keras import layers
+from keras.src.applications.efficientnet import DEFAULT_BLOCKS_ARGS, EfficientNet
 
 from normswap.convert.targets import BatchRenorm, GroupNorm, SwitchNorm
 from normswap.errors import UnsupportedError
@@ -16,6 +19,7 @@ from normswap.export.onnx import to_onnx
 from normswap.patchers.keras.patch import patch
 
 from .exporting import graph_of, names, settled, small_net
+from .parity import recorded
 
 
 def sequential():
@@ -25,8 +29,9 @@ def sequential():
 
 
 def network():
-    """Return an EfficientNet."""
-    return settled(keras.applications.EfficientNetB0(weights=None, input_shape=(32, 32, 3), classes=10))
+    """Return an EfficientNet of the first three kinds of blocks."""
+    model = EfficientNet(1.0, 1.0, 32, blocks_args=DEFAULT_BLOCKS_ARGS[:3], weights=None, input_shape=(32, 32, 3))
+    return settled(model)
 
 
 MODELS = {
@@ -38,8 +43,8 @@ MODELS = {
 }
 
 
-def main(folder: Path) -> None:
-    """Export every model, or tell why not."""
+def exports(folder):
+    """Return what the file of every model holds, or why there is none."""
     found = {}
     for name, (build, target) in MODELS.items():
         model = build()
@@ -47,8 +52,7 @@ def main(folder: Path) -> None:
         try:
             report = to_onnx(model, folder / f"{name}.onnx")
         except UnsupportedError as error:
-            print(json.dumps(str(error)))
-            return
+            return str(error)
         graph = graph_of(folder / f"{name}.onnx")
         found[name] = {
             "names": [names(graph.input), names(graph.output)],
@@ -56,7 +60,24 @@ def main(folder: Path) -> None:
             "transposes": sum(node.op_type == "Transpose" for node in graph.node),
             "passed": bool(report.verdict),
         }
-    print(json.dumps(found))
+    return found
+
+
+def main(folder):
+    """On TensorFlow, where the other tests run, compute on replicas; elsewhere export, and run the marked tests."""
+    if keras.backend.backend() == "tensorflow":
+        from . import replicas
+
+        strategy = replicas.two()
+        np.savez(folder / "replicas.npz", **replicas.layers(strategy))
+        (folder / "trainings.json").write_text(json.dumps(replicas.trainings(strategy)))
+        np.savez(folder / "parity.npz", **recorded())
+        return
+    np.savez(folder / "parity.npz", **recorded())
+    (folder / "exports.json").write_text(json.dumps(exports(folder)))
+    here = Path(__file__).parent
+    files = map(str, sorted([*here.glob("test_patch_*.py"), *here.glob("test_fit*.py")]))
+    pytest.main(["-q", "-p", "no:cacheprovider", "-m", "backends", f"--junitxml={folder}/tests.xml", *files])
 
 
 if __name__ == "__main__":
