@@ -7,12 +7,14 @@ import onnx_ir as ir
 import onnxruntime
 from keras import layers
 
+from normswap.convert.targets import SwitchNorm
 from normswap.export.forms import write_norm
 from normswap.export.keras.trace import trace
 from normswap.export.onnx import to_onnx
 from normswap.export.traced import Traced
 from normswap.frameworks.example import Inputs
 from normswap.frameworks.keras import input_shapes, record
+from normswap.patchers.keras.patch import patch
 
 TOLERANCE = 5e-6  # of the output's scale
 
@@ -34,6 +36,13 @@ def small_net(*, shape=(8, 8, 3), norm=layers.BatchNormalization):
     x = layers.ReLU()(norm(name="norm")(x))
     x = layers.GlobalAveragePooling2D()(layers.DepthwiseConv2D(3, name="depthwise")(x))
     return settled(keras.Model(image, layers.Dense(5, activation="softmax", name="scores")(x)))
+
+
+def write_small_net(path):
+    """Write the file of that network, patched, without proving it."""
+    model = small_net()
+    patch(model, SwitchNorm())
+    to_onnx(model, path, check=False)
 
 
 def drawn(shapes, batch):

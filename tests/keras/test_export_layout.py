@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
+from keras.src.applications.resnet import ResNet, stack_residual_blocks_v1
 
 from normswap.convert.targets import BatchRenorm, GroupNorm, SwitchNorm
 from normswap.patchers.keras.patch import patch
@@ -68,10 +69,20 @@ def test_a_flattened_map_keeps_its_order(tmp_path):
     assert [followers[node.output[0]] for node in graph.node if node.op_type == "Transpose"] == ["Conv", "Reshape"]
 
 
-@pytest.mark.parametrize("name", ["MobileNetV2", "ResNet50"])
-def test_whole_networks_have_one_transpose(name, tmp_path):
+def resnet(**options):
+    """A ResNet of two stages, with bottlenecks that change the width or the size and ones that do not."""
+
+    def stages(x):
+        x = stack_residual_blocks_v1(x, 8, 2, stride1=1, name="conv2")
+        return stack_residual_blocks_v1(x, 16, 2, name="conv3")
+
+    return ResNet(stages, preact=False, use_bias=True, **options)
+
+
+@pytest.mark.parametrize("network", [keras.applications.MobileNetV2, resnet], ids=["MobileNetV2", "ResNet"])
+def test_whole_networks_have_one_transpose(network, tmp_path):
     """A patched network of keras.applications has one Transpose, and folds all of its batch renormalizations."""
-    model = settled(getattr(keras.applications, name)(weights=None, input_shape=(32, 32, 3), classes=10))
+    model = settled(network(weights=None, input_shape=(32, 32, 3), classes=10))
     patch(model, BatchRenorm())
     graph = exported(model, tmp_path / "model.onnx")
     operators = [node.op_type for node in graph.node]

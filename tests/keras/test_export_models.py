@@ -1,5 +1,6 @@
 """Keras models of every kind and what is in their files: folded norms, ranks, open sizes, precision."""
 
+import os
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from normswap.errors import UnsupportedError
 from normswap.export.onnx import to_onnx
 from normswap.patchers.keras.patch import patch
 
-from .exporting import count, exported, names, settled, small_net
+from .exporting import count, exported, names, settled, small_net, write_small_net
 
 pytestmark = pytest.mark.keras
 
@@ -168,14 +169,12 @@ def test_models_of_every_kind_keep_their_names(kind, target, make, path):
 
 def test_two_processes_write_the_same_bytes(tmp_path):
     """Nothing of time, place or process is in a file."""
-    code = (
-        "import sys, normswap; from tests.keras.exporting import small_net; model = small_net(); "
-        "normswap.patch(model, 'sn'); normswap.to_onnx(model, sys.argv[1], check=False)"
-    )
-    paths = [tmp_path / name for name in ("first.onnx", "second.onnx")]
-    for path in paths:
-        subprocess.run([sys.executable, "-c", code, str(path)], check=True, capture_output=True)
-    first, second = (path.read_bytes() for path in paths)
+    first, second = tmp_path / "first.onnx", tmp_path / "second.onnx"
+    code = "import sys; from tests.keras import exporting; exporting.write_small_net(sys.argv[1])"
+    environment = {**os.environ, "PYTHONHASHSEED": "1"}
+    subprocess.run([sys.executable, "-c", code, str(second)], check=True, capture_output=True, env=environment)
+    write_small_net(first)
+    first, second = first.read_bytes(), second.read_bytes()
 
     assert first == second
     assert str(tmp_path).encode() not in first

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 
@@ -21,6 +22,19 @@ from ..helpers import exactly
 from .models import trained_
 
 TARGETS = ["bn", "sn", "brn", "gn", "ln", "in"]
+NET = """
+import normswap
+import torch
+from torch import nn
+
+
+def export(path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    normswap.patch(model, "sn", example=x, exclude=["3"])
+    normswap.to_onnx(model, path, example=x)
+"""
 
 
 def export(model, path, example, target="bn", **options):
@@ -51,41 +65,35 @@ def outputs(path, *arrays):
 
 class TestFile:
     @pytest.mark.parametrize("target", TARGETS)
-    def test_computes_what_the_model_computes(self, model, images, tmp_path, target):
+    def test_computes_what_the_model_computes(self, proven, target):
         """The file passes its own verification and equals the model at another batch size and seed."""
-        report = export(model, tmp_path / "m.onnx", images, target)
+        model, path, report = proven(target)
         x = torch.randn(3, 3, 12, 12)
 
         assert report.verdict
-        np.testing.assert_allclose(outputs(tmp_path / "m.onnx", x.numpy())[0], model(x).detach(), atol=1e-5)
+        np.testing.assert_allclose(outputs(path, x.numpy())[0], model(x).detach(), atol=1e-5)
 
     @pytest.mark.parametrize("target", TARGETS)
-    def test_holds_opset_ir_and_plain_operators_alone(self, model, images, tmp_path, target):
+    def test_holds_opset_ir_and_plain_operators_alone(self, proven, target):
         """Opset 20, IR 9, plain operators alone, and nothing in the file but what belongs there."""
-        export(model, tmp_path / "m.onnx", images, target)
-        proto = onnx.load(tmp_path / "m.onnx")
+        path = proven(target).path
+        proto = onnx.load(path)
 
         assert (proto.ir_version, [(o.domain, o.version) for o in proto.opset_import]) == (9, [("", 20)])
         assert proto.producer_name == "normswap"
         assert all(not node.metadata_props and not node.doc_string and not node.domain for node in proto.graph.node)
-        assert "GroupNormalization" not in operators(tmp_path / "m.onnx")
-        assert b"/site-packages" not in (tmp_path / "m.onnx").read_bytes()
+        assert "GroupNormalization" not in operators(path)
+        assert b"/site-packages" not in path.read_bytes()
 
     def test_two_exports_are_byte_identical(self, tmp_path):
         """The same model gives the same bytes in another process, whatever its hash seed, and no path is in them."""
-        code = (
-            "import sys, torch, normswap\nfrom torch import nn\ntorch.manual_seed(0)\n"
-            "model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4)).eval()\n"
-            "x = torch.randn(2, 3, 8, 8)\nnormswap.patch(model, 'sn', example=x, exclude=['3'])\n"
-            "normswap.to_onnx(model, sys.argv[1], example=x)\n"
-        )
-        script = tmp_path / "export.py"
-        script.write_text(code)
-        for seed in "12":
-            command = [sys.executable, str(script), str(tmp_path / f"{seed}.onnx")]
-            subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": seed})
+        (tmp_path / "net.py").write_text(NET)
+        script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import net; net.export(sys.argv[1])"
+        environment = {**os.environ, "PYTHONHASHSEED": "1"}
+        subprocess.run([sys.executable, "-c", script, str(tmp_path / "other.onnx")], check=True, env=environment)
+        runpy.run_path(str(tmp_path / "net.py"))["export"](tmp_path / "own.onnx")
 
-        written = [(tmp_path / f"{seed}.onnx").read_bytes() for seed in "12"]
+        written = [(tmp_path / f"{name}.onnx").read_bytes() for name in ("own", "other")]
         assert written[0] == written[1]
         assert str(tmp_path).encode() not in written[0]
         assert b"stack_trace" not in written[0]
@@ -193,12 +201,12 @@ class TestFile:
 
 class TestFold:
     @pytest.mark.parametrize("target", ["bn", "brn", SwitchNorm("exact")])
-    def test_batch_norm_is_folded(self, model, images, tmp_path, target):
+    def test_batch_norm_is_folded(self, proven, target):
         """BatchNorm, BatchRenorm and a one-hot SwitchNorm leave the same operators: none of their own."""
-        report = export(model, tmp_path / "m.onnx", images, target)
+        _, path, report = proven(target)
 
         assert report.folded == {"stem.1": "Conv", "bn": "Conv"}
-        assert sorted(set(operators(tmp_path / "m.onnx"))) == ["Add", "Conv", "Gemm", "ReduceMean", "Relu"]
+        assert sorted(set(operators(path))) == ["Add", "Conv", "Gemm", "ReduceMean", "Relu"]
 
     def test_a_branch_before_the_norm_keeps_it(self, images, tmp_path):
         """A convolution whose output is used elsewhere keeps its values: the BatchNorm stays."""

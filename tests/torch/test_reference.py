@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -22,13 +23,11 @@ DATA = [np.random.default_rng(1).standard_normal((4, 3, 12, 12), np.float32)]
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory):
+def written(proven, tmp_path_factory):
     """A folder with a patched model's file ``m.onnx`` and its answers ``r.npz``, and the model."""
-    folder = tmp_path_factory.mktemp("saved")
-    torch.manual_seed(0)
-    model = normswap.patch(trained_(Residual()), "sn").model
-    normswap.to_onnx(model, folder / "m.onnx", example=DATA[0], check=False)
-    assert normswap.verify(model, folder / "m.onnx", data=DATA, save_reference=folder / "r.npz")
+    model, path, _ = proven("sn")
+    folder = Path(shutil.copy(path, tmp_path_factory.mktemp("saved"))).parent
+    assert normswap.verify(model, path, data=DATA, save_reference=folder / "r.npz")
     return folder, model
 
 

@@ -17,20 +17,11 @@ from normswap.errors import InputError, VerificationError
 from .models import Residual, trained_
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    """A patched model and its file."""
-    path = tmp_path_factory.mktemp("written") / "m.onnx"
-    torch.manual_seed(0)
-    model = normswap.patch(trained_(Residual()), "sn").model
-    normswap.to_onnx(model, path, example=torch.randn(4, 3, 12, 12), check=False)
-    return model, path
-
-
 @pytest.fixture
-def exported(written, tmp_path):
-    """The same, the file being the test's own."""
-    return written[0], Path(shutil.copy(written[1], tmp_path))
+def exported(proven, tmp_path):
+    """A patched model and its file, the file being the test's own."""
+    model, path, _ = proven("sn")
+    return model, Path(shutil.copy(path, tmp_path))
 
 
 class TestVerify:
@@ -57,11 +48,10 @@ class TestVerify:
         assert json.loads(json.dumps(verdict.to_dict()))["passed"] is True
 
     @pytest.mark.parametrize("target", ["brn", "sn", "gn"])
-    def test_any_initializer_off_by_a_hundredth_fails(self, model, images, tmp_path, target):
+    def test_any_initializer_off_by_a_hundredth_fails(self, proven, tmp_path, target):
         """Each float initializer multiplied by 1.01 fails, and the layer it belongs to is named."""
-        path = tmp_path / "m.onnx"
-        normswap.patch(model, target)
-        normswap.to_onnx(model, path, example=images)
+        model, path = proven(target).model, tmp_path / "m.onnx"
+        shutil.copy(proven(target).path, path)
         good = path.read_bytes()
         named = set()
         for initializer in onnx.load(path).graph.initializer:
