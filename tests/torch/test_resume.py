@@ -127,7 +127,7 @@ class TestResume:
         path = source("sn")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(
-            ["normswap.finetune.run.torch.train", "normswap.finetune.run.run", "tensorboardX"]
+            ["normswap.finetune.run.torch.train", "normswap.layers.torch.kernels", "torch._dynamo", "tensorboardX"]
         )
 
         def start(output):
