@@ -11,7 +11,7 @@ demo: $(FILES)
 	$(BIN)/normswap demo
 
 test: $(FILES)
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 lint: $(FILES)
 	$(BIN)/ruff check .

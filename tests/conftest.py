@@ -19,9 +19,11 @@ def folder(tmp_path):
 
 
 def pytest_collection_modifyitems(items):
-    """Mark the tests of each framework's folder."""
+    """Mark the tests of each framework's folder, and begin with the files that take long, so that none is left last."""
     for item in items:
         parts = item.path.parts
         for framework in ("torch", "keras"):
             if parts[-2] == framework:
                 item.add_marker(getattr(pytest.mark, framework))
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)

@@ -64,6 +64,7 @@ class TestTorch:
 
         assert found["anchored SN"] > 3 + max(found["BatchNorm"], found["frozen BatchNorm"])
 
+    @pytest.mark.slow
     def test_differential_privacy(self):
         """For the same epsilon a patched network comes further than the one that Opacus fixes, which starts anew."""
         rows = example("private").main(epochs=4)
