@@ -32,18 +32,17 @@ class SwitchNorm:
         batch_statistics: Where the batch component comes from. ``"moving"``: from batches in training and running
             averages at inference (the paper). ``"frozen"``: always from the pretrained running averages, so that no
             sample sees another. ``"none"``: there is no batch component.
+        compat: ``"switchablenorms"``, for PyTorch, to compute by the formulas of that system (see
+            `normswap.layers.torch.SwitchNorm2d`), which its checkpoints were trained with: `normswap.load_weights` sets
+            it.
 
     Raises:
-        InputError: If either is another word.
+        InputError: If one of them is another word.
 
     Example:
         >>> import normswap
-        >>> normswap.SwitchNorm(batch_statistics="frozen")
-        SwitchNorm(start='warm', batch_statistics='frozen')
-
-    ``compat="switchablenorms"``, for PyTorch, computes by the formulas of switchablenorms/Switchable-Normalization
-    (see `normswap.layers.torch.SwitchNorm2d`), which its checkpoints were trained with: `normswap.load_weights` sets
-    it.
+        >>> normswap.SwitchNorm(batch_statistics="frozen").batch_statistics
+        'frozen'
 
     Source: Luo et al., "Differentiable Learning-to-Normalize via Switchable Normalization", section 3.
     """
