@@ -17,11 +17,11 @@ from .errors import EXIT_INTERRUPTED, NormswapWarning, command_line, explain
 from .patchers.table import as_text
 
 SCHEMA_VERSION = 1
-_FIGURES = {
-    "loss": "loss {:.4g}",
-    "accuracy": "accuracy {:.1f} %",
-    "eval_top1": "top-1 {:.2f} %",
-    "images_per_second": "{:.0f} images/s",
+_FIGURES: Mapping[str, Callable[[float], str]] = {
+    "loss": "loss {:.4g}".format,
+    "accuracy": "accuracy {:.1f} %".format,
+    "eval_top1": "top-1 {:.2f} %".format,
+    "images_per_second": lambda rate: f"{rate:.0f} images/s" if rate >= 10 else f"{rate:.2g} images/s",
 }
 """What a bar shows of a training, and how; other figures it leaves to the journal."""
 
@@ -155,7 +155,7 @@ def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
             if (rate := figures.get("images_per_second")) is not None:
                 rates.append(rate)
                 known["images_per_second"] = median(rates)
-            shown = [text.format(known[name]) for name, text in _FIGURES.items() if name in known]
+            shown = [text(known[name]) for name, text in _FIGURES.items() if name in known]
             tell(done, ", ".join([*filter(None, [note]), *shown]))
 
         yield advance

@@ -28,8 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 import normswap
-from normswap.finetune.hooks.distillation import Distillation
-from normswap.finetune.hooks.hook import Blend, GateSchedule, Hook, Hooks, RenormLimits, StopAtNaN
+from normswap.finetune import Blend, Distillation, GateSchedule, Hook, Hooks, RenormLimits, StopAtNaN
 
 BATCH, STEPS, WIDTHS = 32, 10_000, (16, 32, 64)
 TARGETS = ("sn", "brn", "gn")
@@ -105,7 +104,7 @@ def torch_rows(repetitions: int) -> dict[str, dict[str, float]]:
         optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9)
         hook: Hook = Blend(model, original, STEPS) if add == "blend" else cheap(model) if add == "hooks" else Hook()
         features = {"distillation": 0.0, "with features": 0.1}.get(add)
-        distillation = None if features is None else Distillation(model, original, features=features)
+        distillation = None if features is None else Distillation(model, original, features=features).open()
         numbers = count()
 
         def step() -> None:
@@ -220,7 +219,7 @@ def keras_rows(repetitions: int) -> dict[str, dict[str, float]]:
     import tensorflow as tf
     from keras import layers
 
-    from normswap.finetune.callbacks.keras import NormswapCallback
+    from normswap.finetune import KerasCallback
 
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
@@ -246,7 +245,7 @@ def keras_rows(repetitions: int) -> dict[str, dict[str, float]]:
     def epoch_of(target: str, hooked: bool) -> Callable[[], Any]:
         model = network()
         normswap.patch(model, target)
-        callbacks = [NormswapCallback(cheap(model))] if hooked else []
+        callbacks = [KerasCallback(cheap(model))] if hooked else []
         callbacks = [_Endless(each) for each in callbacks]
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile(keras.optimizers.SGD(1e-4, momentum=0.9), loss, jit_compile=False)

@@ -22,8 +22,8 @@ from normswap import BatchRenorm, GroupNorm, SwitchNorm
 from normswap.bundles.source import load_model
 from normswap.data.dataset import Data, open_data
 from normswap.data.preprocessing import preprocessing_of
+from normswap.finetune import Hooks, Momentum, RenormLimits
 from normswap.finetune.calibration.calibrate import sample
-from normswap.finetune.hooks.hook import Momentum, RenormLimits
 from normswap.finetune.run.accuracy import accuracy
 from normswap.finetune.run.torch.train import predict, train
 from normswap.finetune.run.training import Training
@@ -47,7 +47,8 @@ def top1(model: nn.Module, data: Data) -> float:
 def trained(model: nn.Module, data: Data, training: Training, teacher: nn.Module | None) -> nn.Module:
     """Return a trained copy of the model."""
     model = copy.deepcopy(model)
-    train(model, data, training, teacher=teacher, hooks=[RenormLimits(model, training.steps), Momentum(model, BATCH)])
+    with Hooks(RenormLimits(model, training.steps), Momentum(model, BATCH)) as hooks:
+        train(model, data, training, teacher=teacher, hooks=[hooks])
     return model
 
 

@@ -41,7 +41,7 @@ from rich.table import Table
 from torch import nn
 
 from normswap.data.dataset import Data
-from normswap.finetune.hooks.hook import Hooks, Momentum, RenormLimits
+from normswap.finetune import Hooks, Momentum, RenormLimits
 
 SEEDS = (0, 1, 2)
 LASTING = " + Momentum"
@@ -117,20 +117,21 @@ def fine_tune(model: nn.Module, data: Data, run: Run) -> int | None:
     lasting = [Momentum(model, batch)] if run.cell.method.endswith(LASTING) else []
     hooks = Hooks(RenormLimits(model, steps), *lasting)
     model.train()
-    for step in range(steps):
-        epoch, position = divmod(step, len(data) // batch)
-        order = np.random.default_rng([run.seed, epoch]).permutation(len(data))
-        x, y = map(torch.from_numpy, data.batch(order[position * batch : (position + 1) * batch]))
-        hooks.on_step(step)
-        optimizer.param_groups[0]["lr"] = rate(run.rung) * SCHEDULES[run.cell.schedule]((step + 0.5) / steps)
-        loss = F.cross_entropy(model(x), y)
-        if not isfinite(loss.item()):
-            return step
-        optimizer.zero_grad()
-        loss.backward()
-        if run.cell.clip is not None:
-            nn.utils.clip_grad_norm_(parameters, run.cell.clip)
-        optimizer.step()
+    with hooks:
+        for step in range(steps):
+            epoch, position = divmod(step, len(data) // batch)
+            order = np.random.default_rng([run.seed, epoch]).permutation(len(data))
+            x, y = map(torch.from_numpy, data.batch(order[position * batch : (position + 1) * batch]))
+            hooks.on_step(step)
+            optimizer.param_groups[0]["lr"] = rate(run.rung) * SCHEDULES[run.cell.schedule]((step + 0.5) / steps)
+            loss = F.cross_entropy(model(x), y)
+            if not isfinite(loss.item()):
+                return step
+            optimizer.zero_grad()
+            loss.backward()
+            if run.cell.clip is not None:
+                nn.utils.clip_grad_norm_(parameters, run.cell.clip)
+            optimizer.step()
     return None
 
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +91,7 @@ def _opened(model: str, known: "ModelOptions") -> tuple[Any, Any]:
         from ..verification.inference import open_onnx
 
         return open_onnx(Path(model), mean=known.mean, std=known.std)
+    from ..finetune.run.contract import trainer_of
+
     opened = Opened(model, known.only(*reads(model)))
-    engine = import_module(f"..finetune.run.{opened.framework}.train", __package__)
-    return partial(engine.predict, opened.model), opened.require_preprocessing()
+    return partial(trainer_of(opened.model).predict, opened.model), opened.require_preprocessing()

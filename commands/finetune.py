@@ -7,9 +7,7 @@ import warnings
 from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
     from ..bundles.bundle import Bundle
     from ..bundles.opening import ModelOptions
     from ..data.dataset import Data
+    from ..finetune.run.contract import Trainer
     from ..finetune.run.settings import Settings
 
 RECIPE = "calibrate,norm,all"
@@ -218,7 +217,9 @@ def finetune(bundle: str, output: Path, known: "ModelOptions", **options: Any) -
     from ..bundles.opening import Opened
     from ..data.dataset import open_data
     from ..finetune.run import run
+    from ..finetune.run.contract import trainer_of
 
+    _require_one(options, "steps", "epochs")
     _decide(options, "steps", "epochs")
     _decide(options, "stages", "train")
     _decide(options, "teacher", "distill")
@@ -231,11 +232,11 @@ def finetune(bundle: str, output: Path, known: "ModelOptions", **options: Any) -
     options["teacher"] = options["teacher"] or "none"
     data = open_data(options["data"], preprocessing, labelled=options["teacher"] == "none")
     eval_data = None if options["eval_data"] is None else open_data(options["eval_data"], preprocessing)
-    engine = import_module(f"..finetune.run.{opened.framework}.train", __package__)
-    leads = engine.processes()[0] == 0
+    trainer = trainer_of(opened.model)
+    leads = trainer.processes()[0] == 0
     if leads:
         _warn_of_no_effect(options, opened.bundle)
-    settings = _settings(options, opened.bundle, engine, data, output)
+    settings = _settings(options, opened.bundle, trainer, data, output)
     if options["batch_size"] == "auto":
         click.echo(f"--batch-size auto: {settings.batch_size} images", err=True)
     told = {name: options[name] for name in ("data", "eval_data")}
@@ -260,6 +261,15 @@ def finetune(bundle: str, output: Path, known: "ModelOptions", **options: Any) -
     if leads:
         outcome = {**result.to_dict(), "batch_size": settings.batch_size}
         show(options["as_json"], outcome, f"{result}; bundle written to {output}", _next(output, known))
+
+
+def _require_one(options: dict[str, Any], one: str, other: str) -> None:
+    """Raise `UsageError` if a file has two options that exclude each other, and the command line none of them."""
+    if None not in (options[one], options[other]) and not (given(one) or given(other)):
+        raise click.UsageError(
+            f"expected one of {one} and {other} in the file of --config, received {one}={options[one]} and "
+            f"{other}={options[other]}; leave one out, or give one on the command line"
+        )
 
 
 def _decide(options: dict[str, Any], one: str, other: str) -> None:
@@ -309,7 +319,7 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _settings(options: dict[str, Any], bundle: "Bundle", engine: ModuleType, data: "Data", output: Path) -> "Settings":
+def _settings(options: dict[str, Any], bundle: "Bundle", trainer: "Trainer", data: "Data", output: Path) -> "Settings":
     """Return the run's settings, with what depends on bundle and data filled in."""
     from ..finetune.run.settings import Settings
 
@@ -317,7 +327,7 @@ def _settings(options: dict[str, Any], bundle: "Bundle", engine: ModuleType, dat
     if "stages" not in chosen and "train" not in chosen:
         chosen["stages"] = RECIPE if bundle.has_original else RECIPE.partition(",")[2]
     if chosen["batch_size"] == "auto":
-        chosen["batch_size"] = _largest_batch(chosen, bundle, engine, data, output, resume=options["resume"])
+        chosen["batch_size"] = _largest_batch(chosen, bundle, trainer, data, output, resume=options["resume"])
     chosen["batch_size"] = min(chosen["batch_size"], len(data))
     batch = chosen["batch_size"] * chosen["accumulate"]
     chosen.setdefault("lr", RATE * min(1.0, batch / RATE_BATCH))
@@ -328,7 +338,7 @@ def _settings(options: dict[str, Any], bundle: "Bundle", engine: ModuleType, dat
 
 
 def _largest_batch(
-    chosen: dict[str, Any], bundle: "Bundle", engine: ModuleType, data: "Data", output: Path, *, resume: bool
+    chosen: dict[str, Any], bundle: "Bundle", trainer: "Trainer", data: "Data", output: Path, *, resume: bool
 ) -> int:
     """Return the batch size that memory allows, or that of the run to resume."""
     from ..bundles.manifest import RUN
@@ -343,4 +353,4 @@ def _largest_batch(
     known = {field.name for field in fields(Training)} - {"steps", "batch_size", "train"}
     training = Training(**{name: value for name, value in chosen.items() if name in known})
     teacher = bundle.original() if chosen["teacher"] == "original" else None
-    return largest_batch(engine, bundle.model, data, training, teacher)
+    return largest_batch(trainer, bundle.model, data, training, teacher)

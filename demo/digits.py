@@ -2,7 +2,6 @@
 
 import tempfile
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,8 +12,9 @@ from ..data.dataset import Data, from_arrays
 from ..data.preprocessing import Preprocessing
 from ..export.onnx import to_onnx
 from ..finetune.calibration.contract import layers_of
-from ..finetune.hooks.hook import RenormLimits
+from ..finetune.hooks.renorm_limits import RenormLimits
 from ..finetune.run.accuracy import accuracy
+from ..finetune.run.contract import trainer_of
 from ..finetune.run.training import Training
 from ..frameworks.detect import get_framework
 from ..patchers.patch import patch
@@ -67,15 +67,15 @@ def run(framework: str, say: Callable[[str], None]) -> list[dict[str, Any]]:
     the BatchNorm network, without labels; ``max_rel`` is the largest difference between the ONNX file and the model,
     relative to the output's scale.
     """
-    engine = import_module(f"..finetune.run.{framework}.train", __package__)
     network = network_of(framework)
     train, test = digits("channels_first" if framework == "torch" else "channels_last")
 
     def top1(model: Any) -> float:
-        return accuracy(lambda x: engine.predict(model, x), test).top1
+        return accuracy(lambda x: trainer.predict(model, x), test).top1
 
     say(f"training a BatchNorm network on {len(train)} digits ({framework})")
     original = network.trained(train)
+    trainer = trainer_of(original)
     rows = []
     for name, target in TARGETS.items():
         say(f"{name}: patch, distil {STEPS} steps, export, verify")
@@ -90,7 +90,7 @@ def run(framework: str, say: Callable[[str], None]) -> list[dict[str, Any]]:
             row["copied"] = top1(model)
             for site, layer in sites.site_layers(model).items():
                 sites.set_affine(layer, *carried[site])
-        engine.train(
+        trainer.train(
             model,
             train,
             Training(STEPS, BATCH_SIZE, LEARNING_RATE),

@@ -9,8 +9,7 @@ import keras
 import normswap
 from normswap.demo.digits import digits
 from normswap.demo.keras import trained
-from normswap.finetune.callbacks.keras import NormswapCallback
-from normswap.finetune.hooks.hook import GateSchedule, StopAtNaN
+from normswap.finetune import GateSchedule, KerasCallback, StopAtNaN
 
 BATCH, COUNT, RATE = 2, 1000, 0.01
 
@@ -23,11 +22,10 @@ def main(count=COUNT):
     images = images[:, :, ::-1]
     anchored = normswap.patch(original, normswap.SwitchNorm(batch_statistics="frozen"), inplace=False).model
     steps = count // BATCH
-    hooks = [GateSchedule(anchored, steps, freeze=0.1), StopAtNaN()]
     rows = {}
     for name, model, callbacks in (
         ("BatchNorm", original, []),
-        ("anchored SN", anchored, [NormswapCallback(*hooks)]),
+        ("anchored SN", anchored, [KerasCallback(GateSchedule(anchored, steps, freeze=0.1), StopAtNaN())]),
     ):
         keras.utils.set_random_seed(0)
         rate = keras.optimizers.schedules.CosineDecay(RATE, steps)

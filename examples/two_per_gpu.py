@@ -14,7 +14,7 @@ from torch import nn
 import normswap
 from normswap.demo.digits import digits
 from normswap.demo.torch import trained
-from normswap.finetune.hooks.hook import GateSchedule, Hooks, StopAtNaN
+from normswap.finetune import GateSchedule, Hooks, StopAtNaN
 
 BATCH, STEPS, RATES = 2, 500, (0.1, 0.05, 0.02)
 
@@ -33,21 +33,20 @@ def canvases(data, seed):
 def train(model, data, rate, frozen, seed):
     """Train with two images a step; each map's 1,440 scores say class and place."""
     images, labels, cells = data
-    hooks = Hooks(GateSchedule(model, STEPS, freeze=0.1), StopAtNaN())
     optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     model.train(not frozen)
-    for step, chosen in enumerate(np.random.default_rng(seed).integers(0, len(images), (STEPS, BATCH))):
-        hooks.on_step(step)
-        wanted = labels[chosen] * 144 + cells[chosen, 0] * 12 + cells[chosen, 1]
-        loss = F.cross_entropy(model(images[chosen]).flatten(1), wanted)
-        hooks.on_loss(step, loss)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    hooks.on_end()
+    with Hooks(GateSchedule(model, STEPS, freeze=0.1), StopAtNaN()) as hooks:
+        for step, chosen in enumerate(np.random.default_rng(seed).integers(0, len(images), (STEPS, BATCH))):
+            hooks.on_step(step)
+            wanted = labels[chosen] * 144 + cells[chosen, 0] * 12 + cells[chosen, 1]
+            loss = F.cross_entropy(model(images[chosen]).flatten(1), wanted)
+            hooks.on_loss(step, loss)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
     return model.eval()
 
 

@@ -4,7 +4,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import keras
@@ -16,9 +16,13 @@ from ..layers.keras.statistics import wide
 from .contract import Array, Arrays, Key
 from .example import Inputs, is_array
 
+Method = Callable[..., Any]
 Shape = Sequence[int | None]
 Specs = Mapping[str, tuple[tuple[int | None, ...], str]]
 """Shape without the batch, and dtype, of each input by name."""
+
+_CHAIN = "_normswap_overrides"
+"""Attribute of a layer that holds, for each method, what was there before and what has been wrapped around it."""
 
 _PER_CHANNEL = (
     keras.layers.BatchNormalization,
@@ -67,7 +71,7 @@ def watching(
     its own in any case.
     """
 
-    def spy(key: Key, run: Callable[..., Any]) -> Callable[..., Any]:
+    def spy(key: Key, run: Method) -> Method:
         @wraps(run)
         def call(inputs: Any, *args: Any, **kwargs: Any) -> Any:
             outputs = run(inputs, *args, **kwargs)
@@ -78,20 +82,49 @@ def watching(
 
     with ExitStack() as stack:
         for key, layer in layers.items():
-            stack.enter_context(overriding(layer, "call", spy(key, layer.call)))
+            stack.callback(override(layer, "call", partial(spy, key)))
         yield
+
+
+def override(layer: keras.Layer, name: str, wrap: Callable[[Method], Method]) -> Callable[[], None]:
+    """Put ``wrap`` of one of the layer's methods in its place, and return what takes it away again.
+
+    Several around one method may go in any order: what is left of them is wrapped anew.
+    """
+    chains = layer.__dict__.setdefault(_CHAIN, {})
+    before, wraps = chains.setdefault(name, (layer.__dict__.get(name), []))
+    own = [wrap]  # a list of its own, so that the same function may be there twice
+    wraps.append(own)
+
+    def place() -> None:
+        layer.__dict__.pop(name, None)
+        if before is not None:
+            layer.__dict__[name] = before
+        for (each,) in wraps:
+            layer.__dict__[name] = each(getattr(layer, name))
+
+    def undo() -> None:
+        if own not in wraps:
+            return
+        wraps[:] = [each for each in wraps if each is not own]
+        place()
+        if not wraps:
+            del chains[name]
+            if not chains:
+                layer.__dict__.pop(_CHAIN, None)
+
+    place()
+    return undo
 
 
 @contextmanager
-def overriding(layer: keras.Layer, name: str, method: Callable[..., Any]) -> Iterator[None]:
+def overriding(layer: keras.Layer, name: str, method: Method) -> Iterator[None]:
     """Put ``method`` in place of one of the layer's own within the context."""
-    before = layer.__dict__.get(name)
-    layer.__dict__[name] = method
+    undo = override(layer, name, lambda run: method)
     try:
         yield
     finally:
-        del layer.__dict__[name]
-        layer.__dict__.update({} if before is None else {name: before})
+        undo()
 
 
 def snapshot(model: keras.Layer) -> Callable[[], None]:

@@ -102,10 +102,19 @@ def test_data_flows_in_one_direction():
     assert backwards == []
 
 
-@pytest.mark.parametrize("statement", ["import normswap", "import normswap.cli", "from normswap import GroupNorm"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import normswap",
+        "import normswap.cli",
+        "from normswap import GroupNorm",
+        "import normswap.finetune; dir(normswap.finetune)",
+        "from normswap.finetune import Freeze, GateSchedule, Hooks, Settings, Statistics",
+    ],
+)
 def test_importing_loads_no_framework(statement):
-    """The package and its command line answer without a framework; configurations need none either."""
-    heavy = [name for name in HEAVY if not (name == "numpy" and "GroupNorm" in statement)]
+    """The package and its command line answer without a framework; configurations and hooks need none either."""
+    heavy = [name for name in HEAVY if not (name == "numpy" and "from" in statement)]
     code = f"import sys; {statement}; print([name for name in {heavy} if name in sys.modules])"
 
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -122,9 +131,22 @@ def test_public_names_resolve():
     assert not {"convert", "export", "finetune", "layers", "patchers", "sources"} & set(normswap.__all__)
 
 
+@pytest.mark.torch
+def test_public_names_of_finetune_resolve():
+    """What fine-tunes is one level below the root, listed by dir(), each name as it is called where it is written."""
+    import normswap.finetune
+
+    assert normswap.finetune.__all__ == sorted(normswap.finetune.__all__)
+    assert set(normswap.finetune.__all__) <= set(dir(normswap.finetune))
+    for name in normswap.finetune.__all__:
+        assert getattr(normswap.finetune, name).__name__ == name
+
+
 def test_an_unknown_name_says_so():
     """A misspelt public name is an AttributeError like any module's."""
-    import normswap
+    import normswap.finetune
 
     with pytest.raises(AttributeError, match="^module 'normswap' has no attribute 'pacth'$"):
         _ = normswap.pacth
+    with pytest.raises(AttributeError, match="^module 'normswap.finetune' has no attribute 'Frieze'$"):
+        _ = normswap.finetune.Frieze

@@ -64,6 +64,13 @@ class TestInALog:
             ["fine-tuning: 12/120", "104 images/s"],
         ]
 
+    def test_a_slow_training(self, capsys):
+        """Less than ten images per second are told by two digits, never as none."""
+        for speed, told in ((9.96, "10"), (2.345, "2.3"), (0.0312, "0.031")):
+            with console.progress("fine-tuning", 1) as advance:
+                advance(1, images_per_second=speed)
+            assert capsys.readouterr().err == f"fine-tuning: 1/1, {told} images/s\n"
+
     def test_steps_longer_than_a_tenth(self, capsys):
         """Few large steps are a line each; a note comes before the figures."""
         with console.progress("evaluating", 3) as advance:

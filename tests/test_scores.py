@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from normswap.errors import UnsupportedError
-from normswap.finetune.hooks.scores import class_count, logits, scores
+from normswap.finetune.hooks.scores import Logits, class_count, scores
 
 from .helpers import exactly
 
@@ -45,9 +45,33 @@ def test_the_number_of_classes():
 @pytest.mark.parametrize(("given", "axis"), [(SCORES, -1), (SCORES[..., None], 1)])
 def test_probabilities_become_logits(given, axis):
     """Those of a softmax come back but for a constant; scores that are none stay as they are, NaN too."""
-    found = logits(np.exp(given) / np.exp(given).sum(axis, keepdims=True), np, axis)
+    found = Logits()(np.exp(given) / np.exp(given).sum(axis, keepdims=True), np, axis)
 
     np.testing.assert_allclose(found - found[:, :1], given - given[:, :1], atol=1e-12)
     for other in (SCORES, np.abs(SCORES), SCORES * np.nan, np.array([[0.5, 0.7, -0.2]])):
-        assert np.array_equal(logits(other, np), other, equal_nan=True)
-    assert np.isfinite(logits(np.eye(3), np)).all()
+        assert np.array_equal(Logits()(other, np), other, equal_nan=True)
+    assert np.isfinite(Logits()(np.eye(3), np)).all()
+
+
+def test_a_model_is_decided_once():
+    """What the first scores are holds for all: later sums that are off do not make logits of probabilities."""
+    shares, off = np.exp(SCORES) / np.exp(SCORES).sum(1, keepdims=True), np.array([[0.5, 0.25, 0.2], [1.0, 0.0, 0.1]])
+    logits = Logits()
+    logits.decide(shares)
+    logits.decide(SCORES)
+    assert np.array_equal(logits(off, np), np.log(np.clip(off, 1e-30, None)))
+
+    others = Logits()
+    others.decide(SCORES)
+    assert others(shares, np) is shares
+
+
+def test_probabilities_in_bfloat16():
+    """Rounded to eight binary digits each, they are probabilities in every batch."""
+    for seed in range(50):
+        scores = np.random.default_rng(seed).normal(size=(16, 10)) * 3
+        shares = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+        exponent = np.floor(np.log2(shares)) - 7
+        logits = Logits()
+        logits.decide(np.round(shares / 2**exponent) * 2**exponent)
+        assert logits.probabilities

@@ -1,13 +1,21 @@
 """The seam between the frameworks: contracts that mypy and a reader see through, and pairs of files that keep them."""
 
 import ast
+import inspect
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from normswap.export.contract import Tracer
+from normswap.finetune.calibration.contract import CalibrationLayers
+from normswap.finetune.hooks.contract import Adapter
+from normswap.finetune.run.contract import Readings, Trainer
 from normswap.frameworks.contract import Framework
+from normswap.patchers.contract import Patcher
+from normswap.sources.weights import Weights
 
 ROOT = Path(__file__).parent.parent
 OUTSIDE = {".venv", "build", "dist", "tests", "benchmarks", "examples"}
@@ -68,18 +76,32 @@ def test_files_of_one_name_have_the_same_functions(torch, keras):
             assert signature == other[name], name
 
 
-@pytest.mark.parametrize("framework", ["torch", "keras"])
-def test_both_frameworks_keep_the_contract(framework):
-    """Each has every function of the contract, with its parameters."""
-    (contract,) = (
-        node
-        for node in ast.parse((ROOT / "frameworks" / "contract.py").read_text()).body
-        if isinstance(node, ast.ClassDef) and node.name == Framework.__name__
-    )
-    expected = {node.name: parameters(node) for node in contract.body if isinstance(node, ast.FunctionDef)}
-    found = signatures(f"frameworks/{framework}.py")
+CONTRACTS = [
+    (Framework, "frameworks.{}"),
+    (Weights, "sources.{}.weights"),
+    (Patcher, "patchers.{}.patch"),
+    (CalibrationLayers, "finetune.calibration.{}.layers"),
+    (Adapter, "finetune.hooks.{}"),
+    (Trainer, "finetune.run.{}.trainer"),
+    (Readings, "finetune.run.{}.figures"),
+    (Tracer, "export.{}.trace"),
+]
 
-    assert {name: found.get(name) for name in expected} == expected
+
+@pytest.mark.parametrize(("contract", "module"), CONTRACTS, ids=[module.format("*") for _, module in CONTRACTS])
+@pytest.mark.parametrize(
+    "framework", [pytest.param("torch", marks=pytest.mark.torch), pytest.param("keras", marks=pytest.mark.keras)]
+)
+def test_both_frameworks_keep_the_contract(contract, module, framework):
+    """Each function of a contract is there, with its parameters' names, kinds and defaults."""
+    half = import_module(f"normswap.{module.format(framework)}")
+    asked = {name: member for name, member in vars(contract).items() if inspect.isfunction(member) and name[0] != "_"}
+
+    assert asked
+    for name, member in asked.items():
+        expected = list(inspect.signature(member).parameters.values())[1:]
+        found = inspect.signature(getattr(half, name)).parameters.values()
+        assert [(p.name, p.kind, p.default) for p in found] == [(p.name, p.kind, p.default) for p in expected], name
 
 
 def test_no_import_is_hidden_from_mypy():
@@ -98,6 +120,8 @@ WRONG = {
     "export": "from normswap.export.contract import tracer_of\ntracer_of(1).trace(1, nosuch=2)",
     "frameworks": "from normswap.frameworks.detect import get_framework\nget_framework(1).snapshot(1, nosuch=2)",
     "patchers": "from normswap.patchers.contract import patcher_of\npatcher_of(1).plans(1, [], nosuch=2)",
+    "hooks": "from normswap.finetune.hooks.contract import adapter_of\nadapter_of(1).moving_layers(1, nosuch=2)",
+    "run": "from normswap.finetune.run.contract import trainer_of\ntrainer_of(1).predict(1, 2, nosuch=2)",
     "calibration": "from normswap.finetune.calibration.contract import layers_of\nlayers_of(1).get_affine(1, nosuch=2)",
     "weights": "from normswap.sources.weights import load_weights\nload_weights(1, 2, nosuch=2)",
 }

@@ -3,29 +3,31 @@
 from typing import Any
 
 from ..hooks.hook import Hook, Hooks
+from .callback import HooksCallback
 
 
-class NormswapCallback:
+class AccelerateCallback(HooksCallback):
     """Count the optimizer's steps of a loop written with Accelerate and tell ``hooks`` of them, in the order given.
 
     The accelerator's ``save_state`` and ``load_state`` hold the count and the hooks' state. Hooks take the model before
-    ``prepare`` wraps it, and distillation is the loop's loss::
+    ``prepare`` wraps it, and are opened where the callback is entered, or else by the first batch. Distillation is the
+    loop's loss, and one of the hooks::
 
-        hooks = NormswapCallback(accelerator, GateSchedule(model, 1000, freeze=100), StopAtNaN())
-        distillation = Distillation(model, original.to(accelerator.device))
-        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-        for x, _ in loader:
-            with accelerator.accumulate(model):
-                hooks.on_batch_begin()
-                loss = distillation(x, model(x))
-                hooks.on_loss(loss)
-                accelerator.backward(loss)
-                optimizer.step()
-                optimizer.zero_grad()
-                hooks.on_batch_end()
-        hooks.on_end()
+        distillation = Distillation(model, original.to(accelerator.device), features=0.1)
+        with AccelerateCallback(accelerator, GateSchedule(model, 1000, freeze=100), StopAtNaN(), distillation) as hooks:
+            optimizer = torch.optim.SGD(model.parameters(), 0.01)
+            model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+            for x, _ in loader:
+                with accelerator.accumulate(model):
+                    hooks.on_batch_begin()
+                    loss = distillation(x, model(x))
+                    hooks.on_loss(loss)
+                    accelerator.backward(loss)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    hooks.on_batch_end()
 
-    Call ``on_evaluate()`` before an evaluation.
+    Call ``on_evaluate()`` before an evaluation, and without ``with`` ``on_end()`` in the end.
     """
 
     def __init__(self, accelerator: Any, *hooks: Hook) -> None:

@@ -1,32 +1,52 @@
 """Hooks in Keras's ``fit``."""
 
+from types import TracebackType
 from typing import Any
 
 import keras
 
 from ..hooks.hook import Hook, Hooks
+from ..hooks.keras.tracing import retrace
+from .callback import HooksCallback
 
 
-class NormswapCallback(keras.callbacks.Callback):  # type: ignore[misc]
+class KerasCallback(HooksCallback, keras.callbacks.Callback):  # type: ignore[misc]
     """Tell ``hooks`` of the steps of ``fit``, in the order given; a step is one of the optimizer, whose count it is.
 
     With ``steps_per_execution`` hooks are told of the first step of each execution. The loss is the mean since the
-    epoch began, which is NaN from the first NaN on. Make the hooks before ``fit``. Distillation is a loss of the model,
-    and needs no labels::
+    epoch began, which is NaN from the first NaN on. Hooks are opened when ``fit`` begins, which is late for `Freeze` on
+    JAX, and closed when it ends; ``fit`` tells of no exception. Entered, the callback opens them first and closes them
+    always::
 
-        class Student(keras.Model):  # with distillation = Distillation(model, original)
+        with KerasCallback(Freeze(model, "last:2"), StopAtNaN()) as callback:
+            model.compile("sgd", "mse")
+            model.fit(images, labels, callbacks=[callback])
+
+    Distillation is a loss of the model, and needs no labels::
+
+        class Student(keras.Model):
             def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
                 return distillation(x, y_pred)
 
-        student = Student(model.inputs, model.outputs)  # of the same layers
-        student.compile("sgd")
-        student.fit(images, images[:, 0], callbacks=[NormswapCallback(...)])
+        with Distillation(model, original, features=0.1) as distillation:
+            distillation.decide(images[:8])
+            student = Student(model.inputs, model.outputs)  # of the same layers
+            student.compile("sgd")
+            student.fit(images, images[:, 0], callbacks=[KerasCallback(...)])
     """
 
     def __init__(self, *hooks: Hook) -> None:
         super().__init__()
         self.hooks = Hooks(*hooks)
         self._step = 0
+        self._traced: Any = None  # the model that is compiled with the hooks
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Open the hooks, and have what ``fit`` compiled before compiled with them."""
+        self.hooks.open()
+        if self.model is not self._traced:
+            retrace(self.model)
+            self._traced = self.model
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Prepare the step."""
@@ -48,6 +68,21 @@ class NormswapCallback(keras.callbacks.Callback):  # type: ignore[misc]
         """Leave a plain model behind."""
         self._synchronize()
         self.hooks.on_end()
+        self._forget()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            super().__exit__(kind, error, trace)
+        finally:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Have what is compiled with the hooks compiled without."""
+        if self._traced is not None:
+            retrace(self._traced)
+            self._traced = None
 
     def _synchronize(self) -> None:
         """On JAX, write what ``fit`` holds back to the variables, and let it read them anew."""

@@ -5,18 +5,27 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..hooks.hook import Hook, Hooks
+from .callback import HooksCallback
 
 STATE = "normswap"
 
 
-class NormswapCallback(TrainerCallback):
+class TransformersCallback(HooksCallback, TrainerCallback):
     """Tell ``hooks`` of the steps of a Hugging Face `Trainer`, in the order given; a step is one of the optimizer.
 
     Evaluations that the Trainer makes while it trains are prepared; before one of your own call
     ``callback.hooks.on_evaluate()``. A callback is shown no losses but the logged ones, of which the Trainer leaves
     NaNs out: `StopAtNaN` needs ``logging_steps=1, logging_nan_inf_filter=False``. Hooks take the model before it is
-    compiled. Their state is in ``trainer_state.json``, not as an `ExportableState`, which a resumed Trainer would make
-    anew without its hooks. Distillation is the Trainer's loss, and needs no labels::
+    compiled. They are opened when a Trainer is made with the callback, or else when a training begins, and closed when
+    it ends; the Trainer tells of no exception, which needs the callback entered::
+
+        callback = TransformersCallback(GateSchedule(model, 1000, freeze=100))
+        with callback:
+            Trainer(model, arguments, train_dataset=dataset, callbacks=[callback]).train()
+
+    Their state is in ``trainer_state.json``, not as an `ExportableState`, which a resumed Trainer would make
+    anew without its hooks. Distillation is the Trainer's loss, needs no labels, and with ``features`` is one of the
+    hooks::
 
         class Distilled(Trainer):  # with distillation = Distillation(model, original)
             def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -28,8 +37,13 @@ class NormswapCallback(TrainerCallback):
     def __init__(self, *hooks: Hook) -> None:
         self.hooks = Hooks(*hooks)
 
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the hooks before the optimizer is made."""
+        self.hooks.open()
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Restore the state of a run that goes on."""
+        """Open the hooks, and restore the state of a run that goes on."""
+        self.hooks.open()
         if STATE in state.stateful_callbacks:
             self.hooks.load_state_dict(state.stateful_callbacks[STATE])
 

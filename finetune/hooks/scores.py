@@ -1,13 +1,17 @@
-"""The scores in what a network returns."""
+"""The scores in what a network returns, and the logits in those."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ...errors import UnsupportedError, option
 
 _LEAST_PROBABILITY = 1e-30
-_SUM_TOLERANCE = 1e-3
+_SUM_TOLERANCE = 2.0**-7
+"""How far the sum of probabilities may be from 1: those in bfloat16 have 8 binary digits each."""
 
 
 def scores(output: Any) -> Any:
@@ -41,11 +45,32 @@ def class_count(scores: Any) -> int:
     return int(scores.shape[1])
 
 
-def logits(scores: Any, xp: Any, axis: int = -1) -> Any:
-    """Return logits for scores that may be probabilities, in NumPy, torch or `keras.ops`, given as ``xp``.
+class Logits:
+    """Makes logits of one model's scores, which may be probabilities: whether they are is decided once.
 
-    The logarithm of a softmax is its logits but for a constant, which neither loss nor temperature sees.
+    `decide` does so by the values of the first scores it is given. Code that is traced for a graph has none to read:
+    called there undecided, it looks at each batch by itself.
     """
+
+    def __init__(self) -> None:
+        self.probabilities: bool | None = None
+
+    def decide(self, scores: NDArray[Any], axis: int = -1) -> None:
+        """Decide by these scores, unless that is done; ``axis`` holds the classes."""
+        if self.probabilities is None:
+            self.probabilities = bool(_are_probabilities(scores, np, axis))
+
+    def __call__(self, scores: Any, xp: Any, axis: int = -1) -> Any:
+        """Return the logits of scores in NumPy, torch or `keras.ops`, given as ``xp``.
+
+        The logarithm of a softmax is its logits but for a constant, which neither loss nor temperature sees.
+        """
+        if self.probabilities is False:
+            return scores
+        found = xp.log(xp.clip(scores, _LEAST_PROBABILITY, math.inf))
+        return found if self.probabilities else xp.where(_are_probabilities(scores, xp, axis), found, scores)
+
+
+def _are_probabilities(scores: Any, xp: Any, axis: int) -> Any:
     whole = xp.all(xp.abs(xp.sum(scores, axis) - 1) < _SUM_TOLERANCE)
-    shares = xp.logical_and(xp.all(scores >= 0), whole)
-    return xp.where(shares, xp.log(xp.clip(scores, _LEAST_PROBABILITY, math.inf)), scores)
+    return xp.logical_and(xp.all(scores >= 0), whole)

@@ -1,7 +1,6 @@
 """How good a run's model is: its accuracy, and how far it is from the original."""
 
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -9,8 +8,9 @@ from numpy.typing import NDArray
 
 from ...data.dataset import Data
 from ...errors import InputError, NormswapError, VerificationError, named, spoken
-from ..hooks.scores import logits
+from ..hooks.scores import Logits
 from .accuracy import Accuracy, accuracy
+from .contract import Trainer
 from .figures import drift
 
 WATCHED = 64
@@ -27,11 +27,12 @@ class Evaluation:
     """
 
     def __init__(
-        self, engine: ModuleType, model: Any, original: Any, data: Data, eval_data: Data | None, batch_size: int
+        self, trainer: Trainer, model: Any, original: Any, data: Data, eval_data: Data | None, batch_size: int
     ) -> None:
         self.model, self.original, self.eval_data = model, original, eval_data
         self.batch_size = min(MOST, 4 * batch_size)
-        self._engine = engine
+        self._trainer = trainer
+        self._logits, self._originals_logits = Logits(), Logits()
         self._watched = data.batch(data.sample(WATCHED))[0]
         if len(self._watched) > 1 and not np.ptp(self._watched, axis=0).any():
             raise VerificationError(f"expected images that differ, received {len(self._watched)} that are all the same")
@@ -43,15 +44,17 @@ class Evaluation:
             partial(self._scores, model),
             self.eval_data,
             batch_size=self.batch_size,
-            share=self._engine.processes(),
+            share=self._trainer.processes(),
         )
-        return Accuracy.merged(self._engine.gathered(own))
+        return Accuracy.merged(self._trainer.gathered(own))
 
     def drift(self, x: NDArray[np.float32] | None = None) -> float:
         """Return how far the model is from the original (see `drift`) on ``x``, without it on images learned from."""
         x = self._watched if x is None else x
         found, wanted = (self._scores(model, x).astype(np.float64) for model in (self.model, self.original))
-        return drift(logits(found, np), logits(wanted, np))
+        self._logits.decide(found)
+        self._originals_logits.decide(wanted)
+        return drift(self._logits(found, np), self._originals_logits(wanted, np))
 
     def require_finite(self, step: int) -> None:
         """Raise `VerificationError` if the model's scores are not: no loss tells of what the last step did."""
@@ -61,15 +64,14 @@ class Evaluation:
             )
 
     def _scores(self, model: Any, x: NDArray[np.float32]) -> NDArray[Any]:
-        scores: NDArray[Any] = self._engine.predict(model, x, batch_size=self.batch_size)
-        return scores
+        return self._trainer.predict(model, x, batch_size=self.batch_size)
 
 
-def first_scores(engine: ModuleType, model: Any, data: Data) -> NDArray[Any]:
+def first_scores(trainer: Trainer, model: Any, data: Data) -> NDArray[Any]:
     """Return a model's scores for one image; raises `InputError` if it cannot take it."""
     x = data.batch([0])[0]
     try:
-        found: NDArray[Any] = engine.predict(model, x)
+        return trainer.predict(model, x)
     except NormswapError:
         raise
     except Exception as error:  # of either framework
@@ -78,4 +80,3 @@ def first_scores(engine: ModuleType, model: Any, data: Data) -> NDArray[Any]:
             f"expected images of a shape that the model takes, received {x.shape[1:]}: {reason}; "
             f"see {spoken('--input-shape and --size', 'its preprocessing')}"
         ) from error
-    return found

@@ -1,16 +1,12 @@
 """Figures that say how a fine-tuning goes: gates, how often BRN is clipped, drift from the original."""
 
-from collections.abc import Callable
-from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...frameworks.detect import framework_of
-
-Array = NDArray[Any]
-Gates = dict[str, tuple[Array, Array]]
+from .contract import Gates, RenormStatistics, readings_of
+from .training import Array
 
 
 def gates(model: Any) -> Gates:
@@ -19,8 +15,7 @@ def gates(model: Any) -> Gates:
     Each is of shape (3,) in the order instance, layer, batch, or (2,) without batch statistics, and sums to 1. Layers
     come in the order in which the model holds them.
     """
-    found: Gates = _adapter(model).gates(model)
-    return found
+    return readings_of(model).gates(model)
 
 
 def drift(student: Array, teacher: Array) -> float:
@@ -39,21 +34,6 @@ def drift(student: Array, teacher: Array) -> float:
     return float(np.sqrt(difference / scale)) if scale else float("inf")
 
 
-class Statistics(NamedTuple):
-    """What the Batch Renormalizations of a model hold, one after the other: arrays of all their C channels.
-
-    ``sigma`` is the root of the running variance plus ε, ``weight`` that of a batch in the running statistics, and
-    ``layer`` the number of the layer.
-    """
-
-    mean: Array
-    sigma: Array
-    r_max: Array
-    d_max: Array
-    weight: Array
-    layer: Array
-
-
 class Clipping:
     r"""Tells which share of the channels the limits of Batch Renormalization clip, in either framework.
 
@@ -67,9 +47,9 @@ class Clipping:
     """
 
     def __init__(self, model: Any, passes: int = 1) -> None:
-        self._statistics: Callable[[], Statistics | None] = _adapter(model).renorm_statistics(model)
+        self._statistics = readings_of(model).renorm_statistics(model)
         self._passes = passes
-        self._before: Statistics | None = None
+        self._before: RenormStatistics | None = None
 
     def on_step(self, step: int) -> None:
         """Keep the running statistics from before ``step``."""
@@ -89,10 +69,6 @@ class Clipping:
             r, d = 1 + sigma / distance, mean / distance
             clipped = (r > after.r_max) | (r * after.r_max < 1) | (np.abs(d) > after.d_max)
         return float(clipped[moved].mean())
-
-
-def _adapter(model: Any) -> Any:
-    return import_module(f".{framework_of(model)}.figures", __package__)
 
 
 def _centred(logits: Array) -> NDArray[np.float64]:

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ...bundles.manifest import RUN
 from ...errors import UnsupportedError, spoken
-from .figures import Gates
+from .contract import Gates
 from .journal import GATES, METRICS, ORIGINAL, Row, read
 
 # Okabe and Ito's colours, which the colour-blind tell apart.

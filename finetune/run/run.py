@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,19 @@ from ...bundles import bundle as bundles
 from ...data.dataset import Data
 from ...data.labels import check_labels, same_classes, several_classes
 from ...errors import InputError, NormswapWarning, VerificationError
+from ...frameworks.detect import get_framework
 from ...sources.weights import SUFFIX, load_weights, write_weights
 from ..calibration.calibrate import calibrate, site_layers, split
-from ..hooks.hook import Blend, Freeze, GateSchedule, Hook, Momentum, RenormLimits, Statistics
+from ..hooks.blend import Blend
+from ..hooks.contract import adapter_of
+from ..hooks.gate_schedule import GateSchedule
+from ..hooks.hook import Hook, Hooks
+from ..hooks.momentum import Momentum
+from ..hooks.renorm_limits import RenormLimits
 from ..hooks.scores import class_count
+from ..hooks.statistics import Statistics
 from .accuracy import Accuracy
+from .contract import trainer_of
 from .evaluation import Evaluation, first_scores
 from .figures import Clipping, gates
 from .folder import Progress, RunFolder
@@ -95,8 +102,8 @@ class _Run:
         self.bundle, self.model = _trained_on(bundle, data), bundle.model
         self.settings = settings = replace(settings, batch_size=min(settings.batch_size, len(data)))
         self.data, self.eval_data, self.tell = data, eval_data, on_step
-        self.engine = import_module(f".{bundle.recipe.framework}.train", __package__)
-        self.rank, self.world = self.engine.processes()
+        self.trainer = trainer_of(self.model)
+        self.rank, self.world = self.trainer.processes()
         self.folder = RunFolder(output, writes=self.rank == 0)
         self.suffix = SUFFIX[bundle.recipe.framework]
         self.calibrates, self.stages = settings.plan()
@@ -105,7 +112,7 @@ class _Run:
         self.original = bundle.original() if wanted else None
         for each in (self.model, self.original):
             if each is not None:
-                self.engine.place(each)
+                self.trainer.place(each)
         self.teacher = self.original if distils else None
         seen = [part.identity() for part in (data, eval_data) if part is not None]
         onto_itself = bundle.directory.resolve() == output.resolve()  # where the source is gone in the end
@@ -117,7 +124,7 @@ class _Run:
         self.state: dict[str, Any] = {}
         self.journal: Journal | None = None
         self.clipping = Clipping(self.model, passes=settings.accumulate)
-        self.hooks: list[Hook] = []
+        self.hooks = Hooks()
         self.stopped: Callable[[], int] = int
         self.signal = 0
         self.clock = time.perf_counter()
@@ -127,10 +134,10 @@ class _Run:
         self.folder.require_free(resume=resume, overwrite=overwrite)
         self._check_data()
         self.evaluation = Evaluation(
-            self.engine, self.model, self.original, self.data, self.eval_data, self.settings.batch_size
+            self.trainer, self.model, self.original, self.data, self.eval_data, self.settings.batch_size
         )
         for stage in self.stages:
-            Freeze(self.model, stage.train).on_end()
+            adapter_of(self.model).check_part(self.model, stage.train)
         self._agree()
 
     def begin(self, record: Mapping[str, Any], *, resume: bool) -> None:
@@ -151,27 +158,30 @@ class _Run:
             several_classes(self.data)
             if self.eval_data is not None:
                 same_classes(self.data, self.eval_data)
-        scores = first_scores(self.engine, self.model, self.data)
+        scores = first_scores(self.trainer, self.model, self.data)
         for part in parts:
             if self.teacher is None or part is self.eval_data:
                 check_labels(part, class_count(scores))
 
     def _agree(self) -> None:
         """Raise `InputError` on every process unless all train the same model in the same way on the same data."""
-        shapes = {name: list(shape) for name, shape in self.engine.shapes(self.model).items()}
+        shapes = {name: list(shape) for name, shape in self.trainer.shapes(self.model).items()}
         said = [asdict(self.settings), asdict(self.new), shapes]
         own = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-        if len(set(found := self.engine.gathered(own))) > 1:
+        if len(set(found := self.trainer.gathered(own))) > 1:
             raise InputError(
                 f"expected the same model, settings and data in all {len(found)} processes, "
                 f"received {len(set(found))} different ones; start all with one command"
             )
 
     def go(self) -> Result:
-        """Train what is left of the stages and write the output."""
-        with signals() as self.stopped, self.folder.journal(self.progress) as self.journal:
+        """Train what is left of the stages and write the output; the model has no hooks when this is left."""
+        with (
+            signals() as self.stopped,
+            self.folder.journal(self.progress) as self.journal,
+            self._hooks() as self.hooks,
+        ):
             try:
-                self.hooks = self._hooks()
                 self._train()
             except Exception as error:
                 if not self.saved:
@@ -183,7 +193,7 @@ class _Run:
                 raise VerificationError(f"{error}; the model of step {self._kept} is in {self.folder.output}") from None
             return self._finish()
 
-    def _hooks(self) -> list[Hook]:
+    def _hooks(self) -> Hooks:
         settings = self.settings
         limits = RenormLimits(self.model, settings.steps, settings.limits)
         found: list[Hook] = [limits, Momentum(self.model, settings.batch_size)]
@@ -193,7 +203,7 @@ class _Run:
             found.append(Blend(self.model, self.original, max(1, round(settings.blend * settings.steps))))
         if settings.reestimate:
             found.append(Statistics(self.model, self.data.batches(64, self.data.sample(settings.reestimate))))
-        return found
+        return Hooks(*found)
 
     def _train(self) -> None:
         progress = self._start() if self.progress is None else self.progress
@@ -201,12 +211,12 @@ class _Run:
             if progress.step >= stage.end or progress.done:
                 continue
             self.clock = time.perf_counter()
-            self.engine.train(
+            self.trainer.train(
                 self.model,
                 self.data,
                 self.settings.training(stage),
                 teacher=self.teacher,
-                hooks=[*self.hooks, _Before(self._saves_after, self.clipping)],
+                hooks=[self.hooks, _Before(self._saves_after, self.clipping)],
                 first=stage.first,
                 start=progress.step - stage.first,
                 state=self.state if progress.step > stage.first else None,
@@ -233,7 +243,7 @@ class _Run:
         if not site_layers(self.model):
             return
         batches, others = split(self.data, self.settings.calibration_size)
-        before, restore = self.evaluation.drift(others), self.engine.snapshot(self.model)
+        before, restore = self.evaluation.drift(others), get_framework(self.model).snapshot(self.model)
         if before > 0:
             calibrate(self.model, self.original, batches)
             if not (after := self.evaluation.drift(others)) < before:
@@ -253,7 +263,7 @@ class _Run:
         images = self.settings.batch_size * self.settings.accumulate
         figures: Figures = {"loss": taken.loss, "accuracy": taken.accuracy, "learning_rate": taken.lr}
         figures["images_per_second"] = images / (now - self.clock)
-        self.signal = max(self.engine.gathered(self.stopped()))
+        self.signal = max(self.trainer.gathered(self.stopped()))
         if self._saves_after(progress.step):
             figures["clipped"] = self.clipping.share()
             self._checkpoint(progress, stage.train, figures, taken)
@@ -311,10 +321,9 @@ class _Run:
     def _deployed(self, taken: Taken | None) -> Iterator[None]:
         """Give the model the weights to deploy for a while: averaged, its statistics re-estimated."""
         with nullcontext() if taken is None else taken.averaged():
-            restore = self.engine.snapshot(self.model)
+            restore = get_framework(self.model).snapshot(self.model)
             try:
-                for hook in self.hooks:
-                    hook.on_evaluate()
+                self.hooks.on_evaluate()
                 yield
             finally:
                 restore()
@@ -345,21 +354,21 @@ class _Run:
     def _finish(self) -> Result:
         """Write the output's bundle from a checkpoint, so that a run killed here can do it again."""
         assert self.progress is not None
-        self.engine.gathered(None)  # until the process that writes has done so
+        self.trainer.gathered(None)  # until the process that writes has done so
         chosen, best = self.folder.checkpoints.at(self._kept).folder, self.progress.best
         deployed = chosen / f"deployed{self.suffix}"
         load_weights(self.model, deployed if deployed.exists() else chosen / f"model{self.suffix}")
-        for hook in self.hooks:
-            hook.on_end()
+        self.hooks.on_end()
         if self.eval_data is not None and not self.tracks_best:
             best = self.evaluation.accuracy(self.model).to_dict()
         if self.folder.writes:
             bundles.save_into(self.bundle, self.folder.output)
             self.folder.finish()
             if self.draws:
-                plots = import_module(".plots", __package__)
+                from . import plots  # needs matplotlib
+
                 plots.save(plots.picture(self.folder.output, gates(self.model)), self.folder.path / PICTURE)
-        self.engine.gathered(None)
+        self.trainer.gathered(None)
         losses, original = self.progress.losses, self.progress.original
         return Result(
             self.folder.output,

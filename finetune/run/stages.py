@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...errors import InputError
-from .training import LAST
+from ..hooks.freeze import LAST
 
 CALIBRATE = "calibrate"
 

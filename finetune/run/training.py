@@ -1,6 +1,5 @@
 """What the engines of both frameworks are told to do, and what they tell of each step."""
 
-import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 
 from ...data.augment import policies
 from ...errors import InputError, named
+from ..hooks.freeze import check_train
 from ..hooks.schedules import Decay
 
 Array = NDArray[Any]
@@ -19,7 +19,8 @@ MAX_GRADIENT_NORM = 1.0
 MOMENTUM = 0.9
 SEEDS = 2**63
 """How many seeds a generator of PyTorch's takes."""
-LAST = re.compile(r"last:([1-9]\d*)")
+DECIDING = 8
+"""How many images decide before a training whether a model returns probabilities."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,6 @@ class Taken:
     lr: float
     state: Callable[[], dict[str, Array]]
     averaged: Callable[[], AbstractContextManager[None]]
-
-
-def check_train(which: str) -> None:
-    """Raise `InputError` unless ``which`` says what learns."""
-    if which not in ("all", "norm") and not LAST.fullmatch(which):
-        raise InputError(f"expected `train` to be all, norm or last:N, received train={which!r}")
 
 
 OnStep = Callable[[Taken], bool | None]

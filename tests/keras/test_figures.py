@@ -10,7 +10,7 @@ from keras import layers
 
 import normswap
 from normswap.cli import main
-from normswap.finetune.hooks.hook import Momentum
+from normswap.finetune import Momentum
 from normswap.finetune.run.figures import Clipping, gates
 from normswap.layers.keras import BatchRenormalization
 
@@ -42,7 +42,7 @@ def test_clipping_in_fit(images):
     model = renormed(momentum=0.9)
     model.compile("sgd", "mse")
     clipping = Clipping(model)
-    Momentum(model, 16, images)
+    Momentum(model, 16, images).open()
     told, true = [], []
     for step in range(5):
         x = rng.normal(rng.normal(size=8) / 3, 1 + rng.uniform(-0.3, 0.3, 8), (16, 6, 6, 8)).astype(np.float32)

@@ -6,7 +6,7 @@ import pytest
 from keras import layers
 
 from normswap.errors import InputError, UnsupportedError, VerificationError
-from normswap.finetune.hooks.hook import Hook, RenormLimits
+from normswap.finetune import Hook, RenormLimits
 from normswap.finetune.run.batches import batch_indices
 from normswap.finetune.run.keras.train import predict
 

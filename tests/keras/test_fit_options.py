@@ -7,8 +7,8 @@ from keras import layers
 
 import normswap
 from normswap.errors import InputError, UnsupportedError
+from normswap.finetune import update_statistics
 from normswap.finetune.hooks.keras.distillation import record
-from normswap.finetune.hooks.keras.statistics import update_statistics
 from normswap.finetune.run.keras.train import predict
 
 from .fitting import changed, fitted, losses, small_net, stripes, values
@@ -173,7 +173,7 @@ class TestOutputs:
 
         assert str(raised.value) == (
             "expected a model with scores of shape (N, classes) for labels of images, received one with scores of "
-            "shape (1, 4, 4, 2); teacher='original' needs no labels"
+            "shape (8, 4, 4, 2); teacher='original' needs no labels"
         )
 
     def test_features_of_an_evaluation_are_not_held(self):

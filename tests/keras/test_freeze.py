@@ -4,7 +4,7 @@ import keras
 import pytest
 from keras import layers
 
-from normswap.finetune.hooks.hook import Freeze
+from normswap.finetune import Freeze
 
 pytestmark = pytest.mark.keras
 
@@ -17,7 +17,7 @@ def test_what_was_frozen_stays_so(train, number):
     model.layers[0].kernel.trainable = wrapper.layer.trainable = False
     parts = [*model.layers, wrapper.layer, *model.weights]
     before = [part.trainable for part in parts]
-    hook = Freeze(model, train)
+    hook = Freeze(model, train).open()
     assert len(model.trainable_variables) == number
     hook.on_end()
 

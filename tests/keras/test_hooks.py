@@ -9,19 +9,19 @@ from keras import layers, ops
 
 import normswap
 from normswap.errors import InputError, UnsupportedError, VerificationError
-from normswap.finetune.callbacks.keras import NormswapCallback
-from normswap.finetune.hooks.distillation import Distillation
-from normswap.finetune.hooks.hook import (
+from normswap.finetune import (
     Blend,
+    Distillation,
     Freeze,
     GateSchedule,
     Hook,
+    KerasCallback,
     Momentum,
     RenormLimits,
     Statistics,
     StopAtNaN,
+    update_statistics,
 )
-from normswap.finetune.hooks.keras.statistics import update_statistics
 
 from ..helpers import exactly
 
@@ -106,7 +106,7 @@ def fitted(model, hooks, accumulate=1):
         epochs=2,
         verbose=0,
         validation_data=(x[:SIZE], y[:SIZE]),
-        callbacks=[NormswapCallback(*hooks)],
+        callbacks=[KerasCallback(*hooks)],
     )
     return model
 
@@ -154,7 +154,7 @@ def test_momentum():
     model, _ = network("brn")
     layer = model.get_layer("bn1")
     momentum = layer.momentum
-    hook = Momentum(model, 2)
+    hook = Momentum(model, 2).open()
     assert layer.momentum == momentum ** (2 / 64)
     hook.on_end()
     assert layer.momentum == momentum
@@ -277,7 +277,7 @@ class TestStatistics:
 
     def test_refusals(self):
         """A model without such layers, and no batches at all, are refused; a hook passes the former over."""
-        message = "expected a model with SN or BRN layers that keep moving statistics, received one without"
+        message = "expected a model with SN, BRN or BatchNorm layers that keep moving statistics, received one without"
         with pytest.raises(UnsupportedError, match=exactly(message)):
             update_statistics(network("gn")[0], [])
         model, _ = network("sn")
@@ -324,7 +324,7 @@ class TestFit:
         noting, (model, _) = Noting(), network("gn")
         fitted(model, [noting], 2)
         x, y = data(1)
-        model.fit(x, y, batch_size=SIZE, epochs=2, verbose=0, callbacks=[NormswapCallback(noting)])
+        model.fit(x, y, batch_size=SIZE, epochs=2, verbose=0, callbacks=[KerasCallback(noting)])
 
         assert noting.told == [0, 1, "evaluate", 2, 3, "evaluate", "end", 4, "end"]
 
@@ -335,9 +335,7 @@ class TestFit:
         x[2 * SIZE] = np.nan
         message = "expected a finite loss, received loss=nan at step=2; lower the learning rate"
         with pytest.raises(VerificationError, match=exactly(message)):
-            compiled(model).fit(
-                x, y, batch_size=SIZE, shuffle=False, verbose=0, callbacks=[NormswapCallback(StopAtNaN())]
-            )
+            compiled(model).fit(x, y, batch_size=SIZE, shuffle=False, verbose=0, callbacks=[KerasCallback(StopAtNaN())])
 
     def test_distillation(self):
         """The docstring's student comes nearer to the original without labels, here from probabilities."""
@@ -345,6 +343,7 @@ class TestFit:
         before = original.get_weights()
         x = data()[0]
         with Distillation(model, original, features=0.1) as distillation:
+            distillation.decide(x[:4])
 
             class Student(keras.Model):
                 def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):

@@ -9,7 +9,7 @@ import pytest
 import normswap
 from normswap.bundles import bundle
 from normswap.errors import VerificationError
-from normswap.finetune.hooks.keras.statistics import update_statistics
+from normswap.finetune import update_statistics
 from normswap.finetune.run import figures
 from normswap.finetune.run.interruption import StoppedError
 from normswap.finetune.run.run import finetune

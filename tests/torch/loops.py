@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import normswap
-from normswap.finetune.hooks.hook import Blend, Freeze, GateSchedule, Hook, RenormLimits, Statistics, StopAtNaN
+from normswap.finetune import Blend, Freeze, GateSchedule, Hook, RenormLimits, Statistics, StopAtNaN
 
 from .models import Residual, trained_
 

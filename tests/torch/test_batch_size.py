@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 import normswap
 from normswap.errors import UnsupportedError
+from normswap.finetune.run import batch_size
 from normswap.finetune.run.batch_size import largest_batch
-from normswap.finetune.run.torch import train as engine
+from normswap.finetune.run.torch import trainer
 from normswap.finetune.run.training import Training
 
 from .runs import coloured
@@ -28,9 +30,6 @@ class Failing:
     def processes(self):
         return 0, self.count
 
-    def snapshot(self, model):
-        return lambda: None
-
     def train(self, model, data, training, teacher=None):
         if training.batch_size >= self.size:
             raise self.error
@@ -42,14 +41,14 @@ def test_doubles_until_memory_runs_out(model, data):
     before, sizes = copy.deepcopy(model.state_dict()), []
 
     class Engine:
-        snapshot, processes = staticmethod(engine.snapshot), staticmethod(engine.processes)
+        processes = staticmethod(trainer.processes)
 
         @staticmethod
         def train(model, data, training, teacher=None):
             sizes.append(training.batch_size)
             if training.batch_size > 16:
                 raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
-            engine.train(model, data, training, teacher=teacher)
+            trainer.train(model, data, training, teacher=teacher)
 
     assert largest_batch(Engine, model, data, Training()) == 16
     assert sizes == [1, 2, 4, 8, 16, 32]
@@ -59,7 +58,29 @@ def test_doubles_until_memory_runs_out(model, data):
 def test_is_at_most_the_data(model, data):
     """No more images than there are."""
     normswap.patch(model, "gn")
-    assert largest_batch(engine, model, data, Training()) == 64
+    assert largest_batch(trainer, model, data, Training()) == 64
+
+
+def test_tries_no_more_than_there_is(data, monkeypatch):
+    """Neither images beyond the data, batches and readers that tell nothing, nor what memory has no room for.
+
+    The process has held much before, which hides what the first sizes take.
+    """
+    tried = []
+
+    class Engine(Failing):
+        def train(self, model, data, training, teacher=None):
+            tried.append((training.batch_size, training.accumulate, training.workers))
+
+    monkeypatch.setattr(batch_size, "_peak", lambda: max([5_000, *(1_000 + 100 * size for size, *_ in tried)]))
+    monkeypatch.setattr(batch_size, "_held", lambda: 1_000)
+    monkeypatch.setattr(batch_size.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 12_000}))
+
+    assert largest_batch(Engine(0, None), nn.Identity(), data, Training(accumulate=8, workers=4)) == 64
+    assert tried == [(size, 2, 0) for size in (1, 2, 4, 8, 16, 32, 64)]
+    tried.clear()
+    assert largest_batch(Engine(0, None), nn.Identity(), range(1024), Training()) == 64
+    assert len(tried) == 7
 
 
 @pytest.mark.parametrize(
@@ -77,10 +98,10 @@ def test_whatever_kind_of_error_tells_of_memory(data, text):
     class ResourceExhaustedError(Exception):
         pass
 
-    assert largest_batch(Failing(4, ResourceExhaustedError(text)), None, data, Training()) == 2
+    assert largest_batch(Failing(4, ResourceExhaustedError(text)), nn.Identity(), data, Training()) == 2
     error = ResourceExhaustedError("expected something else")
     with pytest.raises(ResourceExhaustedError) as raised:
-        largest_batch(Failing(4, error), None, data, Training())
+        largest_batch(Failing(4, error), nn.Identity(), data, Training())
     assert raised.value is error
 
 
@@ -88,10 +109,10 @@ def test_refusals(data):
     """Memory that does not do for one image, and several processes, one of which could leave the others waiting."""
     message = "expected memory for a batch of one image, received less; train fewer layers"
     with pytest.raises(UnsupportedError, match=f"^{message}$"):
-        largest_batch(Failing(1, MemoryError()), None, data, Training())
+        largest_batch(Failing(1, MemoryError()), nn.Identity(), data, Training())
     message = (
         "expected one process to find the largest batch in, received 3; find it in one, and give batch_size 3 "
         "times that"
     )
     with pytest.raises(UnsupportedError, match=f"^{message}$"):
-        largest_batch(Failing(1, MemoryError(), processes=3), None, data, Training())
+        largest_batch(Failing(1, MemoryError(), processes=3), nn.Identity(), data, Training())

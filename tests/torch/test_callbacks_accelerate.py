@@ -6,9 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from normswap.errors import VerificationError
-from normswap.finetune.callbacks.accelerate import NormswapCallback
-from normswap.finetune.hooks.distillation import Distillation
-from normswap.finetune.hooks.hook import StopAtNaN
+from normswap.finetune import AccelerateCallback, Distillation, Freeze, StopAtNaN
 
 from .loops import (
     HOOKS,
@@ -28,7 +26,7 @@ from .loops import (
 def run(model, hooks, accumulate=1, evaluate_after=(), loss_of=None, save=None, resume=None):
     """Train as the class's docstring shows, and return the model; ``save`` is a step and a folder."""
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
-    callback = NormswapCallback(accelerator, *hooks)
+    callback = AccelerateCallback(accelerator, *hooks)
     loader = torch.utils.data.DataLoader(batches(STEPS * accumulate), collate_fn=lambda one: one[0])
     prepared, optimizer, loader = accelerator.prepare(model, optimizer_of(model), loader)
     if resume:
@@ -92,6 +90,17 @@ def test_stops_before_a_step_with_nan():
         run(model, [StopAtNaN()], loss_of=lambda x, output: output.mean() * float("nan"))
 
     assert_same(model, network("gn")[0])
+
+
+def test_entered_it_opens_and_closes_the_hooks():
+    """An exception leaves no hook in the model, which had them before anything was prepared."""
+    model, _ = network("gn")
+    callback = AccelerateCallback(accelerate.Accelerator(cpu=True), Freeze(model, "last:1"))
+    with pytest.raises(ZeroDivisionError), callback:
+        assert [name for name, p in model.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
+        _ = 1 / 0
+
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_distillation():

@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from normswap.errors import VerificationError
-from normswap.finetune.callbacks.lightning import NormswapCallback
-from normswap.finetune.hooks.distillation import Distillation
-from normswap.finetune.hooks.hook import StopAtNaN
+from normswap.finetune import Distillation, Freeze, LightningCallback, StopAtNaN
 
 from .loops import (
     HOOKS,
@@ -54,7 +52,7 @@ def run(model, hooks, accumulate=1, evaluate=False, module=None, resume=None, st
     trainer = lightning.Trainer(
         max_steps=steps,
         accumulate_grad_batches=accumulate,
-        callbacks=[NormswapCallback(*hooks)],
+        callbacks=[LightningCallback(*hooks)],
         enable_progress_bar=False,
         enable_model_summary=False,
         val_check_interval=2 * accumulate if evaluate else None,
@@ -111,6 +109,26 @@ def test_stops_before_a_step_with_nan():
         run(model, [StopAtNaN()], module=module)
 
     assert_same(model, network("gn")[0])
+
+
+def test_opens_before_the_optimizer_and_closes_at_an_exception():
+    """What learns is settled when the optimizer is made, and a training that fails leaves no hook in the model."""
+    model, _ = network("gn")
+    learning = []
+
+    class Failing(Module):
+        def configure_optimizers(self):
+            learning.append([name for name, p in self.net.named_parameters() if p.requires_grad])
+            return super().configure_optimizers()
+
+        def training_step(self, batch, index):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(model, [Freeze(model, "last:1")], module=Failing(model))
+
+    assert learning == [["head.weight", "head.bias"]]
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_distillation():

@@ -7,9 +7,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from normswap.errors import VerificationError
-from normswap.finetune.callbacks.transformers import NormswapCallback
-from normswap.finetune.hooks.distillation import Distillation
-from normswap.finetune.hooks.hook import StopAtNaN
+from normswap.finetune import Distillation, Freeze, StopAtNaN, TransformersCallback
 
 from .loops import (
     HOOKS,
@@ -75,7 +73,7 @@ def run(folder, model, hooks, accumulate=1, evaluate=False, trainer=InOrder, res
         train_dataset=data,
         eval_dataset=data[:2],
         optimizers=(optimizer_of(wrapped), None),
-        callbacks=[NormswapCallback(*hooks)],
+        callbacks=[TransformersCallback(*hooks) if isinstance(hooks, list) else hooks],
     )
     made.train(resume_from_checkpoint=resume)
     return made
@@ -130,6 +128,27 @@ def test_stops_at_nan(tmp_path):
 
     with pytest.raises(VerificationError, match="received loss=nan at step=0; lower the learning rate$"):
         run(tmp_path, network("gn")[0], [StopAtNaN()], trainer=NaN, logging_steps=1, logging_nan_inf_filter=False)
+
+
+def test_opens_before_the_optimizer_and_closes_with_it(tmp_path):
+    """A Trainer made with the callback makes an optimizer of what learns; `with` closes the hooks when it fails."""
+    model, _ = network("gn")
+    learning = []
+
+    class Failing(InOrder):
+        def __init__(self, *args, optimizers, **kwargs):
+            super().__init__(*args, **kwargs)
+
+        def compute_loss(self, *args, **kwargs):
+            learning.append(sum(len(group["params"]) for group in self.optimizer.param_groups))
+            raise ZeroDivisionError
+
+    callback = TransformersCallback(Freeze(model, "last:1"))
+    with pytest.raises(ZeroDivisionError), callback:
+        run(tmp_path, model, callback, trainer=Failing)
+
+    assert learning == [2]
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_distillation(tmp_path):

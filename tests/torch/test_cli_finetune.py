@@ -195,6 +195,19 @@ class TestConfig:
         expected = f"Error: Invalid value for '-c' / '--config': {message.format(tmp_path / 'run.toml')}"
         assert (code, err.splitlines()[-1]) == (2, expected)
 
+    def test_steps_and_epochs(self, run, tmp_path):
+        """A file with both is refused, unless one of them is on the command line."""
+        (tmp_path / "run.toml").write_text('batch_size = 16\nteacher = "none"\nsteps = 9\nepochs = 2\n')
+        code, _, err = run("in-gn", "-c", tmp_path / "run.toml", "-o", tmp_path / "out")
+
+        assert (code, err.splitlines()[-1]) == (
+            2,
+            "Error: expected one of steps and epochs in the file of --config, received steps=9 and epochs=2.0; "
+            "leave one out, or give one on the command line",
+        )
+        code, result, err = run("in-gn", "-c", tmp_path / "run.toml", "--steps", 2, "-o", tmp_path / "out")
+        assert (code, result["steps"]) == (0, 2), err
+
     def test_what_is_refused(self, run, tmp_path):
         """A file that is no TOML, or has options there are not."""
         (tmp_path / "bad.toml").write_text("steps 5")

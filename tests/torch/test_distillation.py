@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from normswap.errors import InputError, UnsupportedError
-from normswap.finetune.hooks.distillation import Distillation
+from normswap.finetune import Distillation
 
 from ..helpers import exactly
 from .loops import batches, by_hand, network
@@ -139,8 +139,7 @@ def test_the_teacher_runs_under_the_callers_autocast(images):
     model, original = network("gn")
     seen = []
     original.head.register_forward_hook(lambda m, i, y: seen.append(y.dtype))
-    distillation = Distillation(model, original, features=1.0)
-    with torch.autocast("cpu", torch.bfloat16):
+    with Distillation(model, original, features=1.0) as distillation, torch.autocast("cpu", torch.bfloat16):
         loss = distillation(images, model(images))
 
     assert seen == [torch.bfloat16]
@@ -181,8 +180,8 @@ class TestRefusals:
             output = model(images)
             distillation(images, output)
             message = (
-                "expected a forward pass of the model before its loss, received none that reached bn, stem.1; make the "
-                "loss before compiling the model"
+                "expected a forward pass of the model before its loss, received none that reached bn, stem.1; open the "
+                "distillation before compiling the model"
             )
             with pytest.raises(InputError, match=exactly(message)):
                 distillation(images, output)

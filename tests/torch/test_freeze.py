@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from normswap.errors import InputError
-from normswap.finetune.hooks.hook import Freeze
+from normswap.finetune import Freeze
 
 from .loops import by_hand, network
 
@@ -54,7 +54,7 @@ def test_norms():
 def test_norms_of_every_kind():
     """Norms that the model has besides learn too."""
     model = nn.Sequential(nn.Linear(4, 4), nn.RMSNorm(4), nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.BatchNorm1d(4))
-    Freeze(model, "norm")
+    Freeze(model, "norm").open()
 
     assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"1", "2", "3", "4"}
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from normswap.errors import InputError
-from normswap.finetune.hooks.hook import GateSchedule
+from normswap.finetune import GateSchedule
 from normswap.layers.torch import SwitchNorm2d
 
 from ..helpers import exactly

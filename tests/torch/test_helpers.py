@@ -10,7 +10,7 @@ from torch import nn
 
 import normswap
 from normswap.errors import InputError, UnsupportedError
-from normswap.finetune.hooks.torch.statistics import convert_sync, param_groups, update_statistics
+from normswap.finetune import convert_sync, param_groups, update_statistics
 from normswap.layers.torch import BatchRenorm1d, BatchRenorm2d, SwitchNorm1d, SwitchNorm2d
 
 from ..helpers import exactly
@@ -69,15 +69,29 @@ class TestUpdateStatistics:
 
     def test_refusals(self, model):
         """A model without such layers, and no batches at all, are refused; statistics stay."""
-        message = "expected a model with SN or BRN layers that keep moving statistics, received one without"
+        message = "expected a model with SN, BRN or BatchNorm layers that keep moving statistics, received one without"
         with pytest.raises(UnsupportedError, match=exactly(message)):
-            update_statistics(model, [])
+            update_statistics(nn.GroupNorm(2, 4), [])
         normswap.patch(model, "sn")
         before = model.bn.running_mean.clone()
         with pytest.raises(InputError, match="^expected batches that reach every layer, received none for some$"):
             update_statistics(model, [])
 
         assert torch.equal(model.bn.running_mean, before)
+
+    def test_batch_norms_left_in_a_mixed_model(self, model):
+        """A BatchNorm that was not replaced is re-estimated too, and all of it can be undone."""
+        normswap.patch(model, "sn", exclude=["bn"])
+        x, before = torch.randn(6, 3, 12, 12) + 2, copy.deepcopy(model.state_dict())
+        undo = update_statistics(model, [x])
+        seen = []
+        model.conv.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+        model(x)
+
+        torch.testing.assert_close(model.bn.running_mean, seen[0].mean((0, 2, 3)))
+        torch.testing.assert_close(model.bn.running_var, seen[0].var((0, 2, 3), unbiased=False))
+        undo()
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def step(layer, x, weights):
@@ -152,3 +166,18 @@ def test_sync_without_processes_changes_nothing():
 
     torch.testing.assert_close(convert_sync(copy.deepcopy(layer))(x), expected)
     assert convert_sync(layer, sync=False).sync is False
+
+
+def test_a_training_gives_the_synchronization_back(monkeypatch):
+    """A former SyncBatchNorm keeps its processes, which a training over all of them leaves out meanwhile."""
+    from normswap.finetune.run.torch import processes
+
+    model = nn.Sequential(SwitchNorm2d(3), BatchRenorm2d(3))
+    group = object()
+    convert_sync(model[0], process_group=group)
+    monkeypatch.setattr(processes, "processes", lambda: (0, 2))
+    with pytest.raises(ZeroDivisionError), processes.synchronized(model):
+        assert [(layer.sync, layer.process_group) for layer in model] == [(True, None)] * 2
+        _ = 1 / 0
+
+    assert [(layer.sync, layer.process_group) for layer in model] == [(True, group), (False, None)]

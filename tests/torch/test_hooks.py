@@ -12,8 +12,7 @@ from torch import nn
 
 import normswap
 from normswap.errors import InputError, UnsupportedError, VerificationError
-from normswap.finetune.hooks.hook import Blend, Hooks, RenormLimits, Statistics, StopAtNaN
-from normswap.finetune.hooks.torch.statistics import update_statistics
+from normswap.finetune import Blend, Hooks, RenormLimits, Statistics, StopAtNaN, update_statistics
 from normswap.layers.torch import BatchRenorm2d, SwitchNorm2d
 
 from ..helpers import exactly

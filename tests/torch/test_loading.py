@@ -14,7 +14,7 @@ from normswap.data.dataset import open_data
 from normswap.data.preprocessing import Preprocessing
 from normswap.errors import InputError
 from normswap.finetune.run.loading import StepBatches
-from normswap.finetune.run.torch.train import reader
+from normswap.finetune.run.torch.loading import reader
 from normswap.finetune.run.training import Training
 
 TRAINING = Training(batch_size=4, augment="resized-crop,flip", seed=3)

@@ -6,7 +6,7 @@ from torch import nn
 
 import normswap
 from normswap.errors import InputError
-from normswap.finetune.hooks.hook import Momentum
+from normswap.finetune import Momentum
 from normswap.layers.torch import SwitchNorm2d
 
 from .loops import network
@@ -23,7 +23,7 @@ def test_as_many_images_as_before(target):
     x = torch.randn(1, 8, 5, 5, generator=torch.Generator().manual_seed(0))
     before, momentum = layer.running_mean.clone(), layer.momentum
     weight = {"sn": momentum, "brn": 0.03, "compat": 1 - momentum}[target]
-    hook = Momentum(layer, 2)
+    hook = Momentum(layer, 2).open()
     for _ in range(32):
         layer.train()(x.expand(2, -1, -1, -1))
     expected = before + weight * (x.mean((0, 2, 3)) - before)
@@ -36,9 +36,9 @@ def test_as_many_images_as_before(target):
 def test_what_it_leaves_alone():
     """Larger batches keep the momentum, and averages over all batches have none; BatchNorms left in a model count."""
     model = nn.Sequential(nn.BatchNorm2d(3, momentum=None), nn.BatchNorm2d(3, momentum=0.5))
-    Momentum(model, 100)
+    Momentum(model, 100).open()
     assert model[1].momentum == 0.5
-    Momentum(model, 32)
+    Momentum(model, 32).open()
     assert (model[0].momentum, model[1].momentum) == (None, 1 - 0.5**0.5)
     with pytest.raises(InputError, match="^expected `batch_size` above 0, received batch_size=0$"):
         Momentum(model, 0)

@@ -10,10 +10,9 @@ from torch import nn
 
 import normswap
 from normswap.errors import UnsupportedError
-from normswap.finetune.hooks.distillation import Distillation
-from normswap.finetune.hooks.torch.statistics import update_statistics
-from normswap.finetune.run.torch import train as engine
-from normswap.finetune.run.torch.train import place, predict, train
+from normswap.finetune import Distillation, update_statistics
+from normswap.finetune.run.torch import processes
+from normswap.finetune.run.torch.train import predict, train
 from normswap.finetune.run.training import Training
 from normswap.frameworks.torch import call
 from normswap.layers.torch import SwitchNorm2d
@@ -71,7 +70,7 @@ class TestScores:
         normswap.patch(model, "gn")
         message = (
             "expected a model with scores of shape (N, classes) for labels of images, received one with scores of "
-            "shape (1, 3, 10, 10); teacher='original' needs no labels"
+            "shape (8, 3, 10, 10); teacher='original' needs no labels"
         )
         with pytest.raises(UnsupportedError, match=exactly(message)):
             losses(model)
@@ -91,6 +90,27 @@ class TestScores:
             np.testing.assert_allclose([loss for loss, _ in found], [loss for loss, _ in plain], rtol=1e-4)
             assert [right for _, right in found] == [right for _, right in plain]
             torch.testing.assert_close(other[0].head.weight, one.head.weight, rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.parametrize("teaches", [False, True])
+    def test_of_coarse_probabilities(self, model, teaches):
+        """Those in bfloat16, whose sums are off, count as probabilities in every batch."""
+
+        class Coarse(nn.Module):
+            def __init__(self, inner):
+                super().__init__()
+                self.inner = inner
+
+            def forward(self, x):
+                shares = self.inner(x).softmax(1)
+                return shares + (shares.to(torch.bfloat16).to(shares.dtype) - shares).detach()
+
+        teacher = copy.deepcopy(model) if teaches else None
+        normswap.patch(model, "gn")
+        model.head.weight.data.mul_(4)
+        plain = losses(copy.deepcopy(model), teacher=teacher)
+        found = losses(Coarse(copy.deepcopy(model)), teacher=None if teacher is None else Coarse(teacher))
+
+        np.testing.assert_allclose([loss for loss, _ in found], [loss for loss, _ in plain], rtol=0.05, atol=0.01)
 
 
 class TestPredict:
@@ -176,8 +196,8 @@ class TestDevices:
 
     def test_place(self, model, monkeypatch):
         """A model is put where its training will be."""
-        assert engine._state().device.type == "cpu"
-        monkeypatch.setattr(engine, "_state", lambda: type("State", (), {"device": torch.device("meta")}))
-        place(model)
+        assert processes._state().device.type == "cpu"
+        monkeypatch.setattr(processes, "_state", lambda: type("State", (), {"device": torch.device("meta")}))
+        processes.place(model)
 
         assert {state.device.type for state in model.state_dict().values()} == {"meta"}

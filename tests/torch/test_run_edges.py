@@ -13,8 +13,8 @@ import normswap
 from normswap.bundles import bundle
 from normswap.data.dataset import from_arrays
 from normswap.errors import InputError, NormswapWarning, OutputExistsError, VerificationError
+from normswap.finetune import update_statistics
 from normswap.finetune.calibration.calibrate import split
-from normswap.finetune.hooks.torch.statistics import update_statistics
 from normswap.finetune.run.checkpoints import Checkpoints
 from normswap.finetune.run.journal import read
 

@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from normswap.finetune.hooks.hook import RenormLimits
+from normswap.finetune import RenormLimits, update_statistics
 from normswap.finetune.hooks.schedules import renorm_limits
-from normswap.finetune.hooks.torch.statistics import update_statistics
 from normswap.layers.torch import BatchRenorm1d, BatchRenorm2d
 
 from ..helpers import exactly

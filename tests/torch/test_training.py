@@ -13,7 +13,7 @@ from normswap import GroupNorm
 from normswap.data.dataset import from_arrays
 from normswap.data.preprocessing import Preprocessing
 from normswap.errors import InputError, UnsupportedError, VerificationError
-from normswap.finetune.hooks.hook import Hook, RenormLimits
+from normswap.finetune import Hook, RenormLimits
 from normswap.finetune.hooks.torch.learning import blocks
 from normswap.finetune.run.accuracy import Accuracy, accuracy
 from normswap.finetune.run.torch import train as engine

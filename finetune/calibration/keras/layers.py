@@ -17,11 +17,6 @@ from ..least_squares import WIDEST, Array
 _REPLACEMENTS = (SwitchNormalization, keras.layers.GroupNormalization)
 
 
-def all_layers(model: keras.Layer) -> dict[str, keras.Layer]:
-    """Return every layer under every name, as `normswap.patch` names them."""
-    return dict(named_layers(model))
-
-
 def site_layers(model: keras.Layer) -> dict[str, keras.Layer]:
     """Return the replaced layers with scale and shift by name, those of a loaded model by their type.
 

@@ -17,11 +17,6 @@ from ....patchers.torch.sites import MARK
 from ..least_squares import WIDEST, Array
 
 
-def all_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return every module under every name, as `normswap.patch` names them."""
-    return dict(named_layers(model))
-
-
 def site_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the replaced layers by name; BatchRenorm computes the original already and is left out."""
     return {n: m for n, m in _once_each(model) if getattr(m, MARK, BatchRenorm.kind) != BatchRenorm.kind}

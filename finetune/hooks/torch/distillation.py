@@ -1,6 +1,5 @@
 """What distillation computes with PyTorch models."""
 
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -8,35 +7,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ....frameworks.torch import call, inference
-from ...calibration.torch.layers import all_layers
-from ..scores import logits, scores
-from .hooks import replaced
-
-__all__ = ["all_layers", "distance", "divergence", "infer", "record", "replaced"]
-
-Note = Callable[[str, Tensor, bool], None]
+from ..scores import Logits, scores
 
 
-def record(model: nn.Module, names: Iterable[str], note: Note) -> list[Callable[[], None]]:
-    """Tell ``note`` what the named layers return, and whether it is learned from, and return what ends it."""
-    layers = all_layers(model)
-
-    def hook(name: str) -> Callable[..., None]:
-        return lambda layer, inputs, output: note(name, output, torch.is_grad_enabled())
-
-    return [layers[name].register_forward_hook(hook(name)).remove for name in names]
+def learns() -> bool:
+    """Return whether what runs is to be learned from, and is no pass at inference."""
+    return torch.is_grad_enabled()
 
 
-def infer(teacher: nn.Module, x: Any) -> Any:
-    """Return the teacher's scores."""
-    with inference(teacher):
-        return scores(call(teacher, x))
+def infer(model: nn.Module, x: Any) -> Any:
+    """Return the scores of a model at inference, without gradients."""
+    with inference(model):
+        return scores(call(model, x))
+
+
+def as_logits(scores: Tensor, known: Logits) -> Tensor:
+    """Return the logits (N, classes, ...) of scores, which decide what is ``known`` where their values can be read."""
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if known.probabilities is None and not torch.compiler.is_compiling():
+        known.decide(wide.detach().cpu().numpy(), axis=1)
+    logits: Tensor = known(wide, torch, axis=1)
+    return logits
 
 
 def divergence(output: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    """Return T²·KL(wanted || output) of scores (N, classes, ...), which may be probabilities."""
-    soft = (logits(each.float(), torch, axis=1) / temperature for each in (output, wanted))
-    student, teacher = (F.log_softmax(each, dim=1) for each in soft)
+    """Return T²·KL(wanted || output) of logits (N, classes, ...)."""
+    student, teacher = (F.log_softmax(each / temperature, dim=1) for each in (output, wanted))
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1).mean() * temperature**2
 
 

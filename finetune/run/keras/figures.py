@@ -9,7 +9,8 @@ from keras import ops
 
 from ....frameworks.keras import distinct_layers, named_layers
 from ....layers.keras import BatchRenormalization, SwitchNormalization
-from ..figures import Array, Gates, Statistics
+from ..contract import Gates, RenormStatistics
+from ..training import Array
 
 
 def gates(model: keras.Model) -> Gates:
@@ -21,7 +22,7 @@ def gates(model: keras.Model) -> Gates:
     return {name: _pair(layer) for name, layer in found.values()}
 
 
-def renorm_statistics(model: keras.Model) -> Callable[[], Statistics | None]:
+def renorm_statistics(model: keras.Model) -> Callable[[], RenormStatistics | None]:
     """Return what reads the statistics of all Batch Renormalizations at once, None if there are none.
 
     Those with ``compat`` are left out: their moving average is another.
@@ -32,11 +33,11 @@ def renorm_statistics(model: keras.Model) -> Callable[[], Statistics | None]:
     number = np.repeat(np.arange(len(layers)), [m.moving_mean.shape[0] for m in layers])
     epsilon = np.array([m.epsilon for m in layers])[number]
 
-    def read() -> Statistics:
+    def read() -> RenormStatistics:
         r_max, d_max = (_joined(getattr(m, name) for m in layers)[number] for name in ("r_max", "d_max"))
         sigma = np.sqrt(_joined(m.moving_variance for m in layers) + epsilon)
         weight = np.array([1 - m.momentum for m in layers])[number]
-        return Statistics(_joined(m.moving_mean for m in layers), sigma, r_max, d_max, weight, number)
+        return RenormStatistics(_joined(m.moving_mean for m in layers), sigma, r_max, d_max, weight, number)
 
     return read
 

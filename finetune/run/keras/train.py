@@ -1,40 +1,30 @@
 """Fine-tune a Keras model with ``fit``, on any backend, under a ``tf.distribute`` strategy where one is active."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
-from numpy.typing import NDArray
 
 from ....data.dataset import Data
-from ....errors import InputError, NormswapError, UnsupportedError, VerificationError
+from ....errors import InputError, UnsupportedError, VerificationError
 from ....frameworks.keras import distinct_layers
-from ...hooks.distillation import Distillation
 from ...hooks.hook import Hook
-from ...hooks.keras.statistics import inference
+from ...hooks.keras.inference import inference
+from ...hooks.keras.learning import Learning
 from ...hooks.schedules import learning_rate
-from ...hooks.scores import class_count, logits, scores
+from ...hooks.scores import scores
 from ..loading import StepBatches
-from ..training import SEEDS, OnStep, State, Taken, Training, not_finite
-from .optimizer import (
-    Average,
-    Learning,
-    Precision,
-    assign,
-    copied,
-    load_state,
-    replicas,
-    save_state,
-    sgd,
-    synchronized,
-)
-
-Array = NDArray[Any]
-Criterion = Callable[[Any, Any, Any], Any]
+from ..training import DECIDING, SEEDS, Array, OnStep, State, Taken, Training, not_finite
+from .average import Average
+from .dataset import Batches
+from .loss import Criterion, criterion
+from .optimizer import sgd
+from .precision import Precision
+from .processes import synchronized
+from .replicas import replicas
+from .state import load_state, save_state
 
 
 def train(
@@ -53,10 +43,11 @@ def train(
 
     Without ``teacher`` the loss is the cross-entropy with the labels; with one it is the divergence from it (see
     `Distillation`) and no label is used. Models may return logits or probabilities; regularization losses of the model
-    take no part. ``hooks`` are told each step. ``first`` is the step of a longer run that this training's step 0 is,
-    for hooks, the order of the data and random numbers. After each step ``on_step`` is told what was `Taken`; with its
-    state as ``state`` and its step as ``start``, a run goes on as if it had not stopped. How ``model`` is compiled
-    stays as it is. Weight decay, which Keras keeps out of the momentum, is divided by 1 - momentum to weigh the same.
+    take no part. ``hooks`` are told each step; whoever gives them opens and closes them. ``first`` is the step of a
+    longer run that this training's step 0 is, for hooks, the order of the data and random numbers. After each step
+    ``on_step`` is told what was `Taken`; with its state as ``state`` and its step as ``start``, a run goes on as if it
+    had not stopped. How ``model`` is compiled stays as it is. Weight decay, which Keras keeps out of the momentum, is
+    divided by 1 - momentum to weigh the same.
 
     In the scope of a ``tf.distribute`` strategy, in which the model has to have been made, each replica takes its share
     of every batch, SN and BRN take their batch statistics over all of them, and gradients are those of the whole batch.
@@ -69,15 +60,14 @@ def train(
     if start >= training.steps:
         return
     _check(data, training)
-    if teacher is None:
-        class_count(predict(model, data.batch([0])[0]))
+    precision, deciding = Precision(model, training.precision), data.batch(range(min(len(data), DECIDING)))[0]
     batches = StepBatches(data, training, first=first + start, steps=training.steps - start)
     with (
         Learning(model, training.train),
         synchronized(model),
-        _criterion(model, teacher, training) as criterion,
+        criterion(model, teacher, training, deciding) as loss_of,
     ):
-        trainer = _Trainer(model, criterion)
+        trainer = _Trainer(model, loss_of)
         if not trainer.trainable_variables:
             raise UnsupportedError(
                 f"expected a model with parameters to train, received none with train={training.train!r}"
@@ -93,8 +83,8 @@ def train(
             jit_compile="auto" if keras.backend.backend() == "jax" else False,
             metrics=[] if teacher else [_right],
         )
-        watch = _Watch(model, training, hooks, average, first, start, on_step)
-        images = _Batches(batches, training.workers)
+        watch = _Watch(model, training, precision, hooks, average, first, start, on_step)
+        images = Batches(batches, training.workers)
         try:
             trainer.fit(images, shuffle=False, verbose=0, callbacks=[watch])
         except Exception:
@@ -117,31 +107,6 @@ def predict(model: keras.Model, x: Array, batch_size: int = 256) -> Array:
     return np.concatenate(parts)
 
 
-def place(model: keras.Model) -> None:
-    """Put ``model`` where it will be trained, which in Keras is where it was made."""
-
-
-def processes() -> tuple[int, int]:
-    """Return this process's rank and how many train together: Keras trains in one."""
-    return 0, 1
-
-
-def gathered(value: Any) -> list[Any]:
-    """Return the value of every process."""
-    return [value]
-
-
-def shapes(model: keras.Model) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every weight of the model, by path."""
-    return {weight.path: tuple(weight.shape) for weight in model.weights}
-
-
-def snapshot(model: keras.Model) -> Callable[[], None]:
-    """Return what gives the model back the weights and statistics it has now."""
-    kept = [copied(weight) for weight in model.weights]
-    return partial(assign, model.weights, kept)
-
-
 def _check(data: Data, training: Training) -> None:
     size, count = min(training.batch_size, len(data)), replicas()
     if size % count:
@@ -152,25 +117,6 @@ def _check(data: Data, training: Training) -> None:
             f"expected accumulate=1 with {count} replicas, received accumulate={training.accumulate}; raise the batch "
             "size instead"
         )
-    if training.precision == "fp16":
-        raise UnsupportedError(
-            "expected precision=no or bf16 for a Keras model, received precision=fp16, which needs a scaled loss; "
-            "use bf16"
-        )
-
-
-@contextmanager
-def _criterion(model: keras.Model, teacher: keras.Model | None, training: Training) -> Iterator[Criterion]:
-    """Yield the loss as a function of inputs, labels and scores."""
-    if teacher is None:
-        yield lambda x, labels, output: ops.mean(
-            keras.losses.sparse_categorical_crossentropy(
-                labels, logits(ops.cast(output, "float32"), ops), from_logits=True
-            )
-        )
-    else:
-        with Distillation(model, teacher, training.temperature, training.features) as distillation:
-            yield lambda x, labels, output: distillation(x, output)
 
 
 class _Trainer(keras.Model):  # type: ignore[misc]
@@ -195,25 +141,6 @@ class _Trainer(keras.Model):  # type: ignore[misc]
         return self._criterion(x, y, y_pred) / replicas()  # whose gradients are summed
 
 
-class _Batches(keras.utils.PyDataset):  # type: ignore[misc]
-    """The batches of all steps, one after the other, read ahead by threads if there are ``workers``."""
-
-    def __init__(self, batches: StepBatches, workers: int) -> None:
-        super().__init__(workers=max(1, workers), max_queue_size=max(2, 2 * workers))
-        self._batches = batches
-        self.error: NormswapError | None = None
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __getitem__(self, index: int) -> tuple[Array, Array]:
-        batch = self._batches[index]
-        if isinstance(batch, NormswapError):
-            self.error = batch
-            raise batch
-        return batch[0], batch[1]
-
-
 class _Watch(keras.callbacks.Callback):  # type: ignore[misc]
     """Sets rate, limits and random numbers before each step, and looks at its loss after it."""
 
@@ -221,6 +148,7 @@ class _Watch(keras.callbacks.Callback):  # type: ignore[misc]
         self,
         model: keras.Model,
         training: Training,
+        precision: Precision,
         hooks: Sequence[Hook],
         average: Average,
         first: int,
@@ -230,7 +158,7 @@ class _Watch(keras.callbacks.Callback):  # type: ignore[misc]
         super().__init__()
         self._training, self._hooks, self._average = training, hooks, average
         self._first, self._step, self._on_step = first, start, on_step
-        self._precision = Precision(model, training.precision)
+        self._precision = precision
         self._generators = [
             (i, each) for i, layer in enumerate(distinct_layers(model)) for each in layer._seed_generators
         ]

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from ....layers.torch import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, SwitchNorm1d, SwitchNorm2d, SwitchNorm3d
-from ..figures import Array, Gates, Statistics
+from ..contract import Gates, RenormStatistics
+from ..training import Array
 
 _RENORMS = (BatchRenorm1d, BatchRenorm2d, BatchRenorm3d)
 _SWITCHES = (SwitchNorm1d, SwitchNorm2d, SwitchNorm3d)
@@ -23,7 +24,7 @@ def gates(model: nn.Module) -> Gates:
     return found
 
 
-def renorm_statistics(model: nn.Module) -> Callable[[], Statistics | None]:
+def renorm_statistics(model: nn.Module) -> Callable[[], RenormStatistics | None]:
     """Return what reads the statistics of all Batch Renormalizations at once, None if there are none."""
     layers = [module for module in model.modules() if isinstance(module, _RENORMS)]
     if not layers:
@@ -31,12 +32,14 @@ def renorm_statistics(model: nn.Module) -> Callable[[], Statistics | None]:
     number = np.repeat(np.arange(len(layers)), [m.num_features for m in layers])
     eps = np.array([m.eps for m in layers])[number]
 
-    def read() -> Statistics:
+    def read() -> RenormStatistics:
         mean, var = (_numpy(torch.cat(parts)) for parts in _each(layers, "running_mean", "running_var"))
         limits = _each(layers, "r_max", "d_max", "num_batches_tracked")
         r_max, d_max, batches = (_numpy(torch.stack(parts)) for parts in limits)
         weight = [1 / max(n, 1) if m.momentum is None else m.momentum for m, n in zip(layers, batches, strict=True)]
-        return Statistics(mean, np.sqrt(var + eps), r_max[number], d_max[number], np.array(weight)[number], number)
+        return RenormStatistics(
+            mean, np.sqrt(var + eps), r_max[number], d_max[number], np.array(weight)[number], number
+        )
 
     return read
 

@@ -1,0 +1,7 @@
+"""All that a run asks of Keras, in one place; see `normswap.finetune.run.contract.Trainer`."""
+
+from .processes import gathered, place, processes
+from .state import shapes
+from .train import predict, train
+
+__all__ = ["gathered", "place", "predict", "processes", "shapes", "train"]

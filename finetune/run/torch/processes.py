@@ -1,0 +1,50 @@
+"""The processes that train a PyTorch model together."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import accelerate
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+
+from ....layers.torch.norm import RunningNorm
+from ...hooks.torch.sync import convert_sync
+
+CPU = not torch.accelerator.is_available()
+"""Whether processes are to meet on CPUs, which Accelerate does not see for itself."""
+
+
+def place(model: nn.Module) -> None:
+    """Put ``model`` on the device where it will be trained."""
+    model.to(_state().device)
+
+
+def processes() -> tuple[int, int]:
+    """Return this process's rank and how many train together."""
+    state = _state()
+    return state.process_index, state.num_processes
+
+
+def gathered(value: Any) -> list[Any]:
+    """Return the value of every process, in the order of their ranks."""
+    return gather_object([value]) if processes()[1] > 1 else [value]
+
+
+@contextmanager
+def synchronized(model: nn.Module) -> Iterator[None]:
+    """Take the batch statistics of SN and BRN over all processes for a while."""
+    found = [module for module in model.modules() if isinstance(module, RunningNorm)] if processes()[1] > 1 else []
+    kept = [(module, module.sync, module.process_group) for module in found]
+    if found:
+        convert_sync(model)
+    try:
+        yield
+    finally:
+        for module, sync, group in kept:
+            module.sync, module.process_group = sync, group
+
+
+def _state() -> accelerate.PartialState:
+    return accelerate.PartialState(cpu=CPU)
