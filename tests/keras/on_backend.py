@@ -30,8 +30,8 @@ def sequential():
 
 def network():
     """Return an EfficientNet of the first three kinds of blocks."""
-    model = EfficientNet(1.0, 1.0, 32, blocks_args=DEFAULT_BLOCKS_ARGS[:3], weights=None, input_shape=(32, 32, 3))
-    return settled(model)
+    photo = keras.Input((32, 32, 3), name="photo")
+    return settled(EfficientNet(1.0, 1.0, 32, blocks_args=DEFAULT_BLOCKS_ARGS[:3], weights=None, input_tensor=photo))
 
 
 MODELS = {
