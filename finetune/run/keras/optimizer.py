@@ -43,6 +43,7 @@ def sgd(model: keras.Model, training: Training) -> _SGD:
     spared = [v for v in model.trainable_variables if id(v) in norms or len(v.shape) <= 1]
     optimizer = _SGD(
         training.lr,
+        name="sgd",
         momentum=MOMENTUM,
         global_clipnorm=MAX_GRADIENT_NORM,
         weight_decay=training.weight_decay / (1 - MOMENTUM) or None,

@@ -1,11 +1,9 @@
 """What a Keras model and its training hold, to be kept and given back."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
-from keras import ops
 
 from ..training import Array, State
 from .variables import assign, copied

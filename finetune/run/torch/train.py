@@ -21,11 +21,11 @@ from ...hooks.scores import scores
 from ...hooks.torch.learning import Learning
 from ..loading import StepBatches
 from ..training import DECIDING, MAX_GRADIENT_NORM, SEEDS, Array, OnStep, State, Taken, Training, not_finite
+from .accelerator import accelerator_in
 from .average import Average
 from .loading import reader, ready
 from .loss import Criterion, criterion
 from .optimizer import sgd
-from .accelerator import accelerator_in
 from .processes import synchronized
 from .state import load_state, save_state
 
