@@ -8,8 +8,9 @@ from keras import layers
 import normswap
 from normswap.errors import InputError, UnsupportedError
 from normswap.finetune import update_statistics
-from normswap.finetune.hooks.keras.distillation import record
+from normswap.finetune.hooks.keras.distillation import learns
 from normswap.finetune.run.keras.train import predict
+from normswap.frameworks.keras import watching
 
 from .fitting import changed, fitted, losses, small_net, stripes, values
 
@@ -179,12 +180,11 @@ class TestOutputs:
     def test_features_of_an_evaluation_are_not_held(self):
         """A distillation of features takes note of what is learned from, not of predictions and new statistics."""
         model, image, noted = small_net("sn"), stripes().batch(range(8))[0], []
-        undo = record(model, ["norm"], lambda name, output, learned_from: noted.append((name, learned_from)))
-        predict(model, image)
-        update_statistics(model, [image])
-        model(image)
-        for each in undo:
-            each()
+        norm = {"norm": model.get_layer("norm")}
+        with watching(norm, lambda name, x, output: noted.append((name, learns()))):
+            predict(model, image)
+            update_statistics(model, [image])
+            model(image)
 
         assert noted == [("norm", False), ("norm", False), ("norm", True)]
 

@@ -157,7 +157,7 @@ def test_copies_and_weight_files_compute_the_same(build, target, train, images, 
     twin, expected = copy.deepcopy(model), output(model, images)
     np.testing.assert_array_equal(output(twin, images), expected)
     assert {site.kind for site in find_sites(twin)[1]} == {target}
-    assert str(patch(twin, as_target(target))) == f"0 replaced, {len(report.replaced)} already patched, 0 skipped"
+    assert patch(twin, as_target(target)).summary == f"0 replaced, {len(report.replaced)} already patched, 0 skipped"
     model.save_weights(tmp_path / "m.weights.h5")
     for variable in model.weights:
         variable.assign(variable + 1.0)

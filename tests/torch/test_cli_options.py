@@ -14,7 +14,7 @@ from normswap.bundles.opening import ModelOptions, Opened, require_read
 from normswap.cli import main
 from normswap.errors import UnsupportedError, UsageError, command_line
 
-from .conftest import exactly
+from ..helpers import exactly
 
 CODE = """
 from torch import nn

@@ -183,7 +183,7 @@ class TestFiles:
         monkeypatch.setattr(exporter, "ONE_FILE", 100)
         normswap.to_onnx(model, tmp_path / "m.onnx", example=images)
         old = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-        monkeypatch.setattr(exporter, "verify", lambda *_: exporter.Verdict((), ("wrong",)))
+        monkeypatch.setattr(exporter, "verify", lambda *_, **__: exporter.Verdict((), ("wrong",)))
         with pytest.raises(normswap.errors.VerificationError):
             normswap.to_onnx(model, tmp_path / "m.onnx", example=images, overwrite=True)
 
