@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, spoken
 from ..frameworks.keras import distinct_layers
 from ..layers.keras import BatchRenormalization, SwitchNormalization
 from ..sources.misfit import misfit
@@ -184,5 +184,6 @@ def _require_groups(norms: Mapping[str, keras.Layer], configs: Mapping[str, Mapp
             for name, (n, told) in groups.items()
             if told not in (None, n)
         ],
-        "expected the file's number of groups, received another; patch with --groups or GroupNorm(groups=...)",
+        "expected the file's number of groups, received another; patch with "
+        + spoken("--groups", "GroupNorm(groups=...)"),
     )

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import spoken
 from ..layers import torch as layers
 from ..patchers.torch.sites import MARK
 from ..sources.torch.state_dict import load_state_dict
@@ -95,5 +96,5 @@ def _require_same_gates(norms: Mapping[str, Any], own: Mapping[str, Array]) -> N
             for name, count in wrong.items()
         ],
         "expected layers with the file's gates, received others; patch to "
-        f"SwitchNorm(batch_statistics='{statistics}') or --batch-statistics {statistics}",
+        + spoken(f"--batch-statistics {statistics}", f"SwitchNorm(batch_statistics='{statistics}')"),
     )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, spoken
 from ..frameworks.detect import framework_of
 from .checkpoint import Checkpoint, read_checkpoint
 
@@ -95,7 +95,7 @@ def _require_patched(norms: Mapping[str, str], checkpoint: Checkpoint) -> None:
     """Raise `InputError` unless the model has norms of the kind that the weights are of."""
     path, kinds = checkpoint.path, sorted(set(norms.values()))
     wanted = checkpoint.kind or "gn"
-    way_out = f'normswap.patch(model, "{wanted}") or --to {wanted}'
+    way_out = spoken(f"--to {wanted}", f'normswap.patch(model, "{wanted}")')
     if not kinds:
         raise InputError(
             f"expected a patched model for the weights in {path}, received one without replaced layers; patch the "

@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 
-from ..errors import InputError
+from ..errors import InputError, spoken
 
 SHOWN = 10
 """How many names a message lists."""
 
-PATCHED = (
-    "they look like a patched network's: load them into the patched model (patch MODEL --to KIND --weights FILE, "
-    "normswap.load_weights), or give the bundle"
-)
-"""The way out for weights that a plain model does not take since another network's norms are in them."""
+
+def patched_way_out() -> str:
+    """Return what to do with weights that a plain model does not take since another network's norms are in them."""
+    way = spoken("normswap patch MODEL --to KIND --weights FILE", "normswap.load_weights")
+    return f"they look like a patched network's: load them into the patched model ({way}), or give the bundle"
 
 
 class PatchedWeightsError(InputError):
@@ -29,7 +29,7 @@ def misfit(
         _listing("missing", missing),
         _listing("unexpected", unexpected),
         _listing("other shape", shapes),
-        f"  {PATCHED}" if patched else "",
+        f"  {patched_way_out()}" if patched else "",
     ]
     error = PatchedWeightsError if patched else InputError
     return error(f"expected weights that fit the model, received {origin}:\n" + "\n".join(filter(None, parts)))

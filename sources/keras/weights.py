@@ -5,7 +5,7 @@ from typing import Any
 
 from ...errors import InputError
 from ..files import require_file
-from ..misfit import PATCHED, PatchedWeightsError
+from ..misfit import PatchedWeightsError, patched_way_out
 from .model_file import reason
 from .other_norms import has_other_norms, holds_other_norms
 
@@ -18,7 +18,7 @@ def load_weights(model: Any, path: Path) -> None:
     if path.suffix in HDF5_SUFFIXES and holds_other_norms(path) and not has_other_norms(model):
         # Keras would take those of Batch Renormalization for a BatchNorm's, whatever their epsilon and order.
         raise PatchedWeightsError(
-            f"expected weights for this model in {path}, received another network's:\n  {PATCHED}"
+            f"expected weights for this model in {path}, received another network's:\n  {patched_way_out()}"
         )
     try:
         model.load_weights(path)

@@ -242,7 +242,7 @@ class TestLoading:
         assert np.array_equal(output(other, images), output(model, images))
 
 
-FIRST = 'normswap.patch(model, "sn") or --to sn'
+FIRST = 'normswap.patch(model, "sn")'
 
 
 def without(weights, *layers):
@@ -291,7 +291,7 @@ class TestRefusals:
                 {"config": file_of_groups(4), "group": "model_weights"},
                 lambda weights: weights,
                 lambda: patched("gn"),
-                "expected the file's number of groups, received another; patch with --groups or GroupNorm(groups=...):"
+                "expected the file's number of groups, received another; patch with GroupNorm(groups=...):"
                 "\n  batch_normalization: 2 in the model, 4 in the file\n"
                 "  batch_normalization_1: 2 in the model, 4 in the file",
             ),
@@ -461,6 +461,6 @@ class TestCommandLine:
         assert code == 3
         assert err == (
             "error: expected weights for this model in w.h5, received another network's:\n"
-            "  they look like a patched network's: load them into the patched model (patch MODEL --to KIND --weights "
-            "FILE, normswap.load_weights), or give the bundle\n"
+            "  they look like a patched network's: load them into the patched model (normswap patch MODEL --to KIND "
+            "--weights FILE), or give the bundle\n"
         )

@@ -234,7 +234,7 @@ class TestLoading:
             close(model, state)
 
 
-FIRST = 'normswap.patch(model, "sn") or --to sn'
+FIRST = 'normswap.patch(model, "sn")'
 
 
 class TestRefusals:
@@ -266,7 +266,7 @@ class TestRefusals:
                 {},
                 lambda: normswap.patch(network(), normswap.SwitchNorm(batch_statistics="none")).model,
                 "expected layers with the file's gates, received others; patch to "
-                "SwitchNorm(batch_statistics='moving') or --batch-statistics moving:\n"
+                "SwitchNorm(batch_statistics='moving'):\n"
                 "  sn1: using_bn=True in the file, batch_statistics='none' in the model\n"
                 "  sn2: using_bn=True in the file, batch_statistics='none' in the model\n"
                 "  sn3: using_bn=True in the file, batch_statistics='none' in the model",
@@ -311,8 +311,8 @@ class TestRefusals:
         """A checkpoint of using_bn=False for layers that have them says how to patch."""
         torch.save(published(moving=False), tmp_path / "sn.pth")
         message = (
-            "expected layers with the file's gates, received others; patch to SwitchNorm(batch_statistics='none') or "
-            "--batch-statistics none:\n  sn1: using_bn=False in the file, batch_statistics='moving' in the model\n"
+            "expected layers with the file's gates, received others; patch to SwitchNorm(batch_statistics='none'):"
+            "\n  sn1: using_bn=False in the file, batch_statistics='moving' in the model\n"
             "  sn2: using_bn=False in the file, batch_statistics='moving' in the model"
         )
         with pytest.raises(InputError, match=exactly(message)):
@@ -435,8 +435,8 @@ class TestCommandLine:
         assert code == 3
         assert err.startswith("error: expected weights that fit the model, received sn.pth:\n")
         assert err.splitlines()[-1] == (
-            "  they look like a patched network's: load them into the patched model (patch MODEL --to KIND --weights "
-            "FILE, normswap.load_weights), or give the bundle"
+            "  they look like a patched network's: load them into the patched model (normswap patch MODEL --to KIND "
+            "--weights FILE), or give the bundle"
         )
 
     @pytest.mark.parametrize(
@@ -446,7 +446,7 @@ class TestCommandLine:
                 ("--to", "gn"),
                 3,
                 "error: expected a model patched to sn for the weights in sn.pth of switchablenorms, received one "
-                f"patched to gn; patch to sn first: {FIRST}",
+                "patched to gn; patch to sn first: --to sn",
             ),
             (
                 ("--to", "sn", "--data", "d.npz"),

@@ -187,8 +187,8 @@ def test_the_loader_says_what_such_a_checkpoint_is(model, target):
         load_state_dict(fresh, patched, "weights.pt")
 
     last = (
-        "  they look like a patched network's: load them into the patched model (patch MODEL --to KIND --weights FILE, "
-        "normswap.load_weights), or give the bundle"
+        "  they look like a patched network's: load them into the patched model (normswap.load_weights), "
+        "or give the bundle"
     )
     assert str(caught.value).splitlines()[-1] == last
     assert str(caught.value).startswith("expected weights that fit the model, received weights.pt:\n  ")
