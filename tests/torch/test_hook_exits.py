@@ -24,6 +24,7 @@ from normswap.finetune import (
 from normswap.finetune.run.interruption import StoppedError
 
 from ..helpers import exactly
+from ..ways_out import WAYS_OUT, an_exception, by_hand, the_end, the_end_of_with
 from .loops import batches, network
 from .runs import HaltError, coloured
 from .runs import quick as finetune
@@ -59,34 +60,7 @@ def anatomy(model):
     return found
 
 
-def an_exception(hook, use):
-    with pytest.raises(ZeroDivisionError), hook:
-        use()
-        _ = 1 / 0
-
-
-def ctrl_c(hook, use):
-    with pytest.raises(KeyboardInterrupt), hook:
-        use()
-        raise KeyboardInterrupt
-
-
-def by_hand(hook, use):
-    use()
-    hook.close()
-
-
-def the_end(hook, use):
-    use()
-    hook.on_end()
-
-
-def the_end_of_with(hook, use):
-    with hook:
-        use()
-
-
-@pytest.mark.parametrize("leave", [an_exception, ctrl_c, by_hand, the_end, the_end_of_with])
+@pytest.mark.parametrize("leave", WAYS_OUT)
 @pytest.mark.parametrize("name", HOOKS)
 def test_every_way_out_leaves_a_plain_model(name, leave, images):
     """Making a hook changes nothing; whichever way it is left, the models are made of what they were made of.

@@ -1,6 +1,5 @@
 """What calibration needs of a Keras model: its layers, what goes through them, and their parameters."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 
 from ....convert.targets import BatchRenorm
 from ....frameworks.keras import named_layers, to_numpy
+from ....frameworks.names import first_names
 from ....layers.keras import SwitchNormalization
 from ....patchers.keras.swap import MARK
 from ..least_squares import WIDEST, Array
@@ -22,7 +22,7 @@ def site_layers(model: keras.Layer) -> dict[str, keras.Layer]:
 
     BatchRenormalization computes the original already and is left out.
     """
-    return {name: layer for name, layer in _once_each(model) if _is_site(layer)}
+    return {name: layer for name, layer in first_names(named_layers(model)).items() if _is_site(layer)}
 
 
 def linear_layers(model: keras.Layer) -> dict[str, keras.Layer]:
@@ -32,7 +32,7 @@ def linear_layers(model: keras.Layer) -> dict[str, keras.Layer]:
     `WIDEST` are left out.
     """
     found = {}
-    for name, layer in _once_each(model):
+    for name, layer in first_names(named_layers(model)).items():
         if type(layer) not in (keras.layers.Conv2D, keras.layers.Dense) or not layer.trainable or not layer.built:
             continue
         plain = layer.activation is keras.activations.linear and layer.kernel is layer._kernel
@@ -88,14 +88,6 @@ def patches(layer: keras.Layer, sample: NDArray[Any]) -> NDArray[Any]:
         sample = np.asarray(ops.convert_to_numpy(windows))
     rows = sample.reshape(-1, sample.shape[-1])
     return np.hstack([rows, np.ones((len(rows), 1), rows.dtype)])
-
-
-def _once_each(model: keras.Layer) -> Iterable[tuple[str, keras.Layer]]:
-    """Return every layer with the first of its names."""
-    found: dict[int, tuple[str, keras.Layer]] = {}
-    for name, layer in named_layers(model):
-        found.setdefault(id(layer), (name, layer))
-    return found.values()
 
 
 def _channel_axis(layer: keras.Layer) -> int:

@@ -1,7 +1,6 @@
 """What calibration needs of a PyTorch model: its layers, what goes through them, and their parameters."""
 
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ....convert.targets import BatchRenorm
+from ....frameworks.names import first_names
 from ....frameworks.torch import named_layers, to_numpy
 from ....patchers.torch.batch_norm import normalized
 from ....patchers.torch.sites import MARK
@@ -19,7 +19,11 @@ from ..least_squares import WIDEST, Array
 
 def site_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the replaced layers by name; BatchRenorm computes the original already and is left out."""
-    return {n: m for n, m in _once_each(model) if getattr(m, MARK, BatchRenorm.kind) != BatchRenorm.kind}
+    return {
+        n: m
+        for n, m in first_names(named_layers(model)).items()
+        if getattr(m, MARK, BatchRenorm.kind) != BatchRenorm.kind
+    }
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -30,7 +34,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     found = {}
-    for name, module in _once_each(model):
+    for name, module in first_names(named_layers(model)).items():
         if type(module) is nn.Linear or (type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and module.groups == 1):
             weight = module._parameters.get("weight")
             free = all(p.requires_grad and owners[id(p)] == 1 for p in module.parameters(recurse=False))
@@ -93,11 +97,3 @@ def patches(layer: nn.Module, sample: NDArray[Any]) -> NDArray[Any]:
         x = x.flatten(len(layer.kernel_size))  # type: ignore[arg-type]
     rows = x.reshape(-1, x.shape[-1]).numpy()
     return np.hstack([rows, np.ones((len(rows), 1), rows.dtype)])
-
-
-def _once_each(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    """Return every module with the first of its names."""
-    found: dict[int, tuple[str, nn.Module]] = {}
-    for name, module in named_layers(model):
-        found.setdefault(id(module), (name, module))
-    return found.values()
