@@ -10,9 +10,8 @@ PEERS := build/peers
 demo: $(FILES)
 	$(BIN)/normswap demo
 
-# One worker more than cores: some tests wait for processes they start.
 test: $(FILES)
-	$(BIN)/python -m pytest --numprocesses $$($(BIN)/python -c "import os; print(1 + (os.cpu_count() or 1))") --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 lint: $(FILES)
 	$(BIN)/ruff check .
