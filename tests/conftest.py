@@ -7,7 +7,6 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores are enough
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 
 
 @pytest.fixture
