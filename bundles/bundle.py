@@ -135,7 +135,7 @@ def _as_it_is(recipe: Recipe, model: Any) -> Recipe:
     """Return the recipe with the formulas that the layers have taken over with weights loaded since."""
     if recipe.framework != "torch":  # a Keras file tells its layers' settings itself
         return recipe
-    layers = dict(model.named_modules(remove_duplicate=False))
+    layers = dict(get_framework(model).named_layers(model))
     choices = [
         replace(choice, target=replace(choice.target, compat=layers[choice.name].compat))
         if isinstance(choice.target, SwitchNorm) and choice.name in layers
