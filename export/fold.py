@@ -32,6 +32,7 @@ def fold_batch_norms(model: ir.Model) -> list[Fold]:
 
     A folded node's output value lives on as what the linear node computes, under the same name.
     """
+    _cancel_transposes(model.graph)
     folds = []
     for node in list(model.graph):
         if node.op_type == "BatchNormalization" and node.domain == "":
@@ -157,9 +158,28 @@ def _fold(graph: ir.Graph, way: list[ir.Node], norm: ir.Node) -> None:
         graph.remove(node, safe=True)
 
 
-def _brings_last_to_second(transpose: ir.Node) -> bool:
+def _cancel_transposes(graph: ir.Graph) -> None:
+    """Let what reads a Transpose that undoes the one before it read what that was given."""
+    for node in list(graph):
+        before = node.inputs[0].producer() if node.op_type == "Transpose" and node.inputs[0] is not None else None
+        if before is None or before.op_type != "Transpose" or node.outputs[0].is_graph_output():
+            continue
+        first, second, given = *map(_permutation, (before, node)), before.inputs[0]
+        if given is None or not first or [first[axis] for axis in second] != sorted(first):
+            continue
+        ir.convenience.replace_all_uses_with(node.outputs[0], given)
+        graph.remove(node, safe=True)
+        if not before.outputs[0].uses() and not before.outputs[0].is_graph_output():
+            graph.remove(before, safe=True)
+
+
+def _permutation(transpose: ir.Node) -> list[int]:
     perm = transpose.attributes.get("perm")
-    axes = [] if perm is None else list(perm.as_ints())
+    return [] if perm is None else list(perm.as_ints())
+
+
+def _brings_last_to_second(transpose: ir.Node) -> bool:
+    axes = _permutation(transpose)
     return len(axes) > 2 and axes[1] == len(axes) - 1 and axes[0] == 0
 
 

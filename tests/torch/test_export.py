@@ -319,6 +319,27 @@ class TestFold:
         assert report.verdict
         assert list(report.kept.values()) == [reason]
 
+    def test_through_a_permutation_and_its_inverse(self, tmp_path, images):
+        """What moves the channels to the end and back is nothing, where nothing between reads them there."""
+
+        class There(nn.Module):
+            def __init__(self, read):
+                super().__init__()
+                self.conv, self.bn, self.read = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), read
+
+            def forward(self, x):
+                moved = self.conv(x).permute(0, 2, 3, 1)
+                y = self.bn(moved.permute(0, 3, 1, 2))
+                return (y, moved) if self.read else y
+
+        free = export(trained_(There(False)), tmp_path / "free.onnx", images)
+        read = export(trained_(There(True)), tmp_path / "read.onnx", images)
+
+        assert free.folded == {"bn": "Conv"}
+        assert [node.op_type for node in onnx.load(tmp_path / "free.onnx").graph.node] == ["Conv"]
+        assert read.verdict
+        assert read.kept == {"bn": "the output of the Conv before it is used elsewhere too"}
+
     @pytest.mark.parametrize("groups", [1, 2])
     def test_the_arithmetic(self, groups):
         """The scaled weight of a transposed convolution is that of its output channels, group by group."""
