@@ -112,6 +112,10 @@ def save(
     require_replaceable(directory, overwrite=overwrite)
     known = _patched(patched)
     before = known if isinstance(known, Bundle) else None
+    loaded = getattr(known.model, "__dict__", {}).get(MEMORY)
+    if before is None and isinstance(loaded, Bundle):  # patched once more since it was loaded
+        before = replace(loaded, model=known.model, recipe=known.recipe.after(loaded.recipe))
+        known = before
     if before is not None:
         source, preprocessing = source or before.source, preprocessing or before.preprocessing
     suffix = SUFFIX[known.recipe.framework]

@@ -109,6 +109,7 @@ def patch(
     if opened.bundle is not None:
         if not report.replaced:
             raise UnsupportedError(f"expected a model to patch, received a bundle patched already: {model}")
+        report.recipe = report.recipe.after(opened.bundle.recipe)
         if opened.bundle.has_original or calibrate is not None or data is not None:
             original = opened.bundle.original()
     result = _told(report.plan, output)

@@ -6,7 +6,7 @@ write by hand: targets by name, depth or stage, which a plan resolves to a recip
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..errors import InputError
@@ -55,6 +55,16 @@ class Recipe:
 
     framework: str
     choices: tuple[Choice, ...]
+
+    def after(self, earlier: "Recipe") -> "Recipe":
+        """Return the recipe that makes of the model before ``earlier`` what this one made of the model after it.
+
+        A site of both was before what ``earlier`` says.
+        """
+        sources = {choice.name: choice.source for choice in earlier.choices}
+        new = {c.name: replace(c, source=sources.get(c.name, c.source)) for c in self.choices}
+        kept = tuple(choice for choice in earlier.choices if choice.name not in new)
+        return Recipe(self.framework, (*kept, *new.values()))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as plain data."""

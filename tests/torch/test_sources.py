@@ -18,6 +18,7 @@ from normswap.sources.spec import absolute_spec, relative_spec
 from normswap.sources.torch.state_dict import load_state_dict, read_state_dict
 
 from ..helpers import exactly
+from .models import trained_
 
 CODE = """
 from helper import WIDTH
@@ -268,3 +269,15 @@ class TestBundle:
             Path(tmp_path / "normswap.json").write_text(text)
         with pytest.raises(InputError, match=f"^{message}"):
             normswap.load(tmp_path)
+
+
+def test_a_bundle_patched_once_more_loads(tmp_path):
+    """What a bundle's model was patched to before is in the new bundle's recipe beside what it is now."""
+    build = lambda: trained_(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))  # noqa: E731
+    normswap.save(normswap.patch(build(), "gn", include="0"), tmp_path / "first")
+    model = normswap.load(tmp_path / "first", model=build())
+    normswap.save(normswap.patch(model, "sn", include="2"), tmp_path / "both")
+    loaded = normswap.load(tmp_path / "both", model=build())
+
+    assert [type(layer).__name__ for layer in loaded] == ["GroupNorm", "Conv2d", "SwitchNorm2d"]
+    assert loaded.state_dict().keys() == model.state_dict().keys()
