@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from normswap.bundles.bundle import load, save
     from normswap.bundles.source import load_model
     from normswap.convert.recipe import Recipe, Rule, Rules
-    from normswap.convert.targets import BatchRenorm, GroupNorm, SwitchNorm
+    from normswap.convert.targets import BatchNorm, BatchRenorm, GroupNorm, SwitchNorm
     from normswap.data.dataset import open_data
     from normswap.export.onnx import to_onnx
     from normswap.finetune.calibration.calibrate import calibrate
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "BatchNorm": "normswap.convert.targets",
     "BatchRenorm": "normswap.convert.targets",
     "GroupNorm": "normswap.convert.targets",
     "Inputs": "normswap.frameworks.example",
@@ -49,6 +50,7 @@ _HOME = {
 }
 
 __all__ = [
+    "BatchNorm",
     "BatchRenorm",
     "GroupNorm",
     "Inputs",

@@ -12,7 +12,8 @@ from ..convert.targets import SwitchNorm
 from ..data.preprocessing import Preprocessing
 from ..errors import InputError, spoken
 from ..frameworks.detect import get_framework
-from ..patchers.patch import as_module, patch
+from ..patchers.patch import as_module
+from ..patchers.way_back import replay
 from ..sources.files import sha256, staged
 from ..sources.spec import absolute_spec
 from ..sources.weights import SUFFIX, load_weights, write_weights
@@ -221,7 +222,7 @@ def read(directory: str | Path, *, model: Any = None, trust: bool = False) -> Bu
         model, recipe = _load_keras(weights, source, preprocessing, model, recipe)
     else:
         model = _build(directory, source, trust=trust) if model is None else as_module(model)
-        patch(model, recipe)
+        replay(model, recipe)
         model = _filled(model, weights)
     return Bundle(
         directory=directory,
@@ -269,7 +270,7 @@ def _load_keras(
     if preprocessing is not None and not model.built:
         model(get_framework(model).zeros(model, preprocessing.shape), training=False)
     if recipe is not None:
-        recipe = patch(model, recipe).recipe
+        recipe = replay(model, recipe)
     load_weights(model, path)
     return model, recipe
 

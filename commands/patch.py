@@ -19,6 +19,7 @@ from .options import (
     short_name,
     typed,
 )
+from .way_back import next_of_bundle, patch_back
 
 if TYPE_CHECKING:
     from ..bundles.opening import ModelOptions, Opened
@@ -26,9 +27,12 @@ if TYPE_CHECKING:
     from ..convert.targets import Target
 
 
+_TO = "What BatchNorms become; bn: other norms become BatchNorms, with --calibrate."
+
+
 @click.command()
 @click.argument("model")
-@click.option("--to", "target", type=click.Choice(["sn", "brn", "gn", "ln", "in"]), help="What BatchNorms become.")
+@click.option("--to", "target", type=click.Choice(["sn", "brn", "gn", "ln", "in", "bn"]), help=_TO)
 @click.option("-o", "--output", type=Path, help="Folder of the bundle to write.")
 @click.option("--groups", callback=groups, help="Groups of --to gn: auto (default) or a number.")
 @click.option("--start", type=click.Choice(["warm", "exact", "even"]), help="Gates of --to sn; default warm.")
@@ -41,7 +45,7 @@ if TYPE_CHECKING:
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave these alone: a glob, or re:REGEX.")
 @click.option("--recipe", type=Path, help="Rules by name, depth or stage, or the output of --dry-run --json.")
 @click.option("--data", metavar="DATA", help="Measure the drift on 16 images; labels are not used.")
-@click.option("--calibrate", metavar="DATA", help="Re-solve layers on images; labels are not used.")
+@click.option("--calibrate", metavar="DATA", help="Re-solve layers, or fit --to bn, on images; labels are not used.")
 @click.option("--calibration-size", default=256, show_default=True, help="Number of images --calibrate uses.")
 @click.option("--refit/--no-refit", default=True, help="Let --calibrate change convolutions too; default yes.")
 @click.option("--dry-run", is_flag=True, help="Show the plan; write nothing.")
@@ -69,18 +73,20 @@ def patch(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Replace the BatchNorms of MODEL, weights carried over, and write a bundle.
+    """Replace the BatchNorms of MODEL, weights carried over, and write a bundle; with --to bn go the way back.
 
     \b
     Examples:
       normswap patch timm:resnet50 --to gn -o resnet50-gn
       normswap patch net.py:build --weights net.pth --to sn --input-shape 3,32,32 -o net-sn
       normswap patch face.hdf5 --to brn -o face-brn --dry-run
+      normswap patch net-gn-tuned --to bn --calibrate images -o net-bn
     """
     from ..bundles import bundle
     from ..bundles.manifest import require_replaceable
     from ..patchers import patch as patchers
     from ..patchers.table import plan_table
+    from ..patchers.way_back import is_way_back
 
     if (target is None) == (recipe is None):
         raise click.UsageError("expected one of --to and --recipe")
@@ -104,6 +110,23 @@ def patch(
             raise click.exceptions.Exit(UnsupportedError.exit_code)
         return
     assert output is not None
+    if is_way_back(wanted):
+        require_none(["refit"], "no word on convolutions, which --to bn leaves as they are")
+        report, figures, text = patch_back(
+            model,
+            opened,
+            wanted,
+            output,
+            selection=selection,
+            calibrate=calibrate,
+            count=calibration_size,
+            data=data,
+            overwrite=overwrite,
+            every=every,
+            weights=patched_weights,
+        )
+        show(as_json, _told(report.plan, output, report.recipe) | figures, text, next_of_bundle(output, known.trust))
+        return
     original = None if opened.bundle or patched_weights else opened.copy()
     report = patchers.patch(opened.model, wanted, **selection)
     if opened.bundle is not None:
@@ -192,21 +215,22 @@ def _recipe(path: Path | None) -> "Recipe | Rules":
     return recipe_from_json(path.read_bytes())
 
 
-def _told(plan: Any, output: Path | None) -> dict[str, Any]:
-    """Return what --json tells of a plan, and of the bundle if it was carried out."""
+def _told(plan: Any, output: Path | None, recipe: Any = None) -> dict[str, Any]:
+    """Return what --json tells of a plan, and of the bundle and its recipe if it was carried out."""
     return {
         "replaced": [decision.site.name for decision in plan.having("replace")],
         "skipped": [decision.site.name for decision in plan.having("skip")],
         "output": None if output is None else str(output),
         "plan": [decision.to_dict() for decision in plan.decisions],
-        "recipe": plan.recipe().to_dict(),
+        "recipe": (recipe or plan.recipe()).to_dict(),
     }
 
 
 def _again(model: str, target: str | None) -> str:
     """Return the command that carries out what a dry run showed."""
     output = [] if given("output") else ["-o", f"{short_name(model)}-{target or 'patched'}"]
-    return command("patch", *typed("dry_run", "every"), *output)
+    images = ["--calibrate", "DATA"] if target == "bn" and not given("calibrate") else []
+    return command("patch", *typed("dry_run", "every"), *images, *output)
 
 
 def _next(output: Path, known: "ModelOptions") -> list[str]:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
-from .targets import BatchRenorm, GroupNorm, SwitchNorm, Target
+from .targets import BatchNorm, BatchRenorm, GroupNorm, SwitchNorm, Target
 
 Array = NDArray[np.float64]
 
@@ -134,7 +134,7 @@ def carry_over(
     if problems := state.problems():
         raise InputError(f"expected finite parameters and variances >= 0, received {'; '.join(problems)}")
     logits = gate_logits(start_gates(target)) if isinstance(target, SwitchNorm) else None
-    if state.mean is None or state.var is None or isinstance(target, BatchRenorm):
+    if state.mean is None or state.var is None or isinstance(target, BatchRenorm | BatchNorm):
         return Carried(state.gamma, state.beta, logits)
 
     keep = 1.0

@@ -15,7 +15,7 @@ from math import isfinite, prod, sqrt
 import numpy as np
 
 from .carry_over import Array, BatchNormState, start_gates
-from .targets import BatchRenorm, SwitchNorm, Target
+from .targets import BatchNorm, BatchRenorm, SwitchNorm, Target
 
 SPREAD_OF_SAMPLES = 0.42
 """τ: how far a channel's mean in one sample is from its running mean, in running deviations."""
@@ -32,7 +32,7 @@ def expected_drift(
     The arguments are those of `carry_over`. BatchRenorm changes nothing at inference. SwitchNorm changes as much as
     its gates take of a sample's statistics. None where there are no running statistics, or none that a variance can be.
     """
-    if isinstance(target, BatchRenorm):
+    if isinstance(target, BatchRenorm | BatchNorm):
         return 0.0
     if state.mean is None or state.var is None:
         return None
@@ -61,7 +61,7 @@ def folds(target: Target) -> bool:
     """Return whether ``target`` becomes a BatchNorm in an exported file, to be folded into a linear layer before it."""
     if isinstance(target, SwitchNorm):
         return target.start == "exact" and target.batch_statistics != "none"
-    return isinstance(target, BatchRenorm)
+    return isinstance(target, BatchRenorm | BatchNorm)
 
 
 def _of_gates(target: SwitchNorm, spatial: tuple[int, ...] | None, *, instance: float, layer: float) -> float:

@@ -127,7 +127,7 @@ class Rule:
     """What the sites become that fit all of what it says.
 
     Args:
-        target: A `SwitchNorm`, `BatchRenorm` or `GroupNorm`; None leaves the sites as they are.
+        target: A `SwitchNorm`, `BatchRenorm`, `GroupNorm` or `BatchNorm`; None leaves the sites as they are.
         match: A glob on a site's name, or a regular expression after ``re:``.
         depth: A share of the model's sites in order, from 0 (the first) to 1 (the last): ``(0, 1/3)`` is the first
             third.

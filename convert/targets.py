@@ -1,4 +1,4 @@
-"""What a BatchNorm can become: three frozen configurations and their names."""
+"""What a BatchNorm can become, and the way back to one: frozen configurations and their names."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -136,7 +136,37 @@ class GroupNorm:
                 )
 
 
-Target = SwitchNorm | BatchRenorm | GroupNorm
+@dataclass(frozen=True)
+class BatchNorm:
+    """Batch Normalization: the way back, from norms that take statistics of each sample to constants that fold.
+
+    GroupNorms, InstanceNorms, LayerNorms over channels, SwitchNorms and BatchRenorms become BatchNorms that compute,
+    for each channel, the line through the norm's output over its input (see `normswap.patch`).
+
+    Args:
+        reestimate: True also measures the running statistics of BatchNorms anew that the model still has. Their scale
+            and shift stay.
+
+    Raises:
+        InputError: If ``reestimate`` is no truth value.
+
+    Example:
+        >>> import normswap
+        >>> normswap.BatchNorm()
+        BatchNorm(reestimate=False)
+
+    Source: Ioffe and Szegedy, "Batch Normalization", section 3.1.
+    """
+
+    reestimate: bool = False
+    kind: ClassVar[str] = "bn"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.reestimate, bool):
+            raise InputError(f"expected `reestimate` to be True or False, received reestimate={self.reestimate!r}")
+
+
+Target = SwitchNorm | BatchRenorm | GroupNorm | BatchNorm
 
 SHORTHANDS: Mapping[str, Target] = {
     "sn": SwitchNorm(),
@@ -144,22 +174,23 @@ SHORTHANDS: Mapping[str, Target] = {
     "gn": GroupNorm(),
     "ln": GroupNorm(groups=1),
     "in": GroupNorm(channels_per_group=1),
+    "bn": BatchNorm(),
 }
 
-_KINDS: Mapping[str, type[Target]] = {cls.kind: cls for cls in (SwitchNorm, BatchRenorm, GroupNorm)}
+_KINDS: Mapping[str, type[Target]] = {cls.kind: cls for cls in (SwitchNorm, BatchRenorm, GroupNorm, BatchNorm)}
 
 
 def as_target(target: str | Target) -> Target:
-    """Return the configuration for a shorthand (``"sn" | "brn" | "gn" | "ln" | "in"``) or pass one through.
+    """Return the configuration for a shorthand (``"sn" | "brn" | "gn" | "ln" | "in" | "bn"``) or pass one through.
 
     Raises `InputError` for any other string or type.
     """
-    if isinstance(target, SwitchNorm | BatchRenorm | GroupNorm):
+    if isinstance(target, Target):
         return target
     if isinstance(target, str) and target in SHORTHANDS:
         return SHORTHANDS[target]
     raise InputError(
-        f"expected a target out of {', '.join(SHORTHANDS)}, or a SwitchNorm, BatchRenorm or GroupNorm; "
+        f"expected a target out of {', '.join(SHORTHANDS)}, or a SwitchNorm, BatchRenorm, GroupNorm or BatchNorm; "
         f"received target={target!r}"
     )
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from ..convert.recipe import Recipe, Rules
 from ..convert.targets import Target, as_target
-from ..errors import InputError
-from .contract import patcher_of
+from ..errors import InputError, UsageError
+from . import way_back
+from .contract import norm_patcher_of, patcher_of
 from .plan import Plan, Report
 
 Patterns = str | Iterable[str] | None
@@ -32,7 +33,7 @@ def plan(
         model: A `torch.nn.Module`, a `torch.export.ExportedProgram` or a Keras 3 model.
         target: What BatchNorms become: ``"sn"``, ``"brn"``, ``"gn"``, ``"ln"`` (one group) or ``"in"`` (a group for
             each channel), a `SwitchNorm`, `BatchRenorm` or `GroupNorm`, a `Recipe` made from the same model, or
-            `Rules`.
+            `Rules`. ``"bn"`` or a `BatchNorm`: what other norms become.
         example: What the model takes: a tensor or array, such as (N, C, H, W) for PyTorch or (N, H, W, C) for Keras, a
             tuple of arguments, a mapping of keyword arguments, or `normswap.Inputs`. With it the plan knows every
             layer's shape, and can refuse what a shape rules out.
@@ -72,9 +73,15 @@ def plans(
     """Return what `plan` decides for each of ``targets``, on one look at the model."""
     model = as_module(model)
     resolved = [_resolved(target) for target in targets]
-    return patcher_of(model).plans(
-        model, resolved, example=example, include=_several(include), exclude=_several(exclude), where=where
-    )
+    chosen: dict[str, Any] = {"include": _several(include), "exclude": _several(exclude), "where": where}
+    if any(map(way_back.is_way_back, resolved)):
+        return [
+            way_back.plan(model, each, example=example, **chosen)
+            if way_back.is_way_back(each)
+            else patcher_of(model).plans(model, [each], example=example, **chosen)[0]
+            for each in resolved
+        ]
+    return patcher_of(model).plans(model, resolved, example=example, **chosen)
 
 
 def patch(
@@ -85,11 +92,23 @@ def patch(
     include: Patterns = None,
     exclude: Patterns = None,
     where: Callable[[Any, str], bool] | None = None,
+    data: Any = None,
     inplace: bool = True,
 ) -> Report:
-    """Replace the BatchNorms of ``model`` with the weights carried over, and return what was done.
+    r"""Replace the BatchNorms of ``model`` with the weights carried over, and return what was done.
 
     Either every planned layer is replaced or, on any error, none. Patching again with the same target changes nothing.
+
+    With ``"bn"`` it goes the other way: GroupNorms, InstanceNorms, LayerNorms over channels, SwitchNorms and
+    BatchRenorms become BatchNorms, which fold to nothing at export. Over all positions of the inputs in ``data`` each
+    computes, per channel, a line through the norm's output y over its input x that keeps mean and deviation,
+
+    .. math:: s = \mathrm{sign}(\mathrm{cov}(x, y)) \sqrt{\mathrm{var}(y)/\mathrm{var}(x)}, \qquad
+              \gamma = s\sqrt{\mathrm{var}(x)+\epsilon}, \qquad \beta = \mathrm{mean}(y)
+
+    with running statistics mean(x) and var(x); less steep where the two hardly correlate. A BatchRenorm, and a
+    SwitchNorm of the batch statistics alone, need no data: they are BatchNorms at inference. Sums in float64 are all
+    that is kept of the data.
 
     Args:
         model: A `torch.nn.Module`, a `torch.export.ExportedProgram` or a Keras 3 model. A program is not changed:
@@ -97,22 +116,27 @@ def patch(
             ``inplace=False``.
         target: What BatchNorms become: ``"sn"``, ``"brn"``, ``"gn"``, ``"ln"`` (one group) or ``"in"`` (a group for
             each channel), a `SwitchNorm`, `BatchRenorm` or `GroupNorm`, a `Recipe` made from the same model, or
-            `Rules`.
+            `Rules`. ``"bn"`` or a `BatchNorm`: what other norms become.
         example: An input the model accepts, such as an array (N, C, H, W) for PyTorch or (N, H, W, C) for Keras. It
             shows every layer's shape, builds what is lazy, and finds calls of ``batch_norm`` that no layer makes.
         include: Replace only layers whose name fits a pattern: a glob such as ``"layer4.*"``, or a regular expression
             after ``re:``. One pattern or several; None for all.
         exclude: Leave layers alone whose name fits a pattern; as ``include``, None for none.
         where: A function of layer and name, asked last: a layer is left for which it returns False.
+        data: For ``"bn"``: batches of inputs as the model takes them, without labels; 256 images are good. They are
+            iterated over two or three times; an iterator is held in memory.
         inplace: False leaves ``model`` as it is and patches a copy, ``report.model``.
 
     Returns:
         The `Report`: ``model``, ``replaced``, ``skipped``, ``recipe``, ``drift(example)``, ``undo()``.
-        ``print(report)`` is a table of it.
+        ``print(report)`` is a table of it. With ``"bn"`` also ``drops``: for each norm the share of its output's
+        deviation that the line does not explain, ``before`` and ``after`` the others are replaced.
 
     Raises:
         UnsupportedError: If a selected layer cannot be replaced, or there is none; each is named with the reason.
-        InputError: For a target, pattern, recipe or example that does not fit the model.
+        InputError: For a target, pattern, recipe or example that does not fit the model, and data that are too few, not
+            finite or all the same.
+        UsageError: Without ``data`` where they are needed, and with them where they are not read.
 
     Example:
         >>> import normswap, torch
@@ -128,19 +152,27 @@ def patch(
         >>> torch.equal(model(x), before)
         True
 
+        And the way back:
+
+        >>> report = normswap.patch(model, "gn")
+        >>> report = normswap.patch(model, "bn", data=[torch.randn(32, 3, 8, 8)])
+        >>> type(model[1]).__name__, report.drops[0].after < 0.5
+        ('BatchNorm2d', True)
+
     Source: the algebra is in docs/design.md; Luo et al., "Differentiable Learning-to-Normalize via Switchable
     Normalization"; Ioffe, "Batch Renormalization"; Wu and He, "Group Normalization".
     """
-    model = as_module(model)
-    return patcher_of(model).patch(
-        model,
-        _resolved(target),
-        example=example,
-        include=_several(include),
-        exclude=_several(exclude),
-        where=where,
-        inplace=inplace,
-    )
+    model, resolved = as_module(model), _resolved(target)
+    chosen: dict[str, Any] = {"include": _several(include), "exclude": _several(exclude), "where": where}
+    if way_back.is_way_back(resolved):
+        model = model if inplace else norm_patcher_of(model).copied(model)
+        return way_back.patch(model, resolved, data, example=example, **chosen)
+    if data is not None:
+        raise UsageError(
+            "expected data beside the target 'bn', whose BatchNorms are fitted to them, received data beside "
+            f"target={target!r}; leave them out"
+        )
+    return patcher_of(model).patch(model, resolved, example=example, inplace=inplace, **chosen)
 
 
 def as_module(model: Any) -> Any:

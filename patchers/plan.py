@@ -11,7 +11,7 @@ from ..convert.carry_over import BatchNormState
 from ..convert.expected_drift import expected_drift, folds
 from ..convert.groups import resolve_groups
 from ..convert.recipe import Choice, Recipe, Rule, Rules
-from ..convert.targets import BatchRenorm, GroupNorm, SwitchNorm, Target, target_to_dict
+from ..convert.targets import BatchNorm, BatchRenorm, GroupNorm, SwitchNorm, Target, target_to_dict
 from ..errors import InputError, UnsupportedError, option, spoken
 from .table import as_text, plan_table
 
@@ -24,6 +24,8 @@ Action = Literal["replace", "skip", "refuse", "done"]
 @dataclass(frozen=True)
 class Site:
     """One BatchNorm in a model, with every name it is reachable by.
+
+    On the way back a site is any norm, and ``kind`` is "bn" where that is a BatchNorm.
 
     ``spatial`` is the shape behind the channels as a dry run saw it: () for (N, C) input, None without a dry run.
     ``obstacle`` says why this site cannot be replaced, "" where it can; ``left`` why it is left alone unless it is
@@ -193,22 +195,23 @@ def decide(
     exclude: Sequence[str] = (),
     where: Callable[[str], bool] | None = None,
     state_of: Callable[[str], BatchNormState | None] = lambda name: None,
+    what: str = "BatchNorm",
 ) -> Plan:
     """Return the plan that gives every selected site ``target``, or what a recipe or rules say of it.
 
     ``include`` and ``exclude`` are name patterns (see `matches`); ``where`` is asked the site's name last. A site to
     be left alone needs a pattern or a recipe that names it. ``state_of`` tells a site's values, from which the expected
-    drift is computed, or None where it has none.
+    drift is computed, or None where it has none. ``what`` is what messages call a site.
 
     Raises `InputError` if a pattern or rule matches no site or a recipe does not fit the sites.
     """
     for pattern in (*include, *exclude):
         if sites and not any(matches(pattern, name) for site in sites for name in (site.name, *site.aliases)):
             known = ", ".join(site.name for site in sites[:5])
-            raise InputError(f"expected a pattern that matches a BatchNorm, received {pattern!r}; names begin {known}")
+            raise InputError(f"expected a pattern that matches a {what}, received {pattern!r}; names begin {known}")
     unchosen: Mapping[str, str] = {}
     if isinstance(target, Recipe):
-        chosen = _recipe_targets(framework, sites, target)
+        chosen = _recipe_targets(framework, sites, target, what)
         seen = {choice.name: choice.spatial for choice in target.choices}
         sites = [replace(site, spatial=seen.get(site.name, site.spatial)) for site in sites]
     elif isinstance(target, Rules):
@@ -248,6 +251,8 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def _decide_one(site: Site, target: Target, state_of: Callable[[str], BatchNormState | None]) -> Decision:
+    if isinstance(target, BatchNorm):
+        return _decide_back(site, target)
     if site.kind is not None:
         if site.kind == target.kind:
             return Decision(site, "done", target, "patched before")
@@ -281,9 +286,19 @@ def _decide_one(site: Site, target: Target, state_of: Callable[[str], BatchNormS
     return Decision(site, "replace", target, "; ".join(filter(None, notes)), drift)
 
 
-def _recipe_targets(framework: str, sites: Iterable[Site], recipe: Recipe) -> dict[str, Target]:
+def _decide_back(site: Site, target: BatchNorm) -> Decision:
+    """Return what the way back makes of a norm; ``kind`` is "bn" of what is a BatchNorm."""
+    if site.kind == target.kind and not target.reestimate:
+        return Decision(site, "skip", note="a BatchNorm already")
+    if site.obstacle:
+        return Decision(site, "refuse", target, site.obstacle)
+    notes = {BatchNorm.kind: "running statistics measured anew", BatchRenorm.kind: "exact: it is one at inference"}
+    return Decision(site, "replace", target, notes.get(site.kind or "", ""))
+
+
+def _recipe_targets(framework: str, sites: Iterable[Site], recipe: Recipe, what: str) -> dict[str, Target]:
     by_name = {site.name: site for site in sites}
-    problems = list(_recipe_problems(framework, by_name, recipe))
+    problems = list(_recipe_problems(framework, by_name, recipe, what))
     if problems:
         more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
         listing = "\n".join(f"  {problem}" for problem in problems[:10])
@@ -291,14 +306,14 @@ def _recipe_targets(framework: str, sites: Iterable[Site], recipe: Recipe) -> di
     return {choice.name: choice.target for choice in recipe.choices}
 
 
-def _recipe_problems(framework: str, by_name: dict[str, Site], recipe: Recipe) -> Iterator[str]:
+def _recipe_problems(framework: str, by_name: dict[str, Site], recipe: Recipe, what: str) -> Iterator[str]:
     if recipe.framework != framework:
         yield f"framework: the recipe is for {recipe.framework}, the model is {framework}"
         return
     for choice in recipe.choices:
         site = by_name.get(choice.name)
         if site is None:
-            yield f"{choice.name}: no such BatchNorm"
+            yield f"{choice.name}: no such {what}"
         elif site.channels != choice.channels:
             yield f"{choice.name}: {choice.channels} channels in the recipe, {site.channels} in the model"
 

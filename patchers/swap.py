@@ -28,11 +28,12 @@ def carry_out(
     swaps: Sequence[Swap],
     batch_norms: Callable[[], Iterable[str]],
     around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    lost: str = "no BatchNorm computes what they do: reload the original model",
 ) -> Report:
     """Apply ``swaps`` to ``model`` and return the report; if anything fails, the model is as it was.
 
     ``batch_norms()`` names the BatchNorms that are left, among which no replaced one may be. Changes are made within
-    ``around()``.
+    ``around()``. ``lost`` says why what was trained since cannot be undone.
     """
     replaced = {decision.site.name for decision in plan.having("replace")}
     done: list[Swap] = []
@@ -56,7 +57,7 @@ def carry_out(
             )
 
     def undo() -> None:
-        require_untrained("no BatchNorm computes what they do: reload the original model")
+        require_untrained(lost)
         with around():
             for swap in reversed(done):
                 swap.restore()

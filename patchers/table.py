@@ -57,28 +57,40 @@ def as_text(renderable: Any, width: int = WIDTH) -> str:
 
 
 def plan_table(
-    title: str, decisions: Sequence["Decision"], drift: Iterable[Mapping[str, Any]] = (), *, every: bool = False
+    title: str,
+    decisions: Sequence["Decision"],
+    drift: Iterable[Mapping[str, Any]] = (),
+    *,
+    drops: Iterable[Mapping[str, Any]] = (),
+    every: bool = False,
 ) -> Any:
     """Return a table of a plan's decisions, beside the expected drift the measured one, where there is one.
 
-    Of many sites those that say the same are one row, unless ``every`` asks for all of them.
+    ``drops`` are what the lines of the way back leave unexplained. Of many sites those that say the same are one row,
+    unless ``every`` asks for all of them.
     """
     measured = {found["name"]: found for found in drift}
+    dropped = {found["name"]: found for found in drops}
     legend = [f"drift: {EXPECTED}"] if any(decision.drift is not None for decision in decisions) else []
     if measured:
         legend.append("measured: what it is in the patched model on images, with what the layers before it change")
+    if dropped:
+        legend.append("drop: share of a norm's deviation that its line does not explain; after: in the new model")
     rows = []
     for decision in decisions:
         site, found = decision.site, measured.pop(decision.site.name, {})
         row = site_row(site.name, site.aliases, site.source, site.channels, site.spatial)
         row |= {"becomes": _outcome(decision), "drift": decision.drift, "measured": found.get("rms")}
+        drop = dropped.get(site.name, {})
+        row |= {"drop": drop.get("before"), "after": drop.get("after")}
         folds = ("yes" if decision.folds else "no") if decision.action == "replace" else ""
         rows.append({**row, "folds": folds, "note": decision.note})
     ends = [
         f"{name}: off by {_percent(end['rms'])} of its root mean square, {_percent(end['max'])} at most"
         for name, end in measured.items()
     ]
-    return sites_table(title, rows, {"drift": "drift", "measured": "measured"}, [*legend, *ends], every=every)
+    figures = {name: name for name in ("drift", "measured", "drop", "after")}
+    return sites_table(title, rows, figures, [*legend, *ends], every=every)
 
 
 def site_row(

@@ -11,7 +11,7 @@ import pytest
 
 import normswap
 
-NEEDS_NOTHING = {"BatchRenorm", "GroupNorm", "Inputs", "Rule", "SwitchNorm", "open_data"}
+NEEDS_NOTHING = {"BatchNorm", "BatchRenorm", "GroupNorm", "Inputs", "Rule", "SwitchNorm", "open_data"}
 NAMES = [
     pytest.param(name, marks=[] if name in NEEDS_NOTHING else pytest.mark.torch)
     for name in normswap.__all__

@@ -65,9 +65,9 @@ STAGE = "expected `stage` as a number from 0, the largest maps, received match='
             "rule 1: expected `match` as a glob, or a regular expression after re:, received match=['a']",
         ),
         (
-            file({"target": "bn"}),
-            "rule 1: expected a target out of sn, brn, gn, ln, in, or a SwitchNorm, BatchRenorm or GroupNorm; "
-            "received target='bn'",
+            file({"target": "xn"}),
+            "rule 1: expected a target out of sn, brn, gn, ln, in, bn, or a SwitchNorm, BatchRenorm, GroupNorm or "
+            "BatchNorm; received target='xn'",
         ),
         (
             file({"target": {"kind": "gn", "group": 2}}),

@@ -15,7 +15,7 @@ from normswap.finetune.calibration.contract import CalibrationLayers
 from normswap.finetune.hooks.contract import Adapter
 from normswap.finetune.run.contract import Readings, Trainer
 from normswap.frameworks.contract import Framework
-from normswap.patchers.contract import Patcher
+from normswap.patchers.contract import NormPatcher, Patcher
 from normswap.sources.weights import Weights
 
 ROOT = Path(__file__).parent.parent
@@ -81,6 +81,7 @@ CONTRACTS = [
     (Framework, "frameworks.{}"),
     (Weights, "sources.{}.weights"),
     (Patcher, "patchers.{}.patch"),
+    (NormPatcher, "patchers.{}.way_back"),
     (CalibrationLayers, "finetune.calibration.{}.layers"),
     (Adapter, "finetune.hooks.{}"),
     (Trainer, "finetune.run.{}.trainer"),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from normswap import BatchRenorm, GroupNorm, Recipe, SwitchNorm
+from normswap import BatchNorm, BatchRenorm, GroupNorm, Recipe, SwitchNorm
 from normswap.convert.groups import resolve_groups
 from normswap.convert.recipe import Choice
 from normswap.convert.targets import as_target, target_from_dict, target_to_dict
@@ -29,6 +29,7 @@ def targets():
         st.builds(BatchRenorm, st.floats(1, 10), st.floats(0, 10)),
         st.builds(GroupNorm, st.one_of(st.just("auto"), st.integers(1, 64)), indivisible=st.sampled_from(["error"])),
         st.builds(GroupNorm, channels_per_group=st.integers(1, 64)),
+        st.builds(BatchNorm, st.booleans()),
     )
 
 
@@ -46,24 +47,30 @@ class TestTargets:
             ("gn", GroupNorm()),
             ("ln", GroupNorm(groups=1)),
             ("in", GroupNorm(channels_per_group=1)),
+            ("bn", BatchNorm()),
         ],
     )
     def test_shorthands(self, name, target):
-        """The five shorthands stand for configurations."""
+        """The six shorthands stand for configurations."""
         assert as_target(name) == target
 
     @pytest.mark.parametrize(
         ("build", "message"),
         [
             (
-                lambda: as_target("bn"),
-                "expected a target out of sn, brn, gn, ln, in, or a SwitchNorm, BatchRenorm or GroupNorm; "
-                "received target='bn'",
+                lambda: as_target("xn"),
+                "expected a target out of sn, brn, gn, ln, in, bn, or a SwitchNorm, BatchRenorm, GroupNorm or "
+                "BatchNorm; "
+                "received target='xn'",
             ),
             (lambda: SwitchNorm(start="hot"), "expected `start` out of warm, exact, even, received start='hot'"),
             (
                 lambda: SwitchNorm(compat="keras-switchnorm"),
                 "expected `compat` to be None or 'switchablenorms', received compat='keras-switchnorm'",
+            ),
+            (
+                lambda: BatchNorm(reestimate="all"),
+                "expected `reestimate` to be True or False, received reestimate='all'",
             ),
             (lambda: BatchRenorm(r_max=0.5), "expected `r_max` of at least 1, received r_max=0.5"),
             (lambda: BatchRenorm(d_max=-1), "expected `d_max` of at least 0, received d_max=-1"),
@@ -79,7 +86,7 @@ class TestTargets:
                 lambda: target_from_dict({"kind": "gn", "group": 3}),
                 "expected the fields groups, channels_per_group, indivisible for a target of kind 'gn', received group",
             ),
-            (lambda: target_from_dict({}), "expected a target kind out of sn, brn, gn, received kind=None"),
+            (lambda: target_from_dict({}), "expected a target kind out of sn, brn, gn, bn, received kind=None"),
         ],
     )
     def test_refusals(self, build, message):

@@ -34,6 +34,8 @@ def mark(model: keras.Layer, recipe: Recipe) -> None:
     found = dict(named_layers(model))
     for choice in recipe.choices:
         layer = found.get(choice.name)
+        if isinstance(layer, BatchNorm) and choice.target.kind == "bn":
+            continue  # a layer like any other
         if layer is None or isinstance(layer, BatchNorm):
             kind = "no such layer" if layer is None else type(layer).__name__
             raise InputError(

@@ -135,6 +135,7 @@ def _swap(layer: keras.Layer, decision: Decision) -> Swap:
             raise InputError(f"{name}: expected compat=None for a Keras model, received compat={target.compat!r}")
         new = layers.SwitchNormalization(batch_statistics=target.batch_statistics, **settings)
         return Swap(layer, name, new, target.kind, _values(layer, decision))
+    assert isinstance(target, BatchRenorm)  # the way back has swaps of its own
     settings |= {"center": layer.center, "scale": layer.scale}
     new = layers.BatchRenormalization(r_max=target.r_max, d_max=target.d_max, **settings)
     return Swap(layer, name, new, target.kind, {})

@@ -228,6 +228,7 @@ def _build(module: nn.Module, target: Target, site: Site, like: Tensor | None) -
         common |= {} if target.compat is None else {"compat": target.compat, "momentum": "auto"}
         new = _SWITCH_NORMS[dimensions](site.channels, batch_statistics=target.batch_statistics, **common)
     else:
+        assert isinstance(target, BatchRenorm)  # the way back has swaps of its own
         new = _BATCH_RENORMS[dimensions](site.channels, r_max=target.r_max, d_max=target.d_max, **common)
         new._parameters |= {name: module._parameters[name] for name in _AFFINE if name in module._parameters}
     for name, buffer in module._buffers.items():

@@ -95,7 +95,7 @@ class TestRefusals:
                 3,
                 "expected an example the model accepts",
             ),
-            (lambda: nn.BatchNorm2d(3), {"target": "bn"}, 3, "expected a target out of sn, brn, gn, ln, in"),
+            (lambda: nn.BatchNorm2d(3), {"target": "xn"}, 3, "expected a target out of sn, brn, gn, ln, in, bn"),
         ],
     )
     def test_a_refused_model_is_untouched(self, build, options, code, said):
