@@ -497,11 +497,43 @@ def test_what_load_returned_goes_back_and_is_saved(tmp_path, data):
     assert fingerprint(loaded) == fingerprint(model)
 
 
-def test_a_model_with_norms_of_its_own_is_saved_and_loaded(tmp_path, data):
-    """A bundle of a model that had GroupNorms builds BatchNorms in their place before it loads their values."""
-    model = net(nn.GroupNorm(2, 8))
+@pytest.mark.parametrize(
+    "build", [lambda: net(nn.GroupNorm(2, 8)), lambda: net(nn.LayerNorm(8), channels_last=True)], ids=["gn", "ln"]
+)
+def test_a_model_with_norms_of_its_own_is_saved_and_loaded(build, tmp_path, data):
+    """A bundle of a model that had other norms builds BatchNorms in their place before it loads their values."""
+    model = build()
     normswap.save(normswap.patch(model, "bn", data=data), tmp_path / "bn")
-    loaded = normswap.load(tmp_path / "bn", model=net(nn.GroupNorm(2, 8)))
+    loaded = normswap.load(tmp_path / "bn", model=build())
 
-    assert type(loaded[1]) is nn.BatchNorm2d
     assert fingerprint(loaded) == fingerprint(model)
+    assert torch.equal(loaded(data[0]), model(data[0]))
+
+
+def test_what_a_subclass_adds_stays(data):
+    """An activation that a BatchNorm's class added runs on what the norm's, and again the BatchNorm's, output is."""
+    normswap.register_batch_norm(WithReLU, clip)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), trained_(WithReLU(8))).eval()
+    original = copy.deepcopy(model)
+    normswap.patch(model, "brn")
+    normswap.patch(model, "bn")
+    assert type(model[1]) is nn.BatchNorm2d
+    torch.testing.assert_close(model(data[0]), original(data[0]))
+
+    normswap.patch(model, "gn")
+    report = normswap.patch(model, "bn", data=data)
+    assert report.drops[0].after == pytest.approx(report.drops[0].before, rel=1e-4)
+    assert model(data[0]).min() == 0
+
+
+class WithReLU(nn.BatchNorm2d):
+    """A BatchNorm with a ReLU of its own."""
+
+    def forward(self, x):
+        """Normalize and clip."""
+        return super().forward(x).relu()
+
+
+def clip(module, y):
+    """What it adds."""
+    return y.relu()
