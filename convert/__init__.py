@@ -1,1 +1,1 @@
-"""One BatchNorm to one replacement: targets, group choice, carry-over and recipes, in NumPy only."""
+"""One BatchNorm to one replacement: targets, groups, carry-over, equalizing and recipes, in NumPy and SciPy only."""

@@ -16,15 +16,11 @@ from dataclasses import dataclass
 from math import prod
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import InputError
+from .gates import gate_logits, start_gates
+from .state import Array, BatchNormState
 from .targets import BatchNorm, BatchRenorm, GroupNorm, SwitchNorm, Target
-
-Array = NDArray[np.float64]
-
-CLOSED_GATE = -120.0
-"""A logit whose softmax beside 0 underflows to exactly 0 in float32: the gate of a statistic not used at all."""
 
 SPREAD = 0.95
 """Share of a GroupNorm's carried-over scale that is kept, because a sample's statistics spread around the expected.
@@ -32,45 +28,6 @@ SPREAD = 0.95
 Dividing by each sample's own deviation gives every sample the same one, so the slope of least error is below the ratio
 of deviations. How far cannot be known from running statistics; see docs/design.md for how this was measured.
 """
-
-_START_GATES = {
-    # (instance, layer, batch); measured on the published CIFAR-10 ResNet-20, see docs/design.md
-    "warm": (0.05, 0.05, 0.90),
-    "exact": (0.0, 0.0, 1.0),
-    "even": (1 / 3, 1 / 3, 1 / 3),
-}
-_START_GATES_WITHOUT_BATCH = {"warm": (0.1, 0.9), "exact": (0.0, 1.0), "even": (0.5, 0.5)}
-
-
-@dataclass(frozen=True)
-class BatchNormState:
-    """A BatchNorm's parameters and running statistics, shape (C,); mean and var are None where it keeps none."""
-
-    gamma: Array
-    beta: Array
-    mean: Array | None
-    var: Array | None
-    eps: float
-
-    def problems(self) -> list[str]:
-        """Return what makes this state unusable: non-finite values, negative variances, no channels."""
-        found = []
-        if self.gamma.size == 0:
-            found.append("no channels")
-        for label, array in (
-            ("gamma", self.gamma),
-            ("beta", self.beta),
-            ("mean", self.mean),
-            ("var", self.var),
-        ):
-            bad = 0 if array is None else int(np.count_nonzero(~np.isfinite(array)))
-            if bad:
-                found.append(f"{bad} non-finite values in {label}")
-        if self.var is not None and (negative := int(np.count_nonzero(self.var < 0))):
-            found.append(f"{negative} negative running variances")
-        if not self.eps > 0:
-            found.append(f"eps={self.eps} is not positive")
-        return found
 
 
 @dataclass(frozen=True)
@@ -94,32 +51,13 @@ def group_moments(mean: Array, var: Array, groups: int) -> tuple[Array, Array]:
     return group_mean.repeat(size), group_var.repeat(size)
 
 
-def start_gates(target: SwitchNorm) -> Array:
-    """Return SN's starting gates, which sum to 1: (instance, layer, batch), or (instance, layer) without batch."""
-    table = _START_GATES_WITHOUT_BATCH if target.batch_statistics == "none" else _START_GATES
-    return np.array(table[target.start])
-
-
-def gate_logits(gates: Array) -> Array:
-    """Return logits whose softmax is ``gates``; a gate of 0 gets `CLOSED_GATE` below the largest."""
-    with np.errstate(divide="ignore"):
-        logits: Array = np.log(gates / gates.max())
-    return np.maximum(logits, CLOSED_GATE)
-
-
-def softmax(logits: Array) -> Array:
-    """Return the gates for ``logits``."""
-    exponentials: Array = np.exp(logits - logits.max())
-    gates: Array = exponentials / exponentials.sum()
-    return gates
-
-
 def carry_over(
     state: BatchNormState,
     target: Target,
     *,
     groups: int | None = None,
     spatial: tuple[int, ...] | None = None,
+    gates: Array | None = None,
 ) -> Carried:
     r"""Return the parameters that make ``target`` start as close to the BatchNorm as its statistics allow.
 
@@ -128,12 +66,16 @@ def carry_over(
     value (1x1 maps) the instance mean is that value itself and the instance variance 0, so that an instance gate
     w scales the signal by 1-w, which is undone here.
 
+    ``gates`` are SN's, those of `start_gates` unless given.
+
     A state without running statistics is copied: nothing is known of what to expect. γ = 0 stays 0.
     Raises `InputError` if the state is not finite or a variance is negative.
     """
     if problems := state.problems():
         raise InputError(f"expected finite parameters and variances >= 0, received {'; '.join(problems)}")
-    logits = gate_logits(start_gates(target)) if isinstance(target, SwitchNorm) else None
+    if isinstance(target, SwitchNorm) and gates is None:
+        gates = start_gates(target)
+    logits = None if gates is None else gate_logits(gates)
     if state.mean is None or state.var is None or isinstance(target, BatchRenorm | BatchNorm):
         return Carried(state.gamma, state.beta, logits)
 
@@ -143,7 +85,7 @@ def carry_over(
             raise ValueError("expected `groups` for a GroupNorm target, received groups=None")
         mean, var = group_moments(state.mean, state.var, groups)
     else:
-        gates = start_gates(target)
+        assert gates is not None
         layer = group_moments(state.mean, state.var, 1)
         own: tuple[Array | float, Array | float] = (state.mean, state.var)
         if spatial == ():

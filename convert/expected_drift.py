@@ -1,27 +1,14 @@
-r"""What a replacement is expected to cost, before anything is touched: the drift of its output.
+"""What a replacement is expected to cost, before anything is touched: the drift of its output.
 
 After the carry-over a replacement differs from the BatchNorm only as far as a sample's statistics differ from the
-expected ones. A group's mean is over S channels, which vary from sample to sample together in part (`SHARED`) and in
-part each by itself, the more the larger their variance v:
-
-.. math:: d^2 = \tau^2\, \frac{\sum_c \gamma_c^2 \left(\rho + \frac{1-\rho}{S}\right) \mathrm{mean}_S(v) / v_c}
-                              {\sum_c \gamma_c^2 + \beta_c^2}
-
-is the expected share of the layer's own root mean square output that changes. docs/design.md says how well it predicts.
+expected ones, of which `layer_spread` has the formula. docs/design.md says how well it predicts.
 """
 
-from math import isfinite, prod, sqrt
+from math import isfinite, prod
 
-import numpy as np
-
-from .carry_over import Array, BatchNormState, start_gates
+from .gates import layer_spread, start_gates
+from .state import Array, BatchNormState
 from .targets import BatchNorm, BatchRenorm, SwitchNorm, Target
-
-SPREAD_OF_SAMPLES = 0.42
-"""τ: how far a channel's mean in one sample is from its running mean, in running deviations."""
-
-SHARED = 0.1
-"""ρ: the share of that which all channels have in common, and which no group averages away."""
 
 
 def expected_drift(
@@ -36,25 +23,16 @@ def expected_drift(
         return 0.0
     if state.mean is None or state.var is None:
         return None
-    var, weights = state.var + state.eps, np.square(state.gamma)
-    if not np.all(var > 0):
+    instance, layer = layer_spread(state, state.gamma.size), layer_spread(state, 1)
+    if instance is None or layer is None:
         return None
-    scale = float(np.sum(weights) + np.sum(np.square(state.beta)))
-    if scale == 0:
-        return 0.0
-
-    def of_groups(count: int) -> float:
-        size = var.size // count
-        per_group: Array = (weights / var).reshape(count, size).sum(axis=1) * var.reshape(count, size).mean(axis=1)
-        return SPREAD_OF_SAMPLES * sqrt((SHARED + (1 - SHARED) / size) * float(per_group.sum()) / scale)
-
     if isinstance(target, SwitchNorm):
-        drift = _of_gates(target, spatial, instance=of_groups(var.size), layer=of_groups(1))
+        drift: float | None = _of_gates(start_gates(target), spatial, instance=instance, layer=layer)
     elif groups is None:
         raise ValueError("expected `groups` for a GroupNorm target, received groups=None")
     else:
-        drift = of_groups(groups)
-    return drift if isfinite(drift) else None
+        drift = layer_spread(state, groups)
+    return drift if drift is not None and isfinite(drift) else None
 
 
 def folds(target: Target) -> bool:
@@ -64,8 +42,7 @@ def folds(target: Target) -> bool:
     return isinstance(target, BatchRenorm | BatchNorm)
 
 
-def _of_gates(target: SwitchNorm, spatial: tuple[int, ...] | None, *, instance: float, layer: float) -> float:
-    gates = start_gates(target)
+def _of_gates(gates: Array, spatial: tuple[int, ...] | None, *, instance: float, layer: float) -> float:
     if spatial == ():  # (N, C) input has the layer's statistics for an instance's
         instance = layer
     elif spatial is not None and prod(spatial) == 1:  # exact: the mean is the value, and the carry-over knows

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .carry_over import Array, BatchNormState
+from .state import Array, BatchNormState
 
 CONSTANT = 1e-12
 """Share of its mean square below which the variance of a float32 stream is rounding: its channel is constant."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..errors import InputError
-from .targets import Target, as_target, target_from_dict, target_to_dict
+from .targets import Mode, Target, as_mode, as_target, target_from_dict, target_to_dict
 
 SCHEMA_VERSION = 1
 
@@ -19,7 +19,8 @@ SCHEMA_VERSION = 1
 class Choice:
     """What one site becomes: its name, what it was, and its target with every default resolved.
 
-    ``spatial`` is the shape behind the channels seen when the choice was made: () for (N, C) input, or None.
+    ``spatial`` is the shape behind the channels seen when the choice was made: () for (N, C) input, or None. ``front``
+    is the name of the layer in front that takes a scale, and with the mode ``"full"`` a shift; "" where none does.
     """
 
     name: str
@@ -27,6 +28,13 @@ class Choice:
     channels: int
     target: Target
     spatial: tuple[int, ...] | None = None
+    front: str = ""
+    mode: Mode | None = None
+
+    def since(self, earlier: "Choice") -> "Choice":
+        """Return the choice for the site as it was before ``earlier``, whose layer in front stays as that made it."""
+        front = self if self.front else earlier
+        return replace(self, source=earlier.source, front=front.front, mode=front.mode)
 
 
 @dataclass(frozen=True)
@@ -61,8 +69,8 @@ class Recipe:
 
         A site of both was before what ``earlier`` says.
         """
-        sources = {choice.name: choice.source for choice in earlier.choices}
-        new = {c.name: replace(c, source=sources.get(c.name, c.source)) for c in self.choices}
+        before = {choice.name: choice for choice in earlier.choices}
+        new = {c.name: c.since(before[c.name]) if c.name in before else c for c in self.choices}
         kept = tuple(choice for choice in earlier.choices if choice.name not in new)
         return Recipe(self.framework, (*kept, *new.values()))
 
@@ -78,6 +86,7 @@ class Recipe:
                     "channels": choice.channels,
                     "spatial": None if choice.spatial is None else list(choice.spatial),
                     "target": target_to_dict(choice.target),
+                    "equalize": {"front": choice.front, "mode": choice.mode} if choice.front else None,
                 }
                 for choice in self.choices
             ],
@@ -99,6 +108,8 @@ class Recipe:
                     channels=int(site["channels"]),
                     spatial=None if site.get("spatial") is None else tuple(map(int, site["spatial"])),
                     target=target_from_dict(site["target"]),
+                    front=str((site.get("equalize") or {"front": ""})["front"]),
+                    mode=as_mode(site["equalize"]["mode"]) if site.get("equalize") else None,
                 )
                 for site in data["sites"]
             )

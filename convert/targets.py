@@ -10,6 +10,8 @@ from ..errors import InputError
 Start = Literal["warm", "exact", "even"]
 BatchStatistics = Literal["moving", "frozen", "none"]
 Compat = Literal["switchablenorms"]
+Mode = Literal["full", "scale"]
+"""What the layer in front of a norm takes to equalize it: a scale and a shift, or a scale alone."""
 
 
 def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -32,6 +34,9 @@ class SwitchNorm:
         batch_statistics: Where the batch component comes from. ``"moving"``: from batches in training and running
             averages at inference (the paper). ``"frozen"``: always from the pretrained running averages, so that no
             sample sees another. ``"none"``: there is no batch component.
+        gates: The gates to begin with themselves, in place of those of ``start``: shares of instance, layer and batch,
+            or of instance and layer without batch statistics, that sum to 1. A plan fills in those of ``"warm"``, which
+            go by the model.
         compat: ``"switchablenorms"``, for PyTorch, to compute by the formulas of that system (see
             `normswap.layers.torch.SwitchNorm2d`), which its checkpoints were trained with: `normswap.load_weights` sets
             it.
@@ -50,6 +55,7 @@ class SwitchNorm:
     start: Start = "warm"
     batch_statistics: BatchStatistics = "moving"
     compat: Compat | None = None
+    gates: tuple[float, ...] | None = None
     kind: ClassVar[str] = "sn"
 
     def __post_init__(self) -> None:
@@ -57,6 +63,11 @@ class SwitchNorm:
         _one_of("batch_statistics", self.batch_statistics, get_args(BatchStatistics))
         if self.compat not in (None, *get_args(Compat)):
             raise InputError(f"expected `compat` to be None or 'switchablenorms', received compat={self.compat!r}")
+        if self.gates is not None:
+            object.__setattr__(self, "gates", tuple(self.gates))
+            count = 2 if self.batch_statistics == "none" else 3
+            if len(self.gates) != count or min(self.gates) < 0 or abs(sum(self.gates) - 1) > 1e-6:
+                raise InputError(f"expected `gates` as {count} shares that sum to 1, received gates={self.gates}")
 
 
 @dataclass(frozen=True)
@@ -193,6 +204,14 @@ def as_target(target: str | Target) -> Target:
         f"expected a target out of {', '.join(SHORTHANDS)}, or a SwitchNorm, BatchRenorm, GroupNorm or BatchNorm; "
         f"received target={target!r}"
     )
+
+
+def as_mode(equalize: object) -> Mode | None:
+    """Return the mode that an ``equalize`` of True, "full", "scale" or False stands for; `InputError` for another."""
+    known: Mapping[object, Mode | None] = {True: "full", False: None, "full": "full", "scale": "scale"}
+    if not isinstance(equalize, bool | str) or equalize not in known:
+        raise InputError(f"expected `equalize` out of True, 'scale' and False, received equalize={equalize!r}")
+    return known[equalize]
 
 
 def target_to_dict(target: Target) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..convert.carry_over import CLOSED_GATE
+from ..convert.gates import CLOSED_GATE
 from ..errors import InputError
 from .arrays import Array, Parts, Shapes, expect_shapes, expect_values, require_none
 

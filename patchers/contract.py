@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..convert.carry_over import BatchNormState
 from ..convert.line import LineFit
 from ..convert.recipe import Recipe, Rules
-from ..convert.targets import Target
+from ..convert.state import BatchNormState
+from ..convert.targets import Mode, Target
 from ..frameworks.detect import framework_of
 from .plan import Decision, Plan, Report, Site
 
@@ -27,6 +27,7 @@ class Patcher(Protocol):
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         where: Callable[[Any, str], bool] | None = None,
+        mode: Mode | None = "full",
     ) -> list[Plan]:
         """Return what `patch` would do to ``model`` for each target, touching nothing but what is not built yet."""
 
@@ -40,8 +41,17 @@ class Patcher(Protocol):
         exclude: Sequence[str] = (),
         where: Callable[[Any, str], bool] | None = None,
         inplace: bool = True,
+        mode: Mode | None = "full",
+        solve: bool = True,
     ) -> Report:
-        """Replace the BatchNorms of ``model`` by ``target``: all that are planned or, if anything fails, none."""
+        """Replace the BatchNorms of ``model`` by ``target``: all that are planned or, if anything fails, none.
+
+        ``mode`` says what layers in front take. With ``solve=False`` the values are those of the carry-over: for a
+        model that gets its weights from elsewhere.
+        """
+
+    def make_room(self, model: Any, names: Sequence[str]) -> None:
+        """Give the linear layers of these names that have no bias one of zeros, for weights to be loaded."""
 
     def layers_by_name(self, model: Any) -> AbstractContextManager[Mapping[str, Any]]:
         """Give every layer by name within the context, those that are calls in a traced graph as layers, too."""

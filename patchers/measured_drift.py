@@ -36,6 +36,8 @@ class Swapped(Protocol):
     """A replacement in place, which can compute what its BatchNorm did."""
 
     name: str
+    compared: bool
+    """Whether its output is that of a layer of the original; else it only changes weights."""
 
     def as_original(self) -> AbstractContextManager[None]:
         """Have the replacement compute within the context what its BatchNorm did, and nothing else changed."""
@@ -51,7 +53,7 @@ def drift_from_original(model: Any, swaps: Sequence[Swapped], example: Any) -> l
                 stack.enter_context(swap.as_original())
             return run(names, see)
 
-    return _compare(original, run, [swap.name for swap in swaps])
+    return _compare(original, run, [swap.name for swap in swaps if swap.compared])
 
 
 def drift_between(model: Any, reference: Any, names: Sequence[str], example: Any) -> list[Drift]:

@@ -2,14 +2,17 @@
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from ..convert.recipe import Recipe, Rules
-from ..convert.targets import Target, as_target
+from ..convert.targets import Target, as_mode, as_target
 from ..errors import InputError, UsageError
 from . import way_back
 from .contract import norm_patcher_of, patcher_of
 from .plan import Plan, Report
+
+Equalize = bool | Literal["full", "scale"]
+"""What the layers in front of norms take: a scale and a shift, a scale alone, or nothing."""
 
 Patterns = str | Iterable[str] | None
 """One pattern of names, several, or none."""
@@ -23,6 +26,7 @@ def plan(
     include: Patterns = None,
     exclude: Patterns = None,
     where: Callable[[Any, str], bool] | None = None,
+    equalize: Equalize = True,
 ) -> Plan:
     """Decide what `patch` would do to every BatchNorm of ``model``, touching nothing.
 
@@ -41,6 +45,7 @@ def plan(
             after ``re:``. One pattern or several; None for all.
         exclude: Leave layers alone whose name fits a pattern; as ``include``, None for none.
         where: A function of layer and name, asked last: a layer is left for which it returns False.
+        equalize: As for `patch`.
 
     Returns:
         The `Plan`, with ``decisions``, ``having("replace")``, ``recipe()`` and ``table(all=True)``.
@@ -50,15 +55,18 @@ def plan(
 
     Example:
         >>> import normswap, torch
+        >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).eval()
         >>> print(normswap.plan(model, normswap.GroupNorm(groups=2), example=torch.randn(2, 3, 8, 8)))
         plan for 1 BatchNorm
-        name  type         C  shape  becomes      drift  folds
-        -------------------------------------------------------
-        1     BatchNorm2d  8  6x6    gn groups=2  0.24   no
+        name  type         C  shape  becomes      drift  folds  in front
+        -----------------------------------------------------------------
+        1     BatchNorm2d  8  6x6    gn groups=2  0.16   no     scaled
         drift: expected change of the layer's output, as a share of its root mean square
+        in front: what becomes of the layer there; equalize=False leaves it as it is
     """
-    return plans(model, [target], example=example, include=include, exclude=exclude, where=where)[0]
+    chosen = {"include": include, "exclude": exclude, "where": where, "equalize": equalize}
+    return plans(model, [target], example=example, **chosen)[0]  # type: ignore[arg-type]
 
 
 def plans(
@@ -69,19 +77,21 @@ def plans(
     include: Patterns = None,
     exclude: Patterns = None,
     where: Callable[[Any, str], bool] | None = None,
+    equalize: Equalize = True,
 ) -> list[Plan]:
     """Return what `plan` decides for each of ``targets``, on one look at the model."""
     model = as_module(model)
     resolved = [_resolved(target) for target in targets]
     chosen: dict[str, Any] = {"include": _several(include), "exclude": _several(exclude), "where": where}
+    mode = as_mode(equalize)
     if any(map(way_back.is_way_back, resolved)):
         return [
             way_back.plan(model, each, example=example, **chosen)
             if way_back.is_way_back(each)
-            else patcher_of(model).plans(model, [each], example=example, **chosen)[0]
+            else patcher_of(model).plans(model, [each], example=example, mode=mode, **chosen)[0]
             for each in resolved
         ]
-    return patcher_of(model).plans(model, resolved, example=example, **chosen)
+    return patcher_of(model).plans(model, resolved, example=example, mode=mode, **chosen)
 
 
 def patch(
@@ -94,6 +104,7 @@ def patch(
     where: Callable[[Any, str], bool] | None = None,
     data: Any = None,
     inplace: bool = True,
+    equalize: Equalize = True,
 ) -> Report:
     r"""Replace the BatchNorms of ``model`` with the weights carried over, and return what was done.
 
@@ -126,6 +137,10 @@ def patch(
         data: For ``"bn"``: batches of inputs as the model takes them, without labels; 256 images are good. They are
             iterated over two or three times; an iterator is held in memory.
         inplace: False leaves ``model`` as it is and patches a copy, ``report.model``.
+        equalize: Whether the linear layer in front of a norm by a sample's statistics takes a scale and a shift per
+            channel, with which those statistics vary little: that keeps most of the function. It needs an example,
+            which shows what nothing else reads, and may give the layer a bias, a new parameter. ``"scale"`` adds none
+            and keeps less, False leaves all other layers alone. A recipe says it itself.
 
     Returns:
         The `Report`: ``model``, ``replaced``, ``skipped``, ``recipe``, ``drift(example)``, ``undo()``.
@@ -162,7 +177,7 @@ def patch(
     Source: the algebra is in docs/design.md; Luo et al., "Differentiable Learning-to-Normalize via Switchable
     Normalization"; Ioffe, "Batch Renormalization"; Wu and He, "Group Normalization".
     """
-    model, resolved = as_module(model), _resolved(target)
+    model, resolved, mode = as_module(model), _resolved(target), as_mode(equalize)
     chosen: dict[str, Any] = {"include": _several(include), "exclude": _several(exclude), "where": where}
     if way_back.is_way_back(resolved):
         model = model if inplace else norm_patcher_of(model).copied(model)
@@ -172,7 +187,7 @@ def patch(
             "expected data beside the target 'bn', whose BatchNorms are fitted to them, received data beside "
             f"target={target!r}; leave them out"
         )
-    return patcher_of(model).patch(model, resolved, example=example, inplace=inplace, **chosen)
+    return patcher_of(model).patch(model, resolved, example=example, inplace=inplace, mode=mode, **chosen)
 
 
 def as_module(model: Any) -> Any:

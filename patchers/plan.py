@@ -4,14 +4,16 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
+from math import prod, sqrt
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..convert.carry_over import BatchNormState
+from ..convert.equalize import Equalized, Front, equalize
 from ..convert.expected_drift import expected_drift, folds
+from ..convert.gates import warm_gates
 from ..convert.groups import resolve_groups
 from ..convert.recipe import Choice, Recipe, Rule, Rules
-from ..convert.targets import BatchNorm, BatchRenorm, GroupNorm, SwitchNorm, Target, target_to_dict
+from ..convert.state import BatchNormState
+from ..convert.targets import BatchNorm, BatchRenorm, GroupNorm, Mode, SwitchNorm, Target, target_to_dict
 from ..errors import InputError, UnsupportedError, option, spoken
 from .table import as_text, plan_table
 
@@ -31,7 +33,9 @@ class Site:
     ``obstacle`` says why this site cannot be replaced, "" where it can; ``left`` why it is left alone unless it is
     included by name. ``kind`` is the target kind of a site that has been replaced already. ``has_statistics`` is
     False where no running statistics exist, ``any_rank`` True where the layer does not tell how many dimensions it
-    is for. ``read_by`` names code of the model that reads its running statistics.
+    is for. ``read_by`` names code of the model that reads its running statistics. ``front`` is the name of the linear
+    layer whose output this site alone reads, as a dry run saw it, and ``front_biased`` whether that has a bias; ""
+    where ``unequal`` says why there is none.
     """
 
     name: str
@@ -45,6 +49,9 @@ class Site:
     has_statistics: bool = True
     any_rank: bool = False
     read_by: str = ""
+    front: str = ""
+    front_biased: bool = False
+    unequal: str = "no example shows what is in front"
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,9 @@ class Decision:
     """What happens to one site: replaced by ``target``, skipped, refused, or done by an earlier patch.
 
     ``drift`` is what a replacement is expected to change of the site's output (see `expected_drift`), None where
-    nothing tells; ``folds`` whether an exported file is rid of it where it follows a linear layer.
+    nothing tells; ``folds`` whether an exported file is rid of it where it follows a linear layer. ``front`` is the
+    name of the layer in front that takes a scale, and with the ``mode`` "full" a shift, so that the replacement's
+    statistics vary little from sample to sample (see `equalize`); "" where no other layer changes.
     """
 
     site: Site
@@ -60,6 +69,13 @@ class Decision:
     target: Target | None = None
     note: str = ""
     drift: float | None = None
+    front: str = ""
+    mode: Mode | None = None
+
+    @property
+    def adds_bias(self) -> bool:
+        """Whether the layer in front gets a bias that it did not have: a new parameter."""
+        return self.mode == "full" and not self.site.front_biased
 
     @property
     def folds(self) -> bool:
@@ -78,6 +94,8 @@ class Decision:
             "target": None if self.target is None else target_to_dict(self.target),
             "drift": self.drift,
             "folds": self.folds if self.action in ("replace", "done") else None,
+            "equalize": {"front": self.front, "mode": self.mode, "new_bias": self.adds_bias} if self.front else None,
+            "unequal": self.site.unequal if self.action == "replace" and not self.front else "",
             "note": self.note,
         }
 
@@ -98,7 +116,7 @@ class Plan:
         return Recipe(
             self.framework,
             tuple(
-                Choice(d.site.name, d.site.source, d.site.channels, d.target, d.site.spatial)
+                Choice(d.site.name, d.site.source, d.site.channels, d.target, d.site.spatial, d.front, d.mode)
                 for d in self.having("replace")
                 if d.target is not None
             ),
@@ -145,6 +163,8 @@ class Report:
     plan: Plan
     _undo: Callable[[], None]
     _drift: Callable[[Any], list["Drift"]]
+    _original: Callable[[], Any] = lambda: None
+    _accept: Callable[[Mapping[str, Equalized], Sequence[Any]], None] = lambda found, others: None
     recipe: Recipe = field(init=False)
 
     def __post_init__(self) -> None:
@@ -177,6 +197,17 @@ class Report:
         """
         return self._drift(example)
 
+    def original(self) -> Any:
+        """Return a copy of the model as it was before the patch; raises `UnsupportedError` as `undo` does."""
+        return self._original()
+
+    def calibrated(self, found: Mapping[str, Equalized], others: Sequence[Any]) -> None:
+        """Take note of what a calibration gave the replaced layers, for `undo`, `drift` and `original` to work on.
+
+        ``others`` are changes of other layers, as `Swap`s.
+        """
+        self._accept(found, others)
+
     @property
     def summary(self) -> str:
         """How many sites were replaced, were so before, and were left."""
@@ -194,14 +225,17 @@ def decide(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     where: Callable[[str], bool] | None = None,
+    mode: Mode | None = None,
     state_of: Callable[[str], BatchNormState | None] = lambda name: None,
+    front_of: Callable[[str], Front | None] = lambda name: None,
     what: str = "BatchNorm",
 ) -> Plan:
     """Return the plan that gives every selected site ``target``, or what a recipe or rules say of it.
 
     ``include`` and ``exclude`` are name patterns (see `matches`); ``where`` is asked the site's name last. A site to
-    be left alone needs a pattern or a recipe that names it. ``state_of`` tells a site's values, from which the expected
-    drift is computed, or None where it has none. ``what`` is what messages call a site.
+    be left alone needs a pattern or a recipe that names it. ``mode`` says what the layers in front take; a recipe says
+    so itself. ``state_of`` tells a site's values, from which the expected drift is computed, or None where it has none,
+    ``front_of`` what is known of a layer in front by its name. ``what`` is what messages call a site.
 
     Raises `InputError` if a pattern or rule matches no site or a recipe does not fit the sites.
     """
@@ -210,15 +244,17 @@ def decide(
             known = ", ".join(site.name for site in sites[:5])
             raise InputError(f"expected a pattern that matches a {what}, received {pattern!r}; names begin {known}")
     unchosen: Mapping[str, str] = {}
+    modes: Mapping[str, Mode | None] = {}
     if isinstance(target, Recipe):
         chosen = _recipe_targets(framework, sites, target, what)
-        seen = {choice.name: choice.spatial for choice in target.choices}
-        sites = [replace(site, spatial=seen.get(site.name, site.spatial)) for site in sites]
+        sites = [_as_chosen(site, target) for site in sites]
+        modes = {choice.name: choice.mode for choice in target.choices}
     elif isinstance(target, Rules):
         chosen, unchosen = _rules_targets(sites, target)
     else:
         chosen = {site.name: target for site in sites}
 
+    depth = sum(isinstance(each, SwitchNorm) for each in chosen.values())
     decisions = []
     for site in sites:
         names = (site.name, *site.aliases)
@@ -233,7 +269,9 @@ def decide(
         elif site.left and not include and not isinstance(target, Recipe):
             decisions.append(Decision(site, "skip", note=site.left))
         else:
-            decisions.append(_decide_one(site, chosen[site.name], state_of))
+            decisions.append(
+                _decide_one(site, chosen[site.name], depth, modes.get(site.name, mode), state_of, front_of)
+            )
     return Plan(framework, tuple(decisions))
 
 
@@ -250,7 +288,14 @@ def matches(pattern: str, name: str) -> bool:
         raise InputError(f"expected a regular expression after re:, received {pattern!r} ({error})") from None
 
 
-def _decide_one(site: Site, target: Target, state_of: Callable[[str], BatchNormState | None]) -> Decision:
+def _decide_one(
+    site: Site,
+    target: Target,
+    depth: int,
+    mode: Mode | None,
+    state_of: Callable[[str], BatchNormState | None],
+    front_of: Callable[[str], Front | None],
+) -> Decision:
     if isinstance(target, BatchNorm):
         return _decide_back(site, target)
     if site.kind is not None:
@@ -282,8 +327,35 @@ def _decide_one(site: Site, target: Target, state_of: Callable[[str], BatchNormS
             return Decision(site, "refuse", target, f"{frozen} needs running statistics to freeze")
         notes.append("its running statistics start at 0 and 1: fine-tune before use")
     state = state_of(site.name)
-    drift = None if state is None else expected_drift(state, target, groups=groups, spatial=site.spatial)
-    return Decision(site, "replace", target, "; ".join(filter(None, notes)), drift)
+    note = "; ".join(filter(None, notes))
+    if not (site.front and site.has_statistics and equalizes(target)):
+        mode = None
+    if isinstance(target, SwitchNorm):
+        target = warm_gates(target, depth, None if mode or state is None or state.problems() else state)
+    if mode is None:
+        drift = None if state is None else expected_drift(state, target, groups=groups, spatial=site.spatial)
+        return Decision(site, "replace", target, note, drift)
+    assert isinstance(target, GroupNorm | SwitchNorm)
+    drift, front = None, front_of(site.front)
+    if state is not None and front is not None and not state.problems():
+        found = equalize(state, target, front, groups=groups, spatial=site.spatial, mode=mode)
+        drift = sqrt(found.error)
+    return Decision(site, "replace", target, note, drift, site.front, mode)
+
+
+def _as_chosen(site: Site, recipe: Recipe) -> Site:
+    """Return a site with the shape and the layer in front that a recipe's choice was made for."""
+    for choice in recipe.choices:
+        if choice.name == site.name:
+            return replace(site, spatial=choice.spatial, front=choice.front or site.front)
+    return site
+
+
+def equalizes(target: Target) -> bool:
+    """Return whether ``target`` gains by a layer in front that is scaled: it takes statistics of a sample."""
+    if isinstance(target, SwitchNorm):
+        return target.start != "exact" and target.compat is None
+    return isinstance(target, GroupNorm)
 
 
 def _decide_back(site: Site, target: BatchNorm) -> Decision:

@@ -1,10 +1,13 @@
 """Carry out a plan: every replacement or none, and the way back."""
 
-from collections.abc import Callable, Iterable, Sequence
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
+from ..convert.equalize import Equalized
 from ..errors import UnsupportedError
+from ..frameworks.detect import get_framework
 from .measured_drift import Drift, Swapped, drift_from_original
 from .plan import Plan, Report
 
@@ -18,6 +21,9 @@ class Swap(Swapped, Protocol):
     def trained(self) -> bool:
         """Return whether the replacement has changed since into something no BatchNorm computes."""
 
+    def accept(self, found: Equalized | None) -> None:
+        """Take what the replacement is now for what it was given, by a calibration that found this."""
+
     def restore(self) -> None:
         """Put the BatchNorm back, also after an `apply` that failed half-way."""
 
@@ -28,15 +34,16 @@ def carry_out(
     swaps: Sequence[Swap],
     batch_norms: Callable[[], Iterable[str]],
     around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    copied: Callable[[Any], Any] = copy.deepcopy,
     lost: str = "no BatchNorm computes what they do: reload the original model",
 ) -> Report:
     """Apply ``swaps`` to ``model`` and return the report; if anything fails, the model is as it was.
 
     ``batch_norms()`` names the BatchNorms that are left, among which no replaced one may be. Changes are made within
-    ``around()``. ``lost`` says why what was trained since cannot be undone.
+    ``around()``, copies by ``copied``. ``lost`` says why what was trained since cannot be undone.
     """
-    replaced = {decision.site.name for decision in plan.having("replace")}
     done: list[Swap] = []
+    others: list[Swap] = []
     try:
         with around():
             for swap in swaps:
@@ -67,6 +74,27 @@ def carry_out(
         require_untrained("what else has changed is not known: compare with the original model, loaded again")
         if swaps and not done:
             raise UnsupportedError("expected a patched model, received one whose patch was undone")
-        return drift_from_original(model, [swap for swap in done if swap.name in replaced], example)
+        return drift_from_original(model, done, example)
 
-    return Report(model, plan, undo, drift)
+    def original() -> Any:
+        require_untrained("no copy of the original can be made: load it again")
+        keep = get_framework(model).snapshot(model)
+        with around():
+            for swap in reversed(done):
+                swap.restore()
+        try:
+            return copied(model)
+        finally:
+            with around():
+                for swap in done:
+                    swap.apply()
+            keep()
+            accept({}, ())
+
+    def accept(found: Mapping[str, Equalized], more: Sequence[Swap]) -> None:
+        for swap in done:
+            swap.accept(found.get(swap.name))
+        others.extend(more)
+        done.extend(more)
+
+    return Report(model, plan, undo, drift, original, accept)

@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
+from math import sqrt
 from typing import TYPE_CHECKING, Any
 
 from ..errors import spoken
@@ -22,6 +23,9 @@ NOTE = 24
 
 WORST = 3
 """Names told of the layers expected to change most."""
+
+SUFFERS = 0.4
+"""The expected change of a network's output, as a share of its root mean square, from which accuracy suffers."""
 
 EXPECTED = "expected change of the layer's output, as a share of its root mean square"
 
@@ -72,6 +76,12 @@ def plan_table(
     measured = {found["name"]: found for found in drift}
     dropped = {found["name"]: found for found in drops}
     legend = [f"drift: {EXPECTED}"] if any(decision.drift is not None for decision in decisions) else []
+    if any(decision.front for decision in decisions):
+        legend.append(
+            f"in front: what becomes of the layer there; {spoken('--no-equalize', 'equalize=False')} leaves it as it is"
+        )
+    if (together := _together(decisions)) > SUFFERS:
+        legend.append(f"together: about {together:.2f}, accuracy may suffer; calibrate, or take fewer groups or sn")
     if measured:
         legend.append("measured: what it is in the patched model on images, with what the layers before it change")
     if dropped:
@@ -84,13 +94,20 @@ def plan_table(
         drop = dropped.get(site.name, {})
         row |= {"drop": drop.get("before"), "after": drop.get("after")}
         folds = ("yes" if decision.folds else "no") if decision.action == "replace" else ""
-        rows.append({**row, "folds": folds, "note": decision.note})
+        front = f"scaled{', new bias' if decision.adds_bias else ''}" if decision.front else ""
+        rows.append({**row, "folds": folds, "in front": front, "note": decision.note})
     ends = [
         f"{name}: off by {_percent(end['rms'])} of its root mean square, {_percent(end['max'])} at most"
         for name, end in measured.items()
     ]
     figures = {name: name for name in ("drift", "measured", "drop", "after")}
     return sites_table(title, rows, figures, [*legend, *ends], every=every)
+
+
+def _together(decisions: Iterable["Decision"]) -> float:
+    """Return what replacements are expected to change of a network's output: each its own, independently."""
+    drifts = [d.drift for d in decisions if d.action == "replace" and d.drift is not None]
+    return sqrt(sum(drift**2 for drift in drifts)) if len(drifts) > 1 else 0.0
 
 
 def site_row(
@@ -192,7 +209,11 @@ def _outcome(decision: "Decision") -> str:
     target = decision.target
     if decision.action in ("skip", "refuse") or target is None:
         return {"skip": "(left)", "refuse": "(refused)"}[decision.action]
-    said = [f"{f.name}={value}" for f in fields(target) if (value := getattr(target, f.name)) != f.default]
+    said = [
+        f"{f.name}={value}"
+        for f in fields(target)
+        if f.name != "gates" and (value := getattr(target, f.name)) != f.default
+    ]
     return " ".join([target.kind, *said, *(["(before)"] if decision.action == "done" else [])])
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..convert.carry_over import BatchNormState
 from ..convert.line import Line, LineFit
 from ..convert.recipe import Choice, Recipe, Rules
+from ..convert.state import BatchNormState
 from ..convert.targets import BatchNorm, Target
 from ..errors import InputError, UnsupportedError, UsageError, option, spoken
 from ..frameworks.detect import framework_of, get_framework
@@ -164,7 +164,7 @@ def patch(
     except BaseException:
         report.undo()
         raise
-    return WayBackReport(report.model, decided, report._undo, report._drift, drops)
+    return WayBackReport(report.model, decided, report._undo, report._drift, drops=drops)
 
 
 def replay(model: Any, recipe: Recipe) -> Recipe:
@@ -184,9 +184,10 @@ def replay(model: Any, recipe: Recipe) -> Recipe:
     stay = tuple(choice for choice in recipe.choices if choice.target.kind == BatchNorm.kind)
     there = tuple(choice for choice in recipe.choices if choice not in stay)
     if there or not stay:
-        made = patcher_of(model).patch(model, replace(recipe, choices=there)).recipe.choices
+        made = patcher_of(model).patch(model, replace(recipe, choices=there), solve=False).recipe.choices
         sources = {choice.name: choice.source for choice in there}
         there = tuple(replace(choice, source=sources.get(choice.name, choice.source)) for choice in made)
+    patcher_of(model).make_room(model, [choice.front for choice in stay if choice.mode == "full"])
     return replace(recipe, choices=(*there, *stay))
 
 

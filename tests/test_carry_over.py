@@ -6,15 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from normswap import BatchRenorm, GroupNorm, SwitchNorm
-from normswap.convert.carry_over import (
-    SPREAD,
-    BatchNormState,
-    carry_over,
-    gate_logits,
-    group_moments,
-    softmax,
-    start_gates,
-)
+from normswap.convert.carry_over import SPREAD, carry_over, group_moments
+from normswap.convert.gates import gate_logits, softmax, start_gates
+from normswap.convert.state import BatchNormState
 from normswap.errors import InputError
 
 from .helpers import exactly

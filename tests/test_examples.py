@@ -71,7 +71,7 @@ class TestTorch:
 
         assert len({epsilon for _, _, epsilon in rows.values() if epsilon}) == 1
         for name in ("GroupNorm, patched", "anchored SN"):
-            assert rows[name][0] == pytest.approx(rows["BatchNorm"][0], abs=3)
+            assert rows[name][0] > rows["BatchNorm"][0] - 3
             assert rows[name][1] > rows["Opacus's fix"][1] + 10
 
     def test_federated(self):

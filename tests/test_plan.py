@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 from normswap import BatchRenorm, GroupNorm, SwitchNorm
-from normswap.convert.carry_over import BatchNormState, carry_over
-from normswap.convert.expected_drift import SHARED, SPREAD_OF_SAMPLES, expected_drift
+from normswap.convert.carry_over import carry_over
+from normswap.convert.expected_drift import expected_drift
+from normswap.convert.gates import SHARED, SPREAD_OF_SAMPLES
 from normswap.convert.recipe import Rule, Rules
+from normswap.convert.state import BatchNormState
 from normswap.errors import InputError
 from normswap.patchers.patch import _several
 from normswap.patchers.plan import Site, decide
@@ -139,7 +141,7 @@ class TestExpectedDrift:
         instance, layer = (expected_drift(bn, GN, groups=groups) for groups in (32, 1))
 
         assert expected_drift(bn, SwitchNorm("even")) == pytest.approx((instance + layer) / 3)
-        assert expected_drift(bn, SwitchNorm("warm", "none")) == pytest.approx(0.1 * instance + 0.9 * layer)
+        assert expected_drift(bn, SwitchNorm("warm", "none")) == pytest.approx(0.05 * instance + 0.95 * layer)
         assert expected_drift(bn, SwitchNorm("even"), spatial=()) == pytest.approx(2 * layer / 3)
         assert expected_drift(bn, SwitchNorm("even"), spatial=(1, 1)) == pytest.approx(layer / 3)
 

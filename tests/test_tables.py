@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import normswap
-from normswap.convert.carry_over import BatchNormState
+from normswap.convert.state import BatchNormState
 from normswap.patchers.plan import Report, Site, decide
 from normswap.patchers.table import as_text, folded, plan_table, summarised
 
@@ -67,7 +67,8 @@ class TestFolding:
         sites = [Site(f"blocks.{n}.norm", "BatchNorm2d", 8 + 4 * n, spatial=(16, 16)) for n in range(count)]
         lines = str(planned(sites)).splitlines()
 
-        assert len(lines) == 7
+        assert len(lines) == 8
+        assert lines[5].startswith("together: about ")
         assert lines[3].startswith(f"blocks.*.norm ({count})  8-{4 + 4 * count}  16x16  gn groups=2  0.")
 
     def test_what_is_told_apart(self):

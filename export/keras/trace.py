@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import onnx_ir as ir
 
-from ...convert.carry_over import CLOSED_GATE
+from ...convert.gates import CLOSED_GATE
 from ...errors import UnsupportedError
 from ...frameworks.example import Inputs
 from ...frameworks.keras import (

@@ -1,103 +1,101 @@
-"""Calibration: re-solve each replacement, and the weights behind it, on unlabelled inputs, layer by layer."""
+"""Calibration: what the patch chose without data is chosen again on a few hundred unlabelled inputs."""
 
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...convert.equalize import Equalized, equalize, error_of
+from ...convert.samples import Samples, kept_aside
 from ...data.dataset import Data
 from ...errors import InputError, NormswapWarning, UnsupportedError, VerificationError
 from ...frameworks.detect import get_framework
-from .contract import CalibrationLayers, layers_of
-from .least_squares import Array, LinearFit, Moments
+from ...frameworks.example import Inputs
+from ...patchers.plan import Report
+from .contract import CalibrationLayers, Solvable, layers_of
+from .refit import Refitted, refitted
 
-See = Callable[[str, NDArray[Any], NDArray[Any]], object]
+FEWEST = 16
+"""The least number of inputs: an eighth of them judges what the others choose."""
 
-
-class _PassEnded(BaseException):
-    """Raised to leave a forward pass once its last wanted layer has run; Keras rewraps every `Exception`."""
+Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Residual:
-    """How far one layer's output was from the original's, before and after, as a share of its deviation."""
+    """How far one layer's output was from the original's, before and after, as a share of its root mean square.
+
+    Of replaced layers on the original's own inputs; the last one, ``output``, is the whole model's. Both are of inputs
+    that nothing was fitted to.
+    """
 
     name: str
     before: float
     after: float
 
 
-def calibrate(model: Any, reference: Any, batches: Iterable[Any], *, refit: bool = True) -> list[Residual]:
-    r"""Bring ``model`` nearer to ``reference``, the model before the patch, on unlabelled ``batches``.
+def calibrate(
+    model: Any, original: Any, batches: Any = None, *, refit: bool = True, advance: Advance = lambda done: None
+) -> list[Residual]:
+    r"""Bring a patched model nearer to the model before the patch, on unlabelled inputs.
 
-    Layer by layer in call order, with everything before it calibrated already, a replaced layer that normalizes to
-    :math:`\hat x` gets, per channel,
+    Called as ``calibrate(report, batches)``, with what `patch` returned, or ``calibrate(model, original, batches)``.
+    One pass of the original over the batches takes each replaced layer's first two moments of every sample,
+    :math:`M_1, M_2`, and each layer is then solved by itself: the scale and shift that the layer in front takes, where
+    one does, and γ′ and β′ get the values of least error, which :math:`M_1` and :math:`M_2` tell exactly (see
+    docs/design.md). An eighth of the inputs is kept aside and decides for each layer between that, standardized
+    channels, the carry-over and what the model has: no layer is further from the original on them than before.
 
-    .. math:: \gamma' = \mathrm{sign}(\gamma)\,\mathrm{std}(y)/\mathrm{std}(\hat x), \qquad
-              \beta' = \mathrm{mean}(y) - \gamma'\,\mathrm{mean}(\hat x)
+    With ``refit`` the convolutions and dense layers are refitted next, all at once and half of the way each time: to
+    the weights :math:`W'` that take what reaches them now to what they return in the original, by least squares with a
+    ridge towards their own, :math:`\min \sum \lVert y - W' x \rVert^2 + \lambda \lVert W' - W \rVert^2`. That is kept
+    as far as it brings the model's output nearer on the inputs kept aside. Frozen, shared and very wide layers stay.
 
-    where y is what the same layer of ``reference`` returns; a channel with γ = 0 keeps it. A convolution or dense
-    layer behind the first replaced one gets the weights :math:`W'` that take what reaches it now to what it returns
-    in ``reference``, by least squares with a ridge towards its own: :math:`\min \sum \lVert y - W' x \rVert^2 +
-    \lambda \lVert W' - W \rVert^2`. ``refit=False`` leaves those as they are, as frozen, shared, grouped and very
-    wide ones always are. A layer that is called several times is solved for all its calls together.
-
-    Sums are float64, and the outputs of one layer for one batch are all that is held.
+    It takes time linear in the depth and the number of inputs, and holds two numbers a layer, channel and input.
 
     Args:
-        model: The patched model, which is changed.
-        reference: The model before the patch.
-        batches: Inputs as the model takes them, without labels; a few hundred samples do. Each layer takes a pass over
-            them: an iterator is held in memory, anything else is iterated over again and may be of any length.
-        refit: False leaves convolutions and dense layers alone.
+        model: The report of `patch`, or the patched model, which is changed. It has not been trained since the patch.
+        original: The model before the patch; beside a report, which knows that, the batches.
+        batches: Inputs as the model takes them, without labels, 16 or more of them together; a few hundred do. They are
+            iterated over several times; an iterator is held in memory.
+        refit: False leaves all layers alone that the patch did.
+        advance: Told after each batch how many the original has seen.
 
     Returns:
-        The `Residual` of each layer: how far its output was from the original's, before and after.
+        The `Residual` of each replaced layer, and of the model's output.
 
     Raises:
-        UnsupportedError: If the model has no replaced layers.
-        InputError: If the inputs are none or not finite, or ``reference`` lacks a layer of the model.
-        VerificationError: If the inputs are constant at a layer.
+        UnsupportedError: If the model has no replaced layers, or was trained since the patch.
+        InputError: If the inputs are too few or not finite, or ``original`` lacks a layer of the model.
+        VerificationError: If the inputs are constant at all layers.
 
     Example:
         >>> import copy, normswap, torch
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).eval()
-        >>> original = copy.deepcopy(model)
-        >>> report = normswap.patch(model, "gn")
-        >>> residuals = normswap.calibrate(model, original, [torch.randn(16, 3, 8, 8)])
-        >>> [(residual.name, residual.after < residual.before) for residual in residuals]
-        [('1', True)]
+        >>> report = normswap.patch(model, "gn", example=torch.randn(2, 3, 8, 8))
+        >>> residuals = normswap.calibrate(report, [torch.randn(32, 3, 8, 8)])
+        >>> [(residual.name, residual.after <= residual.before) for residual in residuals]
+        [('1', True), ('output', True)]
     """
-    adapter = layers_of(model)
-    batches = list(batches) if isinstance(batches, Iterator) else batches
-    first = next(iter(batches), None)
-    if first is None:
-        raise InputError("expected inputs to calibrate on, received none")
-    sites = site_layers(model)
-    if not sites:
-        raise UnsupportedError("expected a patched model to calibrate, received one without replaced layers")
-    linear: Mapping[str, Any] = adapter.linear_layers(model) if refit else {}
-    calls = _calls(model, [*sites, *linear], first)
-    known = dict(get_framework(reference).named_layers(reference))
-    if missing := [name for name in calls if name not in known]:
-        raise InputError(
-            "expected a reference with the layers of the model, which it is before the patch, received one without "
-            f"{', '.join(missing)}"
+    report = model if isinstance(model, Report) else None
+    if (report is None) == (batches is None):
+        raise TypeError(
+            "expected calibrate(report, batches) or calibrate(model, original, batches), received "
+            f"{'a report and' if report is not None else 'a model without a report and'} "
+            f"{'no batches' if batches is None else 'both an original and batches'}"
         )
-    changed = False  # before the first replaced layer the models are the same
-    residuals = []
-    for name, count in calls.items():
-        paired = _Paired(adapter, model, reference, batches, name, once=count == 1)
-        if name in sites:
-            residuals.append(_match(paired, sites[name]))
-            changed = True
-        elif changed:
-            residuals.append(_refit(paired, linear[name]))
+    if report is not None:
+        model, original, batches = report.model, report.original(), original
+    run = _Calibration(model, original, batches, advance)
+    residuals = run.solve()
+    changes = run.refit() if refit else []
+    residuals.append(Residual("output", run.before, run.drift()))
+    if report is not None:
+        report.calibrated(run.found, changes)
     return residuals
 
 
@@ -133,102 +131,172 @@ def split(data: Data, count: int) -> tuple[list[NDArray[np.float32]], NDArray[np
     return sample(data, taken), data.batch(data.sample(len(data))[-others:])[0]
 
 
-@dataclass(frozen=True)
-class _Paired:
-    """One layer's calls in both models, batch by batch."""
+class _Calibration:
+    """One calibration of ``model`` by ``original`` on batches, of which the last eighth is kept aside."""
 
-    adapter: CalibrationLayers
-    model: Any
-    reference: Any
-    batches: Iterable[Any]
-    name: str
-    once: bool
+    def __init__(self, model: Any, original: Any, batches: Iterable[Any], advance: Advance) -> None:
+        self.model, self.original = model, original
+        self.adapter: CalibrationLayers = layers_of(model)
+        self.sites = self.adapter.site_layers(model)
+        if not self.sites:
+            raise UnsupportedError("expected a patched model to calibrate, received one without replaced layers")
+        self.batches = list(batches) if isinstance(batches, Iterator) else batches
+        self.known = dict(get_framework(original).named_layers(original))
+        if missing := [name for name in self.sites if name not in self.known]:
+            raise InputError(
+                "expected an original with the layers of the model, which it is before the patch, received one "
+                f"without {', '.join(missing)}"
+            )
+        self.solvable = self.adapter.solvable(model, original, self.sites)
+        self.found: dict[str, Equalized] = {}
+        self.advance = advance
+        self.samples = self._pass()
+        self.others = list(_last(self.batches, kept_aside(self.count)))
+        self.before = self.drift()
 
-    def __iter__(self) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
-        """Yield the model's inputs and outputs and the original's outputs of each call, channels last."""
-        for batch in self.batches:
-            wanted = self._calls(self.reference, batch)
-            for (inputs, outputs), (_, original) in zip(self._calls(self.model, batch), wanted, strict=True):
-                yield inputs, outputs, original
+    def _pass(self) -> dict[str, Samples]:
+        """Run the original once, and take each site's moments of every sample."""
+        framework = get_framework(self.original)
+        moments: dict[str, list[tuple[NDArray[Any], NDArray[Any]]]] = {name: [] for name in self.solvable}
 
-    def _calls(self, model: Any, batch: Any) -> list[tuple[NDArray[Any], NDArray[Any]]]:
-        calls: list[tuple[NDArray[Any], NDArray[Any]]] = []
+        def see(name: str, x: Any, y: Any) -> None:
+            self.solvable[name].spatial = self.adapter.spatial(self.known[name], x)
+            moments[name].append(self.adapter.moments(self.known[name], x, self.solvable[name].state))
 
-        def see(name: str, inputs: NDArray[Any], outputs: NDArray[Any]) -> bool:
-            calls.append((inputs, outputs))
-            return self.once  # spares the rest of the network
+        self.count, self.total = 0, 0
+        watched = {name: self.known[name] for name in self.solvable}
+        with framework.inference(self.original, compiled=False), framework.watching(watched, see):
+            for batch in self.batches:
+                self.count += _size(batch)
+                self.total += 1
+                self._call(batch)
+                self.advance(self.total)
+        if self.count < FEWEST:
+            raise InputError(
+                f"expected {FEWEST} or more inputs to calibrate on, received {self.count}; a few hundred are good"
+            )
+        if idle := [name for name, found in moments.items() if not found]:
+            raise InputError(
+                f"expected inputs on which every replaced layer runs, received batches on which {idle[0]} does not; "
+                f"patch without it: exclude={idle[0]!r}"
+            )
+        samples = {
+            name: Samples(*(np.concatenate(each) for each in zip(*found, strict=True)))
+            for name, found in moments.items()
+        }
+        for name, each in samples.items():
+            if not (np.isfinite(each.mean).all() and np.isfinite(each.square).all()):
+                raise InputError(f"expected finite inputs and outputs, received batches on which {name} has others")
+        if all(
+            np.ptp(each.square, axis=0).max() <= 1e-9 and np.ptp(each.mean, axis=0).max() <= 1e-6
+            for each in samples.values()
+        ):
+            first = next(iter(samples))
+            raise VerificationError(f"expected inputs that differ, received batches on which {first} is constant")
+        return samples
 
-        observe(model, [self.name], batch, see)
-        return calls
+    def _call(self, batch: Any) -> None:
+        try:
+            get_framework(self.original).call(self.original, batch)
+        except Exception as error:
+            message = f"expected inputs the model accepts, received a batch on which it fails: {error}"
+            raise InputError(message) from error
+
+    def solve(self) -> list[Residual]:
+        """Solve every site, and return how far each was and is from the original on the inputs kept aside."""
+        residuals = []
+        presents = {name: self._present(site) for name, site in self.solvable.items()}  # before anything changes
+        for name, samples in self.samples.items():
+            site, present = self.solvable[name], presents[name]
+            now = error_of(present, site.target, samples, groups=site.groups, spatial=site.spatial, gates=site.gates)
+            found = equalize(
+                site.state,
+                site.target,
+                site.front,
+                groups=site.groups,
+                spatial=site.spatial,
+                mode=site.mode,
+                samples=samples,
+                gates=site.gates,
+            )
+            if found.error < now:
+                self.adapter.write(site, found)
+            self.found[name] = found if found.error < now else present
+            residuals.append(Residual(name, float(np.sqrt(now)), float(np.sqrt(min(found.error, now)))))
+        return residuals
+
+    def _present(self, site: Solvable) -> Equalized:
+        """Return what a replaced layer and the one in front compute now.
+
+        Raises `UnsupportedError` if the latter is no longer the original's, scaled and shifted.
+        """
+        layer, front, before = site.layers
+        mean, deviation = site.running
+        scale, shift = deviation, mean
+        if front is not None:
+            (old, old_bias), (new, bias) = map(self.adapter.front_weights, (before, front))
+            norms = np.square(old).sum(axis=1)
+            known = norms > 0
+            factor = np.where(known, (old * new).sum(axis=1) / np.where(known, norms, 1.0), 1.0)
+            if np.square(new - factor[:, None] * old).sum() > 1e-6 * np.square(new).sum():
+                raise UnsupportedError(
+                    f"expected a model that has not changed since the patch, received one whose {site.front_name} has; "
+                    "calibrate before training, and once"
+                )
+            shift = (0.0 if bias is None else bias) - ((0.0 if old_bias is None else old_bias) - mean) * factor
+            scale = factor * deviation
+        gamma, beta = self.adapter.get_affine(layer)
+        return Equalized(site.state, scale, shift, gamma, beta, None, "carried over", 0.0, 0.0)
+
+    def drift(self) -> float:
+        """Return how far the model's outputs are from the original's on the inputs kept aside."""
+        distance = scale = 0.0
+        for batch in self.others:
+            wanted, found = (
+                [np.asarray(y, np.float64) for y in self.adapter.outputs(net, batch)]
+                for net in (self.original, self.model)
+            )
+            distance += sum(float(np.square(y - z).sum()) for y, z in zip(wanted, found, strict=True))
+            scale += sum(float(np.square(y).sum()) for y in wanted)
+        return float(np.sqrt(distance / scale)) if scale > 0 else 0.0
+
+    def refit(self) -> list[Refitted]:
+        """Refit the layers whose weights may change, as far as that brings the model nearer."""
+        layers = self.adapter.linear_layers(self.model)
+        fitting = list(_first(self.batches, self.count - kept_aside(self.count)))
+        return refitted(self.adapter, self.model, self.original, layers, self.found, self.solvable, fitting, self.drift)
 
 
-def _match(paired: _Paired, layer: Any) -> Residual:
-    """Give a replaced layer the original's moments."""
-    adapter = paired.adapter
-    gamma, beta = adapter.get_affine(layer)
-    plain, wanted = Moments(), Moments()
-    adapter.set_affine(layer, np.ones_like(gamma), np.zeros_like(beta))
-    try:
-        for _, outputs, original in paired:
-            plain.add(outputs)
-            wanted.add(original)
-    finally:
-        adapter.set_affine(layer, gamma, beta)
-    if not np.isfinite(plain.deviation + wanted.deviation).all():
-        raise InputError(f"expected finite inputs and outputs, received batches on which {paired.name} has others")
-    constant = plain.deviation == 0
-    if constant.all():
-        raise VerificationError(f"expected inputs that differ, received batches on which {paired.name} is constant")
-    alive = (gamma != 0) & ~constant
-    safe = np.where(alive, plain.deviation, 1.0)
-    new_gamma = np.where(alive, np.sign(gamma) * wanted.deviation / safe, gamma)
-    new_beta = wanted.mean - new_gamma * plain.mean
-    adapter.set_affine(layer, new_gamma, new_beta)
-    before = _distance(wanted, gamma * plain.mean + beta, np.abs(gamma) * plain.deviation)
-    after = _distance(wanted, new_gamma * plain.mean + new_beta, np.abs(new_gamma) * plain.deviation)
-    return Residual(paired.name, before, after)
+def _size(batch: Any) -> int:
+    """Return the number of samples in a batch."""
+    return next((int(array.shape[0]) for array in Inputs.of(batch).arrays.values() if len(array.shape)), 0)
 
 
-def _refit(paired: _Paired, layer: Any) -> Residual:
-    """Give a layer the weights that return what the original's does, from what reaches it now."""
-    fit = LinearFit(paired.adapter.get_weights(layer))
-    for inputs, _, original in paired:
-        for x, y in zip(inputs, original, strict=True):  # a sample at a time, since patches overlap
-            fit.add(paired.adapter.patches(layer, x), y.reshape(-1, y.shape[-1]))
-    weights, before, after = fit.solve()
-    paired.adapter.set_weights(layer, weights)
-    return Residual(paired.name, before, after)
+def _cut(rows: slice, array: Any) -> Any:
+    """Return some samples of an array of a batch; a number has none."""
+    return array[rows] if len(array.shape) else array
 
 
-def observe(model: Any, names: Sequence[str], batch: Any, see: See) -> None:
-    """Run ``model`` on one batch and tell ``see(name, input, output)`` of each call of the named layers.
-
-    Channels come last, a linear layer's features as they are. If ``see`` returns True, the forward pass ends there.
-    """
-    framework, adapter = get_framework(model), layers_of(model)
-    known = dict(framework.named_layers(model))
-
-    def note(name: str, x: Any, y: Any) -> None:
-        if see(name, *adapter.channels_last(known[name], x, y)):
-            raise _PassEnded
-
-    with (
-        suppress(_PassEnded),
-        framework.inference(model, compiled=False),
-        framework.watching({name: known[name] for name in names}, note, first=True),
-    ):
-        framework.call(model, batch)
+def _first(batches: Iterable[Any], count: int) -> Iterator[Any]:
+    """Yield the first ``count`` inputs, batch by batch."""
+    for batch in batches:
+        if count <= 0:
+            return
+        size = _size(batch)
+        yield (batch if size <= count else Inputs.of(batch).map(partial(_cut, slice(count))))
+        count -= size
 
 
-def _calls(model: Any, names: Sequence[str], batch: Any) -> Counter[str]:
-    """Return how often each layer is called on one batch, in the order of the first calls."""
-    calls: Counter[str] = Counter()
-    observe(model, names, batch, lambda name, x, y: calls.update([name]))
-    return calls
-
-
-def _distance(wanted: Moments, mean: Array, deviation: Array) -> float:
-    """Root mean square over channels of the moments' distance, over the original's root mean square deviation."""
-    distance = np.square(mean - wanted.mean) + np.square(deviation - wanted.deviation)
-    scale = np.square(wanted.deviation).mean()
-    return float(np.sqrt(distance.mean() / scale)) if scale > 0 else 0.0
+def _last(batches: Iterable[Any], count: int) -> Sequence[Any]:
+    """Return the last ``count`` inputs or a few more, batch by batch."""
+    kept: list[Any] = []
+    held = 0
+    for batch in batches:
+        kept.append(batch)
+        held += _size(batch)
+        while held - _size(kept[0]) >= count:
+            held -= _size(kept.pop(0))
+    surplus = held - count
+    if surplus > 0:
+        kept[0] = Inputs.of(kept[0]).map(partial(_cut, slice(surplus, None)))
+    return kept

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from ...convert.state import Array
 
 RIDGE = 0.1
 """Weight of the distance to the given weights, as a share of the inputs' mean square; see docs/design.md."""
@@ -48,35 +48,30 @@ class LinearFit:
     .. math:: \min_D \sum \lVert r - D^T x \rVert^2 + \lambda\,\overline{x^2}\,n\,\lVert D \rVert^2,
               \qquad r = y - W^T x
 
-    D is the change of the map W, of shape (K + 1, O) with a row for each input; the last row is the bias, for an input
-    that is 1, and is free of the ridge. Where a layer has no bias, its shift is left to the norm behind it. Only sums
-    are held, so the stream may be of any length; products are taken in the arrays' own type.
+    D is the change of the map W, of shape (G, K + 1, O) for G groups of inputs and outputs, with a row for each input;
+    the last row is the bias, for an input that is 1, and is free of the ridge. Where a layer has no bias, its shift is
+    left to the norm behind it. Only sums are held, so the stream may be of any length; products are taken in the
+    arrays' own type.
     """
 
     def __init__(self, weights: Array) -> None:
-        inputs, outputs = weights.shape
-        self.weights, self.count = weights, 0
-        self._inputs: Array = np.zeros((inputs, inputs))
-        self._remainders: Array = np.zeros((inputs, outputs))
-        self._squares = 0.0
-        self._scale = Moments()
+        groups, inputs, outputs = weights.shape
+        self.weights = weights
+        self._inputs: Array = np.zeros((groups, inputs, inputs))
+        self._remainders: Array = np.zeros((groups, inputs, outputs))
 
     def add(self, x: NDArray[Any], y: NDArray[Any]) -> None:
-        """Take in inputs (M, K + 1) and the outputs (M, O) wanted for them."""
-        remainder = y - x @ self.weights.astype(x.dtype)
-        self.count += len(x)
-        self._inputs += x.T @ x
-        self._remainders += x.T @ remainder
-        self._squares += float(np.square(remainder).sum(dtype=np.float64))
-        self._scale.add(y)
+        """Take in inputs (G, M, K + 1) and the outputs (G, M, O) wanted for them."""
+        remainder = (y - x @ self.weights.astype(x.dtype)).astype(x.dtype)
+        transposed = x.transpose(0, 2, 1)
+        self._inputs += transposed @ x
+        self._remainders += transposed @ remainder
 
-    def solve(self) -> tuple[Array, float, float]:
-        """Return the fitted weights and the residual before and after, as shares of the outputs' deviation."""
-        squares = np.diag(self._inputs)[:-1]
-        strength = np.append(np.full(len(squares), RIDGE * max(squares.mean(), np.finfo(np.float64).tiny)), 0)
-        change = np.linalg.solve(self._inputs + np.diag(strength), self._remainders)
-        explained = 2 * np.sum(change * self._remainders) - np.sum(change * (self._inputs @ change))
-        after = max(0.0, self._squares - float(explained))
-        deviation = float(np.square(self._scale.deviation).sum()) * self.count
-        shares = [float(np.sqrt(value / deviation)) if deviation > 0 else 0.0 for value in (self._squares, after)]
-        return self.weights + change, shares[0], shares[1]
+    def solve(self, step: float = 1.0) -> Array:
+        """Return the weights ``step`` of the way from the given to the fitted ones."""
+        squares = np.diagonal(self._inputs, axis1=1, axis2=2)
+        ridge = RIDGE * squares[:, :-1].mean(axis=1, keepdims=True)
+        floor = np.maximum(1e-9 * squares[:, -1:], np.finfo(np.float64).tiny)
+        strength = np.concatenate([np.broadcast_to(np.maximum(ridge, floor), squares[:, :-1].shape), floor], axis=1)
+        change = np.linalg.solve(self._inputs + strength[:, None] * np.eye(strength.shape[1]), self._remainders)
+        return self.weights + step * change

@@ -18,7 +18,7 @@ import safetensors.numpy
 from ...bundles import bundle as bundles
 from ...data.dataset import Data
 from ...data.labels import check_labels, same_classes, several_classes
-from ...errors import InputError, NormswapWarning, VerificationError
+from ...errors import InputError, NormswapWarning, UnsupportedError, VerificationError
 from ...frameworks.detect import get_framework
 from ...sources.weights import SUFFIX, load_weights, write_weights
 from ..calibration.calibrate import calibrate, site_layers, split
@@ -245,7 +245,11 @@ class _Run:
         batches, others = split(self.data, self.settings.calibration_size)
         before, restore = self.evaluation.drift(others), get_framework(self.model).snapshot(self.model)
         if before > 0:
-            calibrate(self.model, self.original, batches)
+            try:
+                calibrate(self.model, self.original, batches)
+            except (InputError, UnsupportedError) as error:  # a few images, or a model that was trained before
+                warnings.warn(f"training starts without calibration: {error}", NormswapWarning, stacklevel=2)
+                return
             if not (after := self.evaluation.drift(others)) < before:
                 restore()
                 warnings.warn(

@@ -5,7 +5,7 @@ models of a process: the same code run later has the same layers under higher nu
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ...convert.recipe import Recipe
@@ -34,6 +34,27 @@ def renamed(recipe: Recipe, names: Sequence[str]) -> Recipe:
                 "in the model; build the model in a fresh process, or give its BatchNormalization layers names"
             )
     return replace(recipe, choices=tuple(replace(c, name=new.get(c.name, c.name)) for c in recipe.choices))
+
+
+def fronts_of(recipe: Recipe, found: Mapping[str, str], layers: Sequence[str]) -> Recipe:
+    """Return ``recipe`` with the names that the layers in front have in this model.
+
+    ``found`` tells by a norm's name what is in front of it where that was seen. Names that are not those of ``layers``
+    are matched in the order of their numbers where just as many are alike; others stay.
+    """
+    wanted = [choice.front for choice in recipe.choices if choice.front]
+    new = alike(wanted, layers)
+    choices = [
+        replace(c, front=found.get(c.name) or new.get(c.front, c.front)) if c.front else c for c in recipe.choices
+    ]
+    return replace(recipe, choices=tuple(choices))
+
+
+def alike(wanted: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """Return for those wanted that are no names which they are, if names that differ in numbers are as many."""
+    unknown, mine = _families([name for name in wanted if name not in names]), _families(names)
+    pairs = [(theirs, mine.get(stem, [])) for stem, theirs in unknown.items()]
+    return {a: b for theirs, own in pairs if len(theirs) == len(own) for a, b in zip(theirs, own, strict=True)}
 
 
 def _families(names: Sequence[str]) -> dict[str, list[str]]:

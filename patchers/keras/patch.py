@@ -8,20 +8,24 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import keras
 
 from ...convert.recipe import Recipe, Rules
-from ...convert.targets import Target
-from ...errors import UnsupportedError
+from ...convert.targets import Mode, Target
+from ...errors import InputError, UnsupportedError
 from ...frameworks.keras import distinct_layers, named_layers
-from ..plan import Plan, Report, decide
+from ..plan import Plan, Report, Site, decide, equalizes
 from ..swap import carry_out
-from .names import renamed
+from .equalized import BIASED, Absorbed
+from .fronts import Fronts, channels_of, read_front
+from .names import alike, fronts_of, renamed
 from .saving import keep_rebuildable
 from .sites import find_sites
-from .swap import MARK, read_state, swaps_for
+from .swap import FRONT, MARK, read_state, swaps_for
 
 
 def plans(
@@ -32,10 +36,11 @@ def plans(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     where: Callable[[keras.Layer, str], bool] | None = None,
+    mode: Mode | None = "full",
 ) -> list[Plan]:
     """Return what `patch` would do to ``model`` for each target, touching nothing but what is unbuilt."""
     found = _Found(model, example)
-    return [found.decide(target, include, exclude, where) for target in targets]
+    return [found.decide(target, include, exclude, where, mode) for target in targets]
 
 
 def patch(
@@ -47,6 +52,8 @@ def patch(
     exclude: Sequence[str] = (),
     where: Callable[[keras.Layer, str], bool] | None = None,
     inplace: bool = True,
+    mode: Mode | None = "full",
+    solve: bool = True,
 ) -> Report:
     """Replace the BatchNorms of ``model`` by ``target`` and return the report.
 
@@ -57,16 +64,31 @@ def patch(
     if not inplace:
         model = _copy(model)
     found = _Found(model, example)
-    decided = found.decide(target, include, exclude, where)
+    decided = found.decide(target, include, exclude, where, mode, solve)
     decided.require_work()
-    swaps = swaps_for(model, found.layers, decided.having("replace"))
+    swaps = swaps_for(model, found.layers, decided.having("replace"), solve=solve)
     return carry_out(
         model,
         decided,
         swaps,
         lambda: (site.name for site in find_sites(model)[1] if site.kind is None),
         around=lambda: _retraced(model),
+        copied=_copy,
     )
+
+
+def make_room(model: keras.Layer, names: Sequence[str]) -> None:
+    """Give the linear layers of these names that have no bias one of zeros, for weights to be loaded."""
+    if not names:
+        return
+    layers = {name: layer for name, layer in named_layers(model) if channels_of(layer)}
+    new = alike(names, list(layers))
+    with _retraced(model):
+        for name in names:
+            layer = layers.get(new.get(name, name))
+            if layer is None:
+                raise InputError(f"expected the recipe's layer in front, {name}, received a model without it")
+            Absorbed(name, layer, "full").apply(None)
 
 
 @contextmanager
@@ -76,11 +98,33 @@ def layers_by_name(model: keras.Layer) -> Iterator[Mapping[str, keras.Layer]]:
 
 
 class _Found:
-    """The sites of a model, and the layer of each by name."""
+    """The sites of a model, the layer of each by name, and what is in front of them, which is looked for once asked."""
 
     def __init__(self, model: keras.Layer, example: Any) -> None:
+        self.model, self.example = model, example
         layers, self.sites = find_sites(model, example)
         self.layers = dict(zip((site.name for site in self.sites), layers, strict=True))
+
+    @cached_property
+    def linear(self) -> dict[str, keras.Layer]:
+        """The linear layers of the model by name."""
+        return {name: layer for name, layer in named_layers(self.model) if channels_of(layer)}
+
+    @cached_property
+    def equal_sites(self) -> list[Site]:
+        """The sites with what is in front of them."""
+        names: dict[int, str] = {}
+        for name, layer in named_layers(self.model):
+            names.setdefault(id(layer), name)
+        todo = {site.name: self.layers[site.name] for site in self.sites if site.kind is None and not site.obstacle}
+        fronts = Fronts(
+            {id(layer): layer for layer in distinct_layers(self.model)}, {id(layer): layer for layer in todo.values()}
+        )
+        if todo:
+            fronts.look(self.model, self.example)
+        return [
+            replace(site, **fronts.of(id(todo[site.name]), names)) if site.name in todo else site for site in self.sites
+        ]
 
     def decide(
         self,
@@ -88,17 +132,35 @@ class _Found:
         include: Sequence[str],
         exclude: Sequence[str],
         where: Callable[[keras.Layer, str], bool] | None,
+        mode: Mode | None,
+        solve: bool = True,
     ) -> Plan:
         """Return the plan for one target."""
+        sites = [replace(site, unequal="") for site in self.sites]
+        if isinstance(target, Recipe):
+            target = renamed(target, list(self.layers))
+            if any(choice.front for choice in target.choices):
+                sites = self.equal_sites
+                target = fronts_of(target, {site.name: site.front for site in sites}, list(self.linear))
+                sites = [self._biased(site, target) for site in sites]
+        elif mode is not None and (isinstance(target, Rules) or equalizes(target)):
+            sites = self.equal_sites
         return decide(
             "keras",
-            self.sites,
-            renamed(target, list(self.layers)) if isinstance(target, Recipe) else target,
+            sites,
+            target,
             include=include,
             exclude=exclude,
             where=None if where is None else lambda name: where(self.layers[name], name),
-            state_of=lambda name: read_state(self.layers[name]),
+            mode=mode,
+            state_of=lambda name: read_state(self.layers[name]) if solve else None,
+            front_of=lambda name: read_front(self.linear[name]) if name in self.linear else None,
         )
+
+    def _biased(self, site: Site, recipe: Recipe) -> Site:
+        """Return a site that knows whether the layer which a recipe says is in front has a bias."""
+        front = next((self.linear.get(choice.front) for choice in recipe.choices if choice.name == site.name), None)
+        return site if front is None else replace(site, front_biased=front.bias is not None)
 
 
 def _copy(model: keras.Layer) -> keras.Layer:
@@ -110,7 +172,7 @@ def _copy(model: keras.Layer) -> keras.Layer:
             f"{type(model).__name__}: {error}; patch the model itself, or a copy that your own code makes"
         ) from error
     for new, old in zip(distinct_layers(twin), distinct_layers(model), strict=True):
-        new.__dict__.update({MARK: old.__dict__[MARK]} if MARK in old.__dict__ else {})
+        new.__dict__.update({mark: old.__dict__[mark] for mark in (MARK, FRONT, BIASED) if mark in old.__dict__})
     return twin
 
 

@@ -1,8 +1,8 @@
 """Let layers whose own code builds their BatchNorms be saved patched.
 
 Keras saves a layer of a class of the user's as its constructor's arguments, from which its class builds BatchNorms
-again, and the saved weights do not fit. While replacements are in such a layer, its class is therefore a subclass that
-saves them too and puts them back when it is loaded.
+again, and linear layers without the bias that equalizing gave them, and the saved weights do not fit. While such
+changes are in such a layer, its class is therefore a subclass that saves them too and makes them when it is loaded.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,9 @@ import keras
 from ...convert.recipe import Recipe
 from ...errors import InputError
 from ...frameworks.keras import build_shape, distinct_layers, named_layers
-from .swap import MARK, BatchNorm, Swap
+from .equalized import BIASED, Absorbed
+from .fronts import channels_of
+from .swap import FRONT, MARK, BatchNorm, Swap
 
 
 def keep_rebuildable(model: keras.Layer) -> None:
@@ -22,8 +24,10 @@ def keep_rebuildable(model: keras.Layer) -> None:
     for layer in distinct_layers(model):
         cls: Any = getattr(type(layer), "rebuilt", type(layer))
         if not cls.__module__.startswith("keras."):
-            patched = any(MARK in below.__dict__ for below in distinct_layers(layer) if below is not layer)
-            layer.__class__ = _rebuilding(cls) if patched else cls
+            below = [each for each in distinct_layers(layer) if each is not layer]
+            changed = any(MARK in each.__dict__ for each in below)
+            changed |= any(BIASED in each.__dict__ for each in (layer, *below))
+            layer.__class__ = _rebuilding(cls) if changed else cls
 
 
 def mark(model: keras.Layer, recipe: Recipe) -> None:
@@ -42,10 +46,11 @@ def mark(model: keras.Layer, recipe: Recipe) -> None:
                 f"expected {choice.name} to be {choice.target.kind} in the bundle's model, received {kind}"
             )
         layer.__dict__[MARK] = choice.target.kind
+        layer.__dict__.update({FRONT: choice.front} if choice.front else {})
 
 
 class Rebuilt:
-    """What a class gets in front that rebuilds its layers: the replacements are saved and put back.
+    """What a class gets in front that rebuilds its layers: replacements and new biases are saved and put back.
 
     ``rebuilt`` is the class it stands in for.
     """
@@ -53,9 +58,11 @@ class Rebuilt:
     rebuilt: type[keras.Layer]
 
     def get_config(self) -> dict[str, Any]:
-        """Return what the class would have saved, and every replacement by its name."""
+        """Return what the class would have saved, every replacement by its name, and what has a new bias."""
         layer: Any = self
         cls, replaced = self.rebuilt, {name: each for name, each in named_layers(layer) if MARK in each.__dict__}
+        below = list(named_layers(layer))[1:]
+        biased = [*([""] if BIASED in layer.__dict__ else []), *(n for n, each in below if BIASED in each.__dict__)]
         mine, layer.__class__ = type(self), cls  # Keras derives a config from the class that asks
         try:
             config = layer.get_config()
@@ -65,6 +72,7 @@ class Rebuilt:
         return {
             "layer": {"module": cls.__module__, "class_name": cls.__name__, "registered_name": name, "config": config},
             "replaced": {name: [each.__dict__[MARK], _serialized(each)] for name, each in replaced.items()},
+            "biased": biased,
         }
 
     @staticmethod
@@ -72,7 +80,7 @@ class Rebuilt:
         """Return the layer that its class builds, with those replacements back that are built by then."""
         layer = keras.saving.deserialize_keras_object(config["layer"])
         cls: Any = type(layer)
-        layer.__dict__["_replaced"] = config["replaced"]
+        layer.__dict__["_replaced"], layer.__dict__["_biased"] = config["replaced"], config.get("biased", [])
         layer.__class__ = _rebuilding(cls)
         layer._put_back()
         return layer
@@ -84,6 +92,10 @@ class Rebuilt:
 
     def _put_back(self) -> None:
         found = dict(named_layers(self))
+        for name in self.__dict__.get("_biased", []):
+            layer: Any = found.get(name) if name else self
+            if layer is not None and channels_of(layer) and layer.bias is None:
+                Absorbed(name, layer, "full").apply(None)
         for name, (kind, config) in self.__dict__.get("_replaced", {}).items():
             layer = found.get(name)
             if isinstance(layer, BatchNorm) and build_shape(layer) is not None:

@@ -10,16 +10,23 @@ import keras
 import numpy as np
 from keras import ops
 
-from ...convert.carry_over import Array, BatchNormState, carry_over
+from ...convert.carry_over import carry_over
+from ...convert.equalize import Equalized, equalize
+from ...convert.state import Array, BatchNormState
 from ...convert.targets import BatchRenorm, GroupNorm, SwitchNorm
 from ...errors import InputError
-from ...frameworks.keras import build_shape, overriding
+from ...frameworks.keras import build_shape, named_layers, overriding
 from ...layers import keras as layers
 from ...layers.keras.statistics import wide
 from ..plan import Decision
+from .equalized import Absorbed
+from .fronts import channels_of, read_front
 
 MARK = "_normswap"
 """Attribute of a replaced layer that holds its target's kind."""
+
+FRONT = "_normswap_front"
+"""Attribute of a replaced layer that holds the name of the layer in front that is equalized for it."""
 
 BatchNorm = keras.layers.BatchNormalization
 
@@ -40,11 +47,24 @@ class Swap:
     """One site's replacement, applied to the layer object itself and reversible.
 
     ``new`` is an unbuilt layer of the replacing class, which takes over those of the BatchNorm's variables that both
-    have. ``values`` gives names of variables the values to write.
+    have. ``values`` gives names of variables the values to write. ``front`` is the layer in front, if that takes a
+    scale, and ``found`` what was found for both.
     """
 
-    def __init__(self, layer: keras.Layer, name: str, new: keras.Layer, kind: str, values: dict[str, Array]) -> None:
+    compared = True
+
+    def __init__(
+        self,
+        layer: keras.Layer,
+        name: str,
+        new: keras.Layer,
+        kind: str,
+        values: dict[str, Array],
+        front: Absorbed | None = None,
+        found: Equalized | None = None,
+    ) -> None:
         self.layer, self.name, self.kind, self.new = layer, name, kind, new
+        self.front, self.found = front, found
         self.old_class, self.old_contents = type(layer), dict(layer.__dict__)
         self.old_arguments = [(node, node.arguments) for node in layer._inbound_nodes]
         _build(new, layer)
@@ -56,12 +76,15 @@ class Swap:
 
     def apply(self) -> None:
         """Put the replacement in place."""
+        if self.front is not None:
+            self.front.apply(self.found)
         for variable, value in self.values:
             variable.assign(value)
         old, new = self.old_contents, {k: v for k, v in self.new.__dict__.items() if k not in _REBOUND}
         kept = {key: value for key, value in old.items() if key in _KEPT}
         extras = {key: value for key, value in old.items() if key not in _own_attributes()}
-        self._set(type(self.new), {**extras, **new, **kept, MARK: self.kind})
+        marks = {MARK: self.kind, **({FRONT: self.front.name} if self.front else {})}
+        self._set(type(self.new), {**extras, **new, **kept, **marks})
         if self.kind == GroupNorm.kind:
             self._take_batch_norm_arguments()
         self.written = self.layer.get_weights()
@@ -78,8 +101,17 @@ class Swap:
 
         self.layer.__dict__.update(call=call, _call_signature=inspect.signature(call))
 
+    def accept(self, found: Equalized | None) -> None:
+        """Take what the replacement is now for what it was given, by a calibration that found this."""
+        if self.front is not None:
+            self.found = found or self.found
+            self.front.written = self.front.values()
+        self.written = self.layer.get_weights()
+
     def trained(self) -> bool:
         """Return whether the replacement has changed since into something no BatchNorm computes."""
+        if self.front is not None and self.front.trained():
+            return True
         same = all(map(np.array_equal, self.layer.get_weights(), self.written))
         return not (same or self.computes_batch_norm)
 
@@ -88,7 +120,10 @@ class Swap:
         return overriding(self.layer, "call", self._batch_norm())
 
     def _batch_norm(self) -> Callable[..., Any]:
-        """Return what the BatchNorm that was replaced computes at inference."""
+        """Return what the BatchNorm that was replaced computes at inference, of an equalized input where it is."""
+        if self.found is not None:
+            scale, shift = self.found.affine
+            return lambda inputs, *args, **kwargs: self._affine(inputs, scale, shift)
         old, written = self.old_contents, {id(variable): value for variable, value in self.old_values}
         mean, var, gamma, beta = (
             None if (variable := old[name]) is None else written.get(id(variable), variable.numpy())
@@ -101,8 +136,17 @@ class Swap:
 
         return call
 
+    def _affine(self, inputs: Any, scale: Array, shift: Array) -> Any:
+        x, shape = wide(inputs), [1] * len(inputs.shape)
+        shape[self.old_contents["axis"]] = -1
+        by_channel = (ops.convert_to_tensor(each.reshape(shape), x.dtype) for each in (scale, shift))
+        y = ops.add(ops.multiply(x, next(by_channel)), next(by_channel))
+        return ops.cast(y, self.layer.compute_dtype)
+
     def restore(self) -> None:
         """Put the BatchNorm back."""
+        if self.front is not None:
+            self.front.restore()
         for variable, value in self.old_values:
             variable.assign(value)
         for node, arguments in self.old_arguments:
@@ -116,25 +160,46 @@ class Swap:
         self.layer.__class__ = cls
 
 
-def swaps_for(model: keras.Layer, layers: Mapping[str, keras.Layer], decisions: Sequence[Decision]) -> list[Swap]:
+def swaps_for(
+    model: keras.Layer, layers: Mapping[str, keras.Layer], decisions: Sequence[Decision], *, solve: bool = True
+) -> list[Swap]:
     """Return what replaces the BatchNorms of ``model``, given by name, as a plan has decided."""
-    return [_swap(layers[decision.site.name], decision) for decision in decisions]
+    known = dict(named_layers(model)) if any(decision.front for decision in decisions) else {}
+    return [_swap(layers[decision.site.name], decision, _front(known, decision), solve) for decision in decisions]
 
 
-def _swap(layer: keras.Layer, decision: Decision) -> Swap:
-    """Return what replaces a BatchNorm by a plan's decision, its values carried over."""
+def _front(layers: Mapping[str, keras.Layer], decision: Decision) -> keras.Layer | None:
+    if not decision.front:
+        return None
+    layer = layers.get(decision.front)
+    if layer is None or channels_of(layer) != decision.site.channels:
+        raise InputError(
+            f"{decision.site.name}: expected the recipe's layer in front, {decision.front}, received a model without it"
+        )
+    return layer
+
+
+def _swap(layer: keras.Layer, decision: Decision, front: keras.Layer | None, solve: bool) -> Swap:
+    """Return what replaces a BatchNorm by a plan's decision, its values carried over or, with a front, equalized."""
     target, name = decision.target, decision.site.name
     assert target is not None
+    found = None if front is None else _equalized(layer, decision, front, solve)
+    absorbs = None if front is None else Absorbed(decision.front, front, decision.mode)
     settings = {key: getattr(layer, key) for key in _AFFINE} | {"dtype": layer.dtype_policy}
+    new: keras.Layer
     if isinstance(target, GroupNorm):
         new = keras.layers.GroupNormalization(target.groups, **settings)
-        return Swap(layer, name, new, target.kind, _values(layer, decision))
+        values = _values(layer, decision, found)
+        return Swap(layer, name, new, target.kind, values, absorbs, found)
     settings |= {key: getattr(layer, key) for key in _MOVING}
     if isinstance(target, SwitchNorm):
         if target.compat is not None:
             raise InputError(f"{name}: expected compat=None for a Keras model, received compat={target.compat!r}")
         new = layers.SwitchNormalization(batch_statistics=target.batch_statistics, **settings)
-        return Swap(layer, name, new, target.kind, _values(layer, decision))
+        values = _values(layer, decision, found)
+        if found is not None and target.batch_statistics != "none":
+            values |= {"moving_mean": found.mean, "moving_variance": found.var}
+        return Swap(layer, name, new, target.kind, values, absorbs, found)
     assert isinstance(target, BatchRenorm)  # the way back has swaps of its own
     settings |= {"center": layer.center, "scale": layer.scale}
     new = layers.BatchRenormalization(r_max=target.r_max, d_max=target.d_max, **settings)
@@ -176,15 +241,30 @@ def _build(new: keras.Layer, layer: keras.Layer) -> None:
     del new.__dict__["add_weight"]
 
 
-def _values(layer: keras.Layer, decision: Decision) -> dict[str, Array]:
-    """Return the value of each variable that the carry-over determines."""
+def _equalized(layer: keras.Layer, decision: Decision, front: keras.Layer, solve: bool) -> Equalized:
+    """Return what a norm and the layer in front of it become."""
+    target, site, state = decision.target, decision.site, read_state(layer)
+    assert isinstance(target, GroupNorm | SwitchNorm)
+    assert decision.mode is not None
+    if problems := state.problems():
+        problem = f"expected finite parameters and variances >= 0, received {'; '.join(problems)}"
+        raise InputError(f"{site.name}: {problem}")
+    groups = target.groups if isinstance(target, GroupNorm) and isinstance(target.groups, int) else None
+    seen = read_front(front)
+    return equalize(state, target, seen, groups=groups, spatial=site.spatial, mode=decision.mode, solve=solve)
+
+
+def _values(layer: keras.Layer, decision: Decision, found: Equalized | None) -> dict[str, Array]:
+    """Return the value of each variable that equalizing has found or the carry-over determines."""
     target, site = decision.target, decision.site
     assert target is not None
     groups = target.groups if isinstance(target, GroupNorm) and isinstance(target.groups, int) else None
-    try:
-        carried = carry_over(read_state(layer), target, groups=groups, spatial=site.spatial)
-    except InputError as error:
-        raise InputError(f"{site.name}: {error}") from None
+    carried: Any = found
+    if found is None:
+        try:
+            carried = carry_over(read_state(layer), target, groups=groups, spatial=site.spatial)
+        except InputError as error:
+            raise InputError(f"{site.name}: {error}") from None
     values = {"gamma": carried.gamma, "beta": carried.beta}
     if carried.gate_logits is not None:
         values |= {"mean_weight": carried.gate_logits, "var_weight": carried.gate_logits}

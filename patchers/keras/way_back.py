@@ -12,9 +12,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from ...convert.carry_over import BatchNormState
 from ...convert.line import LineFit
 from ...convert.recipe import Recipe
+from ...convert.state import BatchNormState
 from ...convert.targets import BatchNorm, BatchRenorm
 from ...errors import spoken
 from ...frameworks.keras import build_shape, named_layers, override, overriding, to_numpy
@@ -24,7 +24,7 @@ from ..swap import Swap
 from .names import renamed
 from .patch import _copy, _retraced
 from .sites import _dry_run, _spatial, find_sites
-from .swap import _KEPT, _REBOUND, MARK, _build, read_state
+from .swap import _KEPT, _REBOUND, FRONT, MARK, _build, read_state
 from .swap import BatchNorm as BatchNormLayer
 
 _NORMS = (
@@ -159,6 +159,11 @@ def fitted(recipe: Recipe, names: Sequence[str]) -> Recipe:
 class _Back:
     """One norm's BatchNorm, ready to be put in its place and taken out again."""
 
+    compared = True
+
+    def accept(self, found: Any) -> None:
+        """Do nothing: a calibration leaves a BatchNorm as it is."""
+
     def __init__(self, layer: keras.Layer, name: str, state: Callable[[], BatchNormState | None]) -> None:
         self.layer, self.name, self.state = layer, name, state
         self.old_class, self.old_contents = type(layer), dict(layer.__dict__)
@@ -210,6 +215,11 @@ class _Back:
 
 class _Remeasured:
     """New moving statistics for a BatchNorm, which stays what it is."""
+
+    compared = True
+
+    def accept(self, found: Any) -> None:
+        """Do nothing: a calibration leaves a BatchNorm as it is."""
 
     def __init__(self, layer: keras.Layer, name: str, state: Callable[[], BatchNormState | None]) -> None:
         self.layer, self.name, self.state = layer, name, state
@@ -270,4 +280,4 @@ def _attributes(layer: keras.Layer) -> frozenset[str]:
     """Name what a norm holds itself and a patch has put on it, so that what a user did can be told and kept."""
     plain = type(layer).from_config(layer.get_config())
     plain.build(build_shape(layer))
-    return frozenset(plain.__dict__) | {MARK, "call", "_call_signature"}
+    return frozenset(plain.__dict__) | {MARK, FRONT, "call", "_call_signature"}

@@ -43,6 +43,7 @@ class Lift:
         self.name, self.module, self.norms = name, module, norms
         self.graph = module.graph
         self.before: list[dict[str, Any]] = []
+        self.compared = False
         self.stubs: dict[str, Any] = {}
 
     def of(self, names: Collection[str]) -> "Lift":
@@ -81,6 +82,9 @@ class Lift:
     def as_original(self) -> AbstractContextManager[None]:
         """Change nothing: the modules compute what the calls did."""
         return nullcontext()
+
+    def accept(self, found: Any) -> None:
+        """Do nothing: the tensors are the calls' own."""
 
     def trained(self) -> bool:
         """Return False: what the modules hold is the calls' own."""

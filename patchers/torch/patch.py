@@ -10,10 +10,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...convert.recipe import Recipe, Rules
-from ...convert.targets import Target
+from ...convert.targets import Mode, Target
 from ...frameworks.torch import named_layers
 from ..plan import Plan, Report, decide
 from ..swap import carry_out
+from .equalized import Absorbed
+from .fronts import read_front
 from .lifting import lifted
 from .sites import find_sites
 from .swap import read_state, swaps_for
@@ -27,11 +29,12 @@ def plans(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     where: Callable[[nn.Module, str], bool] | None = None,
+    mode: Mode | None = "full",
 ) -> list[Plan]:
     """Return what `patch` would do to ``model`` for each target, touching nothing but what is lazy."""
     with lifted(model):
         found = _Found(model, example)
-        return [found.decide(target, include, exclude, where) for target in targets]
+        return [found.decide(target, include, exclude, where, mode) for target in targets]
 
 
 def patch(
@@ -43,6 +46,8 @@ def patch(
     exclude: Sequence[str] = (),
     where: Callable[[nn.Module, str], bool] | None = None,
     inplace: bool = True,
+    mode: Mode | None = "full",
+    solve: bool = True,
 ) -> Report:
     """Replace the BatchNorms of ``model`` by ``target`` and return the report.
 
@@ -52,9 +57,9 @@ def patch(
         model = copy.deepcopy(model)
     with lifted(model) as graphs, _collector_paused():
         found = _Found(model, example)
-        decided = found.decide(target, include, exclude, where)
+        decided = found.decide(target, include, exclude, where, mode, solve)
         decided.require_work()
-        swaps = swaps_for(model, found.modules, decided.having("replace"))
+        swaps = swaps_for(model, found.modules, decided.having("replace"), solve=solve)
     lifts = [graph.of({swap.name for swap in swaps}) for graph in graphs]
     with _collector_paused():
         return carry_out(model, decided, [*lifts, *swaps], lambda: _batch_norms(model))
@@ -66,6 +71,7 @@ class _Found:
     def __init__(self, model: nn.Module, example: Any) -> None:
         modules, self.sites = find_sites(model, example)
         self.modules = dict(zip((site.name for site in self.sites), modules, strict=True))
+        self.layers = dict(named_layers(model))
 
     def decide(
         self,
@@ -73,6 +79,8 @@ class _Found:
         include: Sequence[str],
         exclude: Sequence[str],
         where: Callable[[nn.Module, str], bool] | None,
+        mode: Mode | None,
+        solve: bool = True,
     ) -> Plan:
         """Return the plan for one target."""
         return decide(
@@ -82,8 +90,17 @@ class _Found:
             include=include,
             exclude=exclude,
             where=None if where is None else lambda name: where(self.modules[name], name),
-            state_of=lambda name: read_state(self.modules[name]),
+            mode=mode,
+            state_of=lambda name: read_state(self.modules[name]) if solve else None,
+            front_of=lambda name: read_front(self.layers[name]) if name in self.layers else None,
         )
+
+
+def make_room(model: nn.Module, names: Sequence[str]) -> None:
+    """Give the linear layers of these names that have no bias one of zeros, for weights to be loaded."""
+    layers = dict(named_layers(model)) if names else {}
+    for name in names:
+        Absorbed(name, layers[name], "full").apply(None)
 
 
 @contextmanager

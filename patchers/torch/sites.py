@@ -4,6 +4,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
 from ...errors import InputError, UnsupportedError, spoken
+from ...frameworks.example import Inputs
 from ...frameworks.torch import call, inference, named_layers, watching
 from ..plan import Site
 from .batch_norm import channels_of, is_frozen, overrides, rank_of
+from .fronts import Fronts
 from .graphs import norms_of
 from .subclasses import after
 
@@ -46,7 +49,11 @@ def find_sites(model: nn.Module, example: Any = None) -> tuple[list[nn.Module], 
     found = {key: module for key, module in modules.items() if _is_site(module)}
     seen = _DryRun(modules, found) if example is None else _dry_run(model, modules, found, example)
     by_name = {name: modules[key] for key, group in names.items() for name in group}
-    sites = [_judge(module, names[key], seen.shapes.get(key), by_name) for key, module in found.items()]
+    first = {key: group[0] for key, group in names.items()}
+    sites = [
+        replace(_judge(module, names[key], seen.shapes.get(key), by_name), **seen.front(key, first))
+        for key, module in found.items()
+    ]
     holders = list(found.values())
     for key, module in modules.items():
         for norm in norms_of(module):
@@ -146,10 +153,15 @@ class _DryRun(TorchFunctionMode):
         self.modules, self.sites = modules, sites
         self.shapes: dict[int, tuple[int, ...]] = {}
         self.calls: dict[int, int] = {}
+        self.fronts: Fronts | None = None
 
     def note(self, key: int, x: Tensor, output: Any) -> None:
         """Take down the shape of a site's input."""
         self.shapes.setdefault(key, tuple(x.shape[2:]))
+
+    def front(self, key: int, names: Mapping[int, str]) -> dict[str, Any]:
+        """Return what a site is to know of the layer in front of it."""
+        return {} if self.fronts is None else self.fronts.of(key, names)
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -174,13 +186,34 @@ class _DryRun(TorchFunctionMode):
 def _dry_run(
     model: nn.Module, modules: Mapping[int, nn.Module], sites: Mapping[int, nn.Module], example: Any
 ) -> _DryRun:
-    seen = _DryRun(modules, sites)
+    """Run the model on noise of the example's shape where that is a constant, so that every value counts."""
+    varied = Inputs.of(example).map(_noise)
     try:
-        with inference(model, compiled=False), watching(sites, seen.note), seen:
-            call(model, example)
+        return _dry_run_on(model, modules, sites, varied)
+    except Exception:
+        return _dry_run_on(model, modules, sites, example)
+
+
+def _dry_run_on(
+    model: nn.Module, modules: Mapping[int, nn.Module], sites: Mapping[int, nn.Module], example: Any
+) -> _DryRun:
+    seen = _DryRun(modules, sites)
+    seen.fronts = fronts = Fronts(modules, sites)
+    try:
+        with inference(model, compiled=False), watching(sites, seen.note), seen, fronts.watching():
+            fronts.returned(call(model, example))
     except Exception as error:
         raise InputError(f"expected an example the model accepts, received one on which it fails: {error}") from error
+    fronts.ended()
     return seen
+
+
+def _noise(value: Any) -> Any:
+    """Return standard normal noise in place of floats that are all one value."""
+    tensor = torch.as_tensor(value)
+    if not tensor.is_floating_point() or not tensor.numel() or tensor.min() != tensor.max():
+        return value
+    return torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor)
 
 
 def _is_graph(module: nn.Module) -> bool:

@@ -16,13 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...convert.carry_over import Array, BatchNormState, carry_over
+from ...convert.carry_over import carry_over
+from ...convert.equalize import Equalized, equalize
+from ...convert.state import Array, BatchNormState
 from ...convert.targets import BatchRenorm, GroupNorm, SwitchNorm, Target
 from ...errors import InputError
+from ...frameworks.torch import named_layers
 from ...layers import torch as layers
 from ...layers.torch.group_norm import guard
 from ..plan import Decision, Site
 from .batch_norm import added_by, channels_of, rank_of
+from .equalized import Absorbed, absorbed
+from .fronts import read_front
 from .sites import MARK
 from .subclasses import After, nothing_more
 
@@ -34,6 +39,9 @@ _TENSORS = {*_AFFINE, *_STATISTICS, "num_batches_tracked"}
 _CONTENTS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _HOOKS_AND_MODE = frozenset(nn.Module().__dict__) - set(_CONTENTS)
 _SETTINGS = {"num_features", "eps", "momentum", "affine", "track_running_stats", "process_group"}
+FRONT = "_normswap_front"
+"""Attribute of a replaced module that holds the name of the layer in front that is equalized for it."""
+
 _SINCE_BATCH_NORM = {"mean_weight", "var_weight", "r_max", "d_max"}
 
 
@@ -42,16 +50,34 @@ class Swap:
 
     ``owners`` counts by id in how many modules each parameter is: one that is tied to another module cannot take two
     values, so the replacement gets one of its own. ``like`` is a tensor of the model, for the device and dtype of a
-    BatchNorm that holds none.
+    BatchNorm that holds none. ``front`` is the layer in front, if that takes a scale, and ``above`` the
+    module that holds both, with what it does to a BatchNorm network's state.
     """
 
-    def __init__(self, module: nn.Module, decision: Decision, owners: Counter[int], like: Tensor | None) -> None:
+    compared = True
+
+    def __init__(
+        self,
+        module: nn.Module,
+        decision: Decision,
+        owners: Counter[int],
+        like: Tensor | None,
+        front: nn.Module | None = None,
+        above: "tuple[nn.Module, _FrontFromBatchNorm] | None" = None,
+        solve: bool = True,
+    ) -> None:
         site, target = decision.site, decision.target
         assert target is not None
         self.name, self.module, self.kind = site.name, module, target.kind
         self.old_class, self.old_contents = type(module), _shallow(module.__dict__)
         self.after = added_by(module)
-        self.loaded = _FromBatchNorm(target, site.spatial)
+        self.above = above
+        self.front = None if front is None else Absorbed(decision.front, front, decision.mode)
+        self.loaded = _FromBatchNorm(target, site.spatial, decision.front)
+        self.found: Equalized | None = None
+        if front is not None and not any(tensor.is_meta for tensor in _own_tensors(module)):
+            with _naming(self.name):
+                self.found = _equalized(read_state(module), target, decision, front, solve)
         self.handles: list[Any] = []
         affine = {name: tensor for name in _AFFINE if (tensor := getattr(module, name, None)) is not None}
         self.affine = {name: tensor.detach() for name, tensor in affine.items()}
@@ -61,7 +87,7 @@ class Swap:
             self.new = _build(module, target, site, like)
             self.home = None if like is None else (like.device, like.dtype)
             self.values: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # what to write where, and what was there
-            for name, value in _carried(module, self.new, target, site).items():
+            for name, value in self._start(module, target, site).items():
                 own = module._parameters.get(name)
                 if own is not None and owners[id(own)] == 1:
                     self.affine[name] = own.detach().clone()
@@ -73,14 +99,29 @@ class Swap:
                     parameter.copy_(value)
                     parameter.requires_grad_(learns if old is None else old.requires_grad)
 
+    def _start(self, module: nn.Module, target: Target, site: Site) -> dict[str, Tensor]:
+        """Return the parameters that are to be written, by name, and give SN the running statistics it is to have."""
+        if self.found is None:
+            return _carried(module, self.new, target, site)
+        for name, value in _statistics(self.found).items():
+            if (buffer := self.new._buffers.get(name)) is not None:
+                self.new._buffers[name] = torch.from_numpy(value).to(buffer)
+        return _parameters(self.found)
+
     def apply(self) -> None:
         """Put the replacement in place."""
+        if self.front is not None:
+            self.front.apply(self.found)
         with torch.no_grad():
             for parameter, value, _ in self.values:
                 parameter.copy_(value)
         self._become(type(self.new), self._contents())
         hook = self.module.register_load_state_dict_pre_hook(self.loaded)  # type: ignore[no-untyped-call]
         self.handles.append(hook)
+        if self.above is not None:
+            holder, loaded = self.above
+            hook = holder.register_load_state_dict_pre_hook(loaded)  # type: ignore[no-untyped-call]
+            self.handles.append(hook)
         if self.after is not nothing_more:
             self.handles.append(self.module.register_forward_hook(_Then(self.after), prepend=True))
         if isinstance(self.module, nn.GroupNorm):
@@ -88,10 +129,20 @@ class Swap:
         if self.kind != BatchRenorm.kind:  # which computes what the BatchNorm with its parameters computes
             self.written = {name: tensor.detach().clone() for name, tensor in self._tensors()}
 
+    def accept(self, found: Equalized | None) -> None:
+        """Take what the replacement is now for what it was given, by a calibration that found this."""
+        if self.front is not None:
+            self.found = found or self.found
+            self.front.written = self.front.values()
+        if self.kind != BatchRenorm.kind:
+            self.written = {name: tensor.detach().clone() for name, tensor in self._tensors()}
+
     def trained(self) -> bool:
         """Return whether the replacement has changed since into something no BatchNorm computes."""
         if self.kind == BatchRenorm.kind:
             return False
+        if self.front is not None and self.front.trained():
+            return True
         return not all(torch.equal(t, self.written[name].to(t)) for name, t in self._tensors() if not t.is_meta)
 
     @contextmanager
@@ -108,6 +159,10 @@ class Swap:
 
     def _original(self, x: Tensor) -> Tensor:
         """Return what the BatchNorm computed of ``x`` at inference, without what its class adds to that."""
+        if self.found is not None:
+            scale, shift = (torch.from_numpy(each).to(x) for each in self.found.affine)
+            shape = [1, -1] + [1] * (x.ndim - 2)
+            return x * scale.view(shape) + shift.view(shape)
         old, now = self.old_contents["_buffers"], self.module._buffers
         affine = self.module._parameters if self.kind == BatchRenorm.kind else self.affine  # its own go on learning
         found = [None if old.get(name) is None else now.get(name, old[name]) for name in _STATISTICS]
@@ -119,13 +174,15 @@ class Swap:
         """Put the BatchNorm back, with the hooks and the mode of the present."""
         for handle in self.handles:
             handle.remove()
+        if self.front is not None:
+            self.front.restore()
         with torch.no_grad():
             for parameter, _, value in self.values:
                 parameter.copy_(value)
         now, old = self.module.__dict__, _shallow(self.old_contents)
         old |= {key: value for key, value in now.items() if key in _HOOKS_AND_MODE}
         for name, buffer in old["_buffers"].items():
-            shared = now["_buffers"].get(name)  # has moved and learned with the model
+            shared = now["_buffers"].get(name) if self.found is None else None  # has moved and learned with the model
             if buffer is not None:
                 old["_buffers"][name] = self._moved(buffer) if shared is None else shared
         self._become(self.old_class, old)
@@ -148,7 +205,8 @@ class Swap:
             merged[key] = {**new[key], **others}
         merged["_modules"].pop("parametrizations", None)  # what they computed is the parameter now
         merged["_non_persistent_buffers_set"] = new["_non_persistent_buffers_set"] | old["_non_persistent_buffers_set"]
-        return {**extras, **new, **kept, **merged, "site": self.name, MARK: self.kind}
+        marks = {"site": self.name, MARK: self.kind, **({FRONT: self.front.name} if self.front else {})}
+        return {**extras, **new, **kept, **merged, **marks}
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield what the replacement computes with, by name."""
@@ -164,11 +222,42 @@ class Swap:
         self.module.__class__ = cls
 
 
-def swaps_for(model: nn.Module, layers: Mapping[str, nn.Module], decisions: Sequence[Decision]) -> list[Swap]:
+def swaps_for(
+    model: nn.Module, layers: Mapping[str, nn.Module], decisions: Sequence[Decision], *, solve: bool = True
+) -> list[Swap]:
     """Return what replaces the BatchNorms of ``model``, given by name, as a plan has decided."""
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     like = next((p for p in model.parameters() if p.is_floating_point()), None)
-    return [Swap(layers[decision.site.name], decision, owners, like) for decision in decisions]
+    known = dict(named_layers(model)) if any(decision.front for decision in decisions) else {}
+    names = {id(module): name for name, module in model.named_modules()} if known else {}
+
+    def swap(decision: Decision) -> Swap:
+        norm, front = layers[decision.site.name], _front(known, decision)
+        above = None if front is None else _above(model, names[id(norm)], names[id(front)], decision)
+        return Swap(norm, decision, owners, like, front, above, solve)
+
+    return [swap(decision) for decision in decisions]
+
+
+def _above(model: nn.Module, norm: str, front: str, decision: Decision) -> "tuple[nn.Module, _FrontFromBatchNorm]":
+    """Return the innermost module that holds both layers, and the hook that it gets."""
+    ways = norm.split("."), front.split(".")
+    shared = 0
+    while shared < min(map(len, ways)) - 1 and ways[0][shared] == ways[1][shared]:
+        shared += 1
+    names = [".".join(way[shared:]) for way in ways]
+    return model.get_submodule(".".join(ways[0][:shared])), _FrontFromBatchNorm(names[0], names[1], decision)
+
+
+def _front(layers: Mapping[str, nn.Module], decision: Decision) -> nn.Module | None:
+    if not decision.front:
+        return None
+    layer = layers.get(decision.front)
+    if layer is None or layer._parameters.get("weight") is None:
+        raise InputError(
+            f"{decision.site.name}: expected the recipe's layer in front, {decision.front}, received a model without it"
+        )
+    return layer
 
 
 @dataclass(frozen=True)
@@ -187,6 +276,7 @@ class _FromBatchNorm:
 
     target: Target
     spatial: tuple[int, ...] | None
+    front: str = ""
 
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
         found = {name: state[prefix + name] for name in _TENSORS if prefix + name in state}
@@ -195,6 +285,11 @@ class _FromBatchNorm:
             return  # not a BatchNorm's state
         if mean.shape != (channels_of(module),):
             return  # which torch will complain of
+        if self.front:
+            raise InputError(
+                f"expected a BatchNorm's weights together with those of {self.front}, which is equalized for it, "
+                f"received those of {prefix.removesuffix('.') or 'the norm'} alone: load them into a module with both"
+            )
         own: dict[str, Any] = {**module._parameters, **module._buffers}
         if isinstance(self.target, BatchRenorm):
             if own["r_max"].is_meta:  # as is all that a model without values holds
@@ -207,6 +302,80 @@ class _FromBatchNorm:
             state.pop(prefix + name, None)
             if own.get(name) is not None:
                 state[prefix + name] = found.get(name, own[name])
+
+
+@dataclass(frozen=True)
+class _FrontFromBatchNorm:
+    """A hook of the module that holds both a norm and the layer in front: a BatchNorm network's state is equalized.
+
+    ``norm`` and ``front`` are their names below that module. Weights of a layer that had no bias get one of zeros.
+    """
+
+    norm: str
+    front: str
+    decision: Decision
+
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Rewrite ``state``, which `load_state_dict` is about to load into ``module``."""
+        layer, norm = module.get_submodule(self.front), module.get_submodule(self.norm)
+        weights = {name: state.get(f"{prefix}{self.front}.{name}") for name in ("weight", "bias")}
+        tensors = {name: state.get(f"{prefix}{self.norm}.{name}") for name in _TENSORS}
+        if weights["weight"] is None:
+            return
+        biased = layer._parameters.get("bias") is not None
+        target = self.decision.target
+        others = [f"{prefix}{self.norm}.{name}" for name in _SINCE_BATCH_NORM]
+        ours = (
+            tensors["running_mean"] is None or tensors["running_var"] is None or any(name in state for name in others)
+        )
+        fits = not ours and tensors["running_mean"].shape == (channels_of(norm),)  # type: ignore[union-attr]
+        if fits and weights["weight"].shape == layer._parameters["weight"].shape:  # type: ignore[union-attr]
+            with _naming(f"{prefix}{self.norm}"):
+                batch_norm = _state(tensors, float(norm.eps), channels_of(norm))  # type: ignore[arg-type]
+                found = _equalized(batch_norm, target, self.decision, layer, True, weights)
+            like: Any = weights["weight"]
+            for name, value in absorbed(layer, {k: v for k, v in weights.items() if v is not None}, found).items():
+                state[f"{prefix}{self.front}.{name}"] = value.to(like)
+            for name in _TENSORS:
+                state.pop(f"{prefix}{self.norm}.{name}", None)
+            values = {**_parameters(found), **{k: torch.from_numpy(v) for k, v in _statistics(found).items()}}
+            own: dict[str, Any] = {**norm._parameters, **norm._buffers}
+            for name in _TENSORS | _SINCE_BATCH_NORM:
+                if own.get(name) is not None:
+                    given = values.get(name, own[name])
+                    state[f"{prefix}{self.norm}.{name}"] = given.to(like) if given.is_floating_point() else given
+        elif biased and weights["bias"] is None:
+            state[f"{prefix}{self.front}.bias"] = torch.zeros_like(layer._parameters["bias"])  # type: ignore[arg-type]
+
+
+def _equalized(
+    state: BatchNormState | None,
+    target: Target | None,
+    decision: Decision,
+    front: nn.Module,
+    solve: bool,
+    weights: Mapping[str, Tensor | None] | None = None,
+) -> Equalized:
+    """Return what a norm and the layer in front of it become."""
+    assert state is not None
+    assert isinstance(target, GroupNorm | SwitchNorm)
+    assert decision.mode is not None
+    if problems := state.problems():
+        raise InputError(f"expected finite parameters and variances >= 0, received {'; '.join(problems)}")
+    groups = target.groups if isinstance(target, GroupNorm) and isinstance(target.groups, int) else None
+    seen = read_front(front, weights)
+    return equalize(state, target, seen, groups=groups, spatial=decision.site.spatial, mode=decision.mode, solve=solve)
+
+
+def _parameters(found: Equalized) -> dict[str, Tensor]:
+    values = {"weight": found.gamma, "bias": found.beta}
+    if found.gate_logits is not None:
+        values |= {"mean_weight": found.gate_logits, "var_weight": found.gate_logits}
+    return {name: torch.from_numpy(value) for name, value in values.items()}
+
+
+def _statistics(found: Equalized) -> dict[str, Array]:
+    return {"running_mean": found.mean, "running_var": found.var}
 
 
 def _build(module: nn.Module, target: Target, site: Site, like: Tensor | None) -> nn.Module:

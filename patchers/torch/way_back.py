@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from ...convert.carry_over import BatchNormState
 from ...convert.line import LineFit
 from ...convert.recipe import Recipe
+from ...convert.state import BatchNormState
 from ...convert.targets import BatchNorm, BatchRenorm
 from ...errors import UnsupportedError, spoken
 from ...frameworks.torch import call, inference, named_layers, to_numpy, watching
@@ -178,6 +178,11 @@ def fitted(recipe: Recipe, names: Sequence[str]) -> Recipe:
 class _Back:
     """One norm's BatchNorm, ready to be put in its place and taken out again."""
 
+    compared = True
+
+    def accept(self, found: Any) -> None:
+        """Do nothing: a calibration leaves a BatchNorm as it is."""
+
     def __init__(
         self,
         module: nn.Module,
@@ -289,6 +294,11 @@ class _Back:
 
 class _Remeasured:
     """New running statistics for a BatchNorm, which stays what it is."""
+
+    compared = True
+
+    def accept(self, found: Any) -> None:
+        """Do nothing: a calibration leaves a BatchNorm as it is."""
 
     def __init__(self, module: nn.Module, name: str, state: Callable[[], BatchNormState | None]) -> None:
         self.module, self.name, self.state = module, name, state

@@ -86,7 +86,7 @@ def network():
 
 def patched(model):
     """Patch each BatchNorm to its own target and return the reports."""
-    return [patch(model, target, include=[name]) for name, target in TARGETS.items()]
+    return [patch(model, target, include=[name], mode=None) for name, target in TARGETS.items()]
 
 
 def run_model(results):

@@ -34,7 +34,7 @@ pytestmark = [
 STEPS, SIZE, LR = 4, 8, 0.05
 
 
-def network(target, end="linear"):
+def network(target, end="linear", equalize=False):
     """A patched network, and the original it was."""
     keras.utils.set_random_seed(3)
     x = inputs = keras.Input((6, 6, 3))
@@ -48,7 +48,7 @@ def network(target, end="linear"):
             variable.assign(rng.uniform(0.5, 1.5, variable.shape))
     model = keras.models.clone_model(original)
     model.set_weights(original.get_weights())
-    normswap.patch(model, target)
+    normswap.patch(model, target, equalize=equalize)
     return model, original
 
 
@@ -215,9 +215,10 @@ class TestGateSchedule:
 
 
 class TestBlend:
-    def test_fades_from_the_original_to_the_patched_model(self):
+    @pytest.mark.parametrize("equalize", [True, "scale", False])
+    def test_fades_from_the_original_to_the_patched_model(self, equalize):
         """λ = 1 gives what the original computes, 0 what the new layers do, in compiled functions too."""
-        model, original = network("gn")
+        model, original = network("gn", equalize=equalize)
         x = data(1)[0]
         patched, weights = model.predict(x, verbose=0), len(model.weights)
         hook = Blend(model, original, 10)

@@ -13,7 +13,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 import normswap
 from normswap.cli import main
-from normswap.convert.carry_over import softmax
+from normswap.convert.gates import softmax
 from normswap.errors import InputError
 
 from .models import output

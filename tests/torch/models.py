@@ -130,5 +130,5 @@ def exported(model, *inputs, strict=False, decomposed=False, free=True):
 
 
 def patched(model, target, example=None):
-    """What patching a copy of the source gives, for inference."""
-    return normswap.patch(copy.deepcopy(model).eval(), target, example=example).model
+    """What patching a copy of the source gives, for inference, other layers left alone."""
+    return normswap.patch(copy.deepcopy(model).eval(), target, example=example, equalize=False).model

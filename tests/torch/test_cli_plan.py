@@ -60,11 +60,11 @@ DEEP = """\
 30 BatchNorms in net.py:deep
 name                      C   sn    gn    in
 -----------------------------------------------
-blocks.*.0 (15)           16  0.03  0.17  0.42
-blocks.*.1, stem.bn (15)  8   0.03  0.19  0.42
+blocks.*.0 (15)           16  0.01  0.17  0.42
+blocks.*.1, stem.bn (15)  8   0.01  0.19  0.42
 expected change of the layer's output, as a share of its root mean square,
 if it becomes sn, gn or in; brn changes nothing
-largest as sn: blocks.0.1 0.03, blocks.1.1 0.03, blocks.2.1 0.03
+largest as sn: blocks.0.1 0.01, blocks.1.1 0.01, blocks.2.1 0.01
 largest as gn: blocks.0.1 0.19, blocks.1.1 0.19, blocks.2.1 0.19
 largest as in: blocks.0.0 0.42, blocks.0.1 0.42, blocks.1.0 0.42
 all are BatchNorm2d; --all shows every layer

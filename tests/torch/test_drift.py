@@ -58,7 +58,11 @@ class TestDrift:
         assert [each.name for each in found] == ["stem.1", "bn", "output"]
         for each in found:
             assert (each.rms, each.max) == pytest.approx(by_hand(model, original, each.name, images), abs=1e-6)
-        assert drift_between(model, original, ["stem.1", "bn"], images) == found
+        for each, same in zip(drift_between(model, original, ["stem.1", "bn"], images), found, strict=True):
+            assert (each.name, each.rms, each.max) == (
+                same.name,
+                *(pytest.approx(x, abs=1e-6) for x in (same.rms, same.max)),
+            )
 
     def test_nothing_changes(self, model, images):
         """State, classes, hooks, attributes and each module's mode are as before, also where the example fails."""

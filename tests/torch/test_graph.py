@@ -65,7 +65,7 @@ class TestPrograms:
         program = exported(model.train(training), images, strict=strict, decomposed=decomposed)
         before = {name: value.clone() for name, value in program.state_dict.items()}
         for target in TARGETS:
-            report = normswap.patch(program, target, example=images)
+            report = normswap.patch(program, target, example=images, equalize=False)
             expected = patched(model, target, images)
 
             assert names(report) == ["stem.1", "bn"]
@@ -77,7 +77,9 @@ class TestPrograms:
     @pytest.mark.parametrize("target", TARGETS)
     def test_it_trains_as_the_patched_source_does(self, model, images, target):
         """train() reaches the replaced layers, and a step of SGD gives the same weights."""
-        ours = normswap.patch(exported(model, images), target, example=images, inplace=False).model.train()
+        ours = normswap.patch(
+            exported(model, images), target, example=images, equalize=False, inplace=False
+        ).model.train()
         theirs = patched(model, target, images).train()
         for each in (ours, theirs):
             optimizer = torch.optim.SGD(each.parameters(), 0.1)
@@ -99,8 +101,8 @@ class TestPrograms:
 
     def test_a_recipe_of_the_source_is_one_of_the_program(self, model, images):
         """Both give the sites the same names, and a replay is bit-equal."""
-        report = normswap.patch(exported(model, images), normswap.GroupNorm(groups=4), example=images)
-        recipe = normswap.plan(model, normswap.GroupNorm(groups=4), example=images).recipe()
+        report = normswap.patch(exported(model, images), normswap.GroupNorm(groups=4), example=images, equalize=False)
+        recipe = normswap.plan(model, normswap.GroupNorm(groups=4), example=images, equalize=False).recipe()
         again = normswap.patch(exported(model, images), recipe).model
 
         assert report.recipe == recipe
@@ -129,7 +131,7 @@ class TestPrograms:
     @pytest.mark.parametrize("training", [False, True])
     def test_it_is_exported_and_proved(self, model, images, tmp_path, target, folded, training):
         """The ONNX file of a patched program is verified at several batch sizes, and what can be folded is."""
-        module = normswap.patch(exported(model.train(training), images), target, example=images).model
+        module = normswap.patch(exported(model.train(training), images), target, example=images, equalize=False).model
         report = normswap.to_onnx(module, tmp_path / "model.onnx", example=images)
 
         assert report.verdict
@@ -151,7 +153,7 @@ class TestGraphModules:
         """A graph module is patched in place, and undo gives back its code, its state and its functions."""
         module = exported(model.train(training), images).module()
         code, state = module.code, fingerprint(module)
-        report = normswap.patch(module, target, example=images)
+        report = normswap.patch(module, target, example=images, equalize=False)
 
         assert report.model is module
         assert names(report) == ["stem.1", "bn"]
@@ -164,13 +166,13 @@ class TestGraphModules:
         """Neither a dry run through batch_norm in training mode nor a refusal leaves a trace."""
         module = exported(model.train(), images).module()
         code, state = module.code, fingerprint(module)
-        found = [decision.site for decision in normswap.plan(module, "gn", example=images).decisions]
+        found = [decision.site for decision in normswap.plan(module, "gn", example=images, equalize=False).decisions]
         reason = (
             "(BatchNorm2d): expected groups to divide the 8 channels, received groups=3; "
             "use groups=1, groups='auto', or indivisible='gcd'"
         )
         with pytest.raises(UnsupportedError, match=exactly(refusal(f"stem.1 {reason}", f"bn {reason}"))):
-            normswap.patch(module, normswap.GroupNorm(groups=3), example=images)
+            normswap.patch(module, normswap.GroupNorm(groups=3), example=images, equalize=False)
 
         assert [(site.name, site.source, site.spatial) for site in found] == [
             ("stem.1", "BatchNorm2d", (12, 12)),
@@ -224,7 +226,7 @@ class TestGraphModules:
         expected = patched(nn.Sequential(copy.deepcopy(source.conv), layer, nn.ReLU()), target, images)(images)
         module = torch.fx.symbolic_trace(source)
         state = fingerprint(module)
-        report = normswap.patch(module, target, example=images)
+        report = normswap.patch(module, target, example=images, equalize=False)
 
         assert names(report) == ["batch_norm"]
         torch.testing.assert_close(module(images), expected)
@@ -247,7 +249,7 @@ class TestGraphModules:
 
         module = exported(nn.Sequential(Unscaled()).eval(), images).module()
         before, state = module(images), fingerprint(module)
-        report = normswap.patch(module, "brn", example=images)
+        report = normswap.patch(module, "brn", example=images, equalize=False)
 
         assert names(report) == ["0.batch_norm"]
         assert torch.equal(module(images), before)

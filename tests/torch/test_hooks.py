@@ -53,6 +53,24 @@ class TestBlend:
         assert torch.equal(last, patched)
         assert not torch.allclose(patched, original(images), atol=1e-2)
 
+    @pytest.mark.parametrize("equalize", [True, "scale"])
+    def test_starts_at_the_original_where_the_layers_in_front_have_taken_a_scale(self, equalize):
+        """λ = 1 gives what the original computes though a norm is given another input than its BatchNorm was."""
+        torch.manual_seed(0)
+        original = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1))
+        images = torch.randn(16, 3, 8, 8)
+        for _ in range(20):
+            original.train()(images)
+        model = copy.deepcopy(original.eval())
+        report = normswap.patch(model, "gn", example=images, equalize=equalize)
+        assert report.replaced[0].front == "0"
+        with Blend(model, original, 10) as hook:
+            hook.on_step(0)
+            first = model(images)
+
+        torch.testing.assert_close(first, original(images), rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(model(images), first, atol=1e-3)
+
     def test_layers_follow_each_other(self):
         """Each layer's λ falls linearly over half the steps; the last layer begins where the first has arrived."""
         model, original = network("gn")

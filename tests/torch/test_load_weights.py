@@ -12,7 +12,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 import normswap
 from normswap.cli import main
-from normswap.convert.carry_over import softmax
+from normswap.convert.gates import softmax
 from normswap.errors import InputError
 from normswap.interop.switchablenorms import to_switchablenorms
 from normswap.sources.files import sha256

@@ -96,7 +96,7 @@ def test_calibration_looks_before_the_activation(fused, images):
     """Scale and shift are solved for what the norm computes, not for what is left of it after the activation."""
     original = copy.deepcopy(fused)
     normswap.patch(fused, "gn")
-    normswap.calibrate(fused, original, [images])
+    normswap.calibrate(fused, original, [images.repeat(4, 1, 1, 1) * torch.rand(16, 1, 1, 1)])
     plain = nn.BatchNorm2d(8).eval()
     plain.load_state_dict(original[1].state_dict())
     wanted, found = plain(original[0](images)), nn.GroupNorm.forward(fused[1], fused[0](images))

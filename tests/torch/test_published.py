@@ -9,7 +9,7 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import nn
 
-from normswap.convert.carry_over import softmax
+from normswap.convert.gates import softmax
 from normswap.interop.switchablenorms import from_switchablenorms, to_switchablenorms
 from normswap.layers import torch as layers
 

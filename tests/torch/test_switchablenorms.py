@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import nn
 
-from normswap.convert.carry_over import softmax
+from normswap.convert.gates import softmax
 from normswap.errors import InputError
 from normswap.interop.switchablenorms import from_switchablenorms, is_switchablenorms, to_switchablenorms
 from normswap.layers.torch import SwitchNorm1d, SwitchNorm2d

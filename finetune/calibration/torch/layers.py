@@ -1,6 +1,7 @@
 """What calibration needs of a PyTorch model: its layers, what goes through them, and their parameters."""
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,13 +9,24 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
-from ....convert.targets import BatchRenorm
+from ....convert.equalize import Equalized
+from ....convert.gates import softmax
+from ....convert.state import Array, BatchNormState
+from ....convert.targets import BatchRenorm, GroupNorm, SwitchNorm
+from ....errors import InputError
 from ....frameworks.names import first_names
-from ....frameworks.torch import named_layers, to_numpy
-from ....patchers.torch.batch_norm import normalized
+from ....frameworks.torch import call, inference, named_layers, to_numpy
+from ....patchers.torch.batch_norm import is_frozen
+from ....patchers.torch.equalized import absorbed
+from ....patchers.torch.fronts import by_channel, groups_of, read_front
 from ....patchers.torch.sites import MARK
-from ..least_squares import WIDEST, Array
+from ....patchers.torch.swap import FRONT, read_state
+from ..contract import Solvable
+from ..least_squares import WIDEST
 
 
 def site_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -26,30 +38,75 @@ def site_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the convolutions and linear layers that can be refitted by name.
-
-    Subclasses, grouped and transposed convolutions, frozen and shared weights and biases, and inputs wider than
-    `WIDEST` are left out.
-    """
-    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+def solvable(model: nn.Module, original: nn.Module, sites: Mapping[str, nn.Module]) -> dict[str, Solvable]:
+    """Return what is known of each replaced layer; raises `InputError` where the original has no BatchNorm."""
+    now, before = dict(named_layers(model)), dict(named_layers(original))
     found = {}
-    for name, module in first_names(named_layers(model)).items():
-        if type(module) is nn.Linear or (type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and module.groups == 1):
-            weight = module._parameters.get("weight")
-            free = all(p.requires_grad and owners[id(p)] == 1 for p in module.parameters(recurse=False))
-            if free and weight is not None and weight[0].numel() < WIDEST:
-                found[name] = module
+    for name, layer in sites.items():
+        old = before[name]
+        state = read_state(old) if isinstance(old, _BatchNorm) or is_frozen(old) else None
+        if state is None:
+            raise InputError(
+                f"expected an original whose {name} is the BatchNorm that was replaced, received {type(old).__name__}"
+            )
+        if state.mean is None:
+            continue
+        gates = None
+        target: GroupNorm | SwitchNorm
+        if isinstance(layer, nn.GroupNorm):
+            target = GroupNorm(groups=layer.num_groups)
+        else:
+            target = SwitchNorm(batch_statistics=layer.batch_statistics)  # type: ignore[arg-type]
+            gates = softmax(layer.mean_weight.detach().double().cpu().numpy())  # type: ignore[operator]
+        site = Solvable(state, target, (layer, None, None), getattr(layer, "num_groups", None), gates)
+        if front := layer.__dict__.get(FRONT):
+            site.layers = (layer, now[front], before[front])
+            site.front, site.front_name = read_front(before[front]), front
+            site.mode = "scale" if now[front].bias is None else "full"
+        found[name] = site
     return found
 
 
-def channels_last(layer: nn.Module, x: Tensor, y: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return a call's input and output with the channels last, a linear layer's features as they are.
+def moments(layer: nn.Module, x: Tensor, state: BatchNormState) -> tuple[Array, Array]:
+    """Return the mean and the mean square of what a BatchNorm normalizes its input to, by sample and channel."""
+    assert state.mean is not None
+    assert state.var is not None
+    rows = x.detach().float().flatten(2) if x.ndim > 2 else x.detach().float()[:, :, None]
+    mean, deviation = (
+        torch.from_numpy(each).to(rows)[:, None] for each in (state.mean, np.sqrt(state.var + state.eps))
+    )
+    normalized = (rows - mean) / deviation
+    pair = (normalized.mean(2), normalized.square_().mean(2))
+    first, second = (each.double().cpu().numpy() for each in pair)
+    return first, second
 
-    What the layer's class adds to a normalization is not in the output.
-    """
-    axis = -1 if isinstance(layer, nn.Linear) else 1
-    return to_numpy(x.movedim(axis, -1)), to_numpy(normalized(layer, x, y).movedim(axis, -1))
+
+def spatial(layer: nn.Module, x: Tensor) -> tuple[int, ...]:
+    """Return the sizes of a BatchNorm's input but batch and channels."""
+    return tuple(x.shape[2:])
+
+
+def front_weights(layer: nn.Module) -> tuple[Array, Array | None]:
+    """Return the weights (C, K) of a layer in front, a row for each output channel, and its bias, in float64."""
+    weight = by_channel(layer, layer.weight)  # type: ignore[arg-type]
+    bias = None if layer.bias is None else layer.bias.detach().double().cpu().numpy()  # type: ignore[operator]
+    return weight.reshape(len(weight), -1), bias
+
+
+def write(site: Solvable, found: Equalized) -> None:
+    """Give the replaced layer and the one in front these values."""
+    layer, front, before = site.layers
+    values = {"weight": found.gamma, "bias": found.beta}
+    if front is not None:
+        values |= {"running_mean": found.mean, "running_var": found.var}
+    with torch.no_grad():
+        for name, value in values.items():
+            if (tensor := getattr(layer, name, None)) is not None:
+                tensor.copy_(torch.from_numpy(value))
+        if front is not None:
+            old = {name: p for name, p in before._parameters.items() if p is not None}
+            for name, weights in absorbed(front, old, found).items():
+                front._parameters[name].copy_(weights)
 
 
 def get_affine(layer: nn.Module) -> tuple[Array, Array]:
@@ -65,35 +122,120 @@ def set_affine(layer: nn.Module, gamma: Array, beta: Array) -> None:
         layer.bias.copy_(torch.from_numpy(beta))  # type: ignore[operator]
 
 
+def outputs(model: nn.Module, batch: Any) -> list[NDArray[Any]]:
+    """Return what the model returns at inference, array by array."""
+    with inference(model, compiled=False):
+        return [to_numpy(y) for y in tree_leaves(call(model, batch)) if isinstance(y, Tensor) and y.is_floating_point()]
+
+
+def linear_layers(model: nn.Module) -> Mapping[str, nn.Module]:
+    """Return the convolutions and linear layers that can be refitted by name.
+
+    Transposed convolutions, frozen and shared weights and biases, and inputs wider than `WIDEST` are left out.
+    """
+    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    found = {}
+    for name, module in first_names(named_layers(model)).items():
+        if not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            continue
+        weight = module._parameters.get("weight")
+        free = all(p.requires_grad and owners[id(p)] == 1 for p in module.parameters(recurse=False))
+        if free and weight is not None and weight[0].numel() < WIDEST:
+            found[name] = module
+    return found
+
+
+def picked(layer: nn.Module, y: Tensor, count: int) -> NDArray[Any]:
+    """Return some outputs (G, M, O/G) of a linear layer: for each of G groups, at ``count`` positions a sample."""
+    groups, channels = groups_of(layer), y.shape[-1] if isinstance(layer, nn.Linear) else y.shape[1]
+    rows = y.reshape(len(y), -1, channels) if isinstance(layer, nn.Linear) else y.flatten(2).transpose(1, 2)
+    rows = rows[:, _positions(rows.shape[1], count)].reshape(-1, groups, channels // groups)
+    return to_numpy(rows.transpose(0, 1))
+
+
+def rows(layer: nn.Module, x: Tensor, y: Tensor, count: int) -> NDArray[Any]:
+    """Return what the outputs that `picked` returns of y are a linear map of, (G, M, K + 1): windows, and a 1.
+
+    A convolution's are of what its class gives the convolution itself, however it pads.
+    """
+    if isinstance(layer, nn.Linear):
+        flat = x.reshape(len(x), -1, x.shape[-1])
+        found = flat[:, _positions(flat.shape[1], count)].reshape(1, -1, x.shape[-1])
+    else:
+        found = _windows(layer, x, y, count)
+    windows = to_numpy(found)
+    return np.concatenate([windows, np.ones((*windows.shape[:2], 1), windows.dtype)], axis=2)
+
+
 def get_weights(layer: nn.Module) -> Array:
-    """Return a linear map's weights (K + 1, O) in float64, its bias or zeros as the last row."""
-    weight = layer.weight.detach().flatten(1).T  # type: ignore[operator]
-    bias = torch.zeros_like(weight[0]) if layer.bias is None else layer.bias.detach()  # type: ignore[operator]
-    return torch.cat([weight, bias[None]]).cpu().double().numpy()
+    """Return a linear map's weights (G, K + 1, O/G) in float64, its bias or zeros as the last row."""
+    groups = groups_of(layer)
+    weight = layer.weight.detach().double().cpu().flatten(1).numpy()  # type: ignore[operator]
+    bias = np.zeros(len(weight)) if layer.bias is None else layer.bias.detach().double().cpu().numpy()  # type: ignore[operator]
+    both = np.concatenate([weight, bias[:, None]], axis=1)
+    return both.reshape(groups, len(weight) // groups, -1).transpose(0, 2, 1)
 
 
 def set_weights(layer: nn.Module, weights: Array) -> None:
     """Give the layer these weights, shaped as `get_weights` returns them; one without a bias ignores the last row."""
-    inputs = layer.weight[0].numel()  # type: ignore[index]
+    both = torch.from_numpy(np.ascontiguousarray(weights.transpose(0, 2, 1)).reshape(-1, weights.shape[1]))
     with torch.no_grad():
-        layer.weight.copy_(torch.from_numpy(weights[:inputs].T).reshape(layer.weight.shape))  # type: ignore[operator, arg-type]
+        layer.weight.copy_(both[:, :-1].reshape(layer.weight.shape))  # type: ignore[operator, arg-type]
         if layer.bias is not None:
-            layer.bias.copy_(torch.from_numpy(weights[inputs]))  # type: ignore[operator]
+            layer.bias.copy_(both[:, -1])  # type: ignore[operator]
 
 
-def patches(layer: nn.Module, sample: NDArray[Any]) -> NDArray[Any]:
-    """Return what each output of the layer is a linear map of, (M, K): one sample's windows, and a 1."""
-    x = torch.from_numpy(sample)
-    if not isinstance(layer, nn.Linear):
-        mode = layer.padding_mode
-        x = x.movedim(-1, 0)[None]
-        x = F.pad(x, layer._reversed_padding_repeated_twice, "constant" if mode == "zeros" else mode)  # type: ignore[arg-type]
-        for axis, (size, stride, dilation) in enumerate(
-            zip(layer.kernel_size, layer.stride, layer.dilation, strict=True),  # type: ignore[arg-type]
-            2,
-        ):
-            x = x.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
-        x = x[0].movedim(0, len(layer.kernel_size))  # type: ignore[arg-type]
-        x = x.flatten(len(layer.kernel_size))  # type: ignore[arg-type]
-    rows = x.reshape(-1, x.shape[-1]).numpy()
-    return np.hstack([rows, np.ones((len(rows), 1), rows.dtype)])
+def _positions(size: int, count: int) -> Tensor:
+    """Return up to ``count`` of ``size`` positions, the same at every call."""
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(size))
+    return order[:count]
+
+
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+
+
+class _Convolved(TorchFunctionMode):
+    """Takes down what a convolution is called with."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+        self.seen: list[dict[str, Any]] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in _CONVOLUTIONS:
+            names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+            found = dict(zip(names, args, strict=False)) | (kwargs or {})
+            if found["weight"] is self.weight:
+                self.seen.append(found)
+        return function(*args, **(kwargs or {}))
+
+
+def _windows(layer: nn.Module, x: Tensor, y: Tensor, count: int) -> Tensor:
+    """Return the windows (G, M, K) that a convolution sees for some of its outputs."""
+    with _Convolved(layer.weight) as convolved:  # type: ignore[arg-type]
+        type(layer).forward(layer, x)
+    (called,) = convolved.seen
+    padded, kernel = called["input"], called["weight"].shape[2:]
+    stride, dilation, padding = (
+        _each(called.get(name, default), len(kernel))
+        for name, default in (("stride", 1), ("dilation", 1), ("padding", 0))
+    )
+    if isinstance(called.get("padding"), str):
+        wide = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        sides = [(w // 2, w - w // 2) for w in wide] if called["padding"] == "same" else [(0, 0)] * len(kernel)
+    else:
+        sides = [(p, p) for p in padding]
+    padded = F.pad(padded, [side for pair in reversed(sides) for side in pair])
+    for axis, (size, step, apart) in enumerate(zip(kernel, stride, dilation, strict=True), 2):
+        padded = padded.unfold(axis, apart * (size - 1) + 1, step)[..., ::apart]
+    chosen = _positions(int(np.prod(y.shape[2:])), count)
+    where = torch.from_numpy(np.stack(np.unravel_index(chosen.numpy(), y.shape[2:])))
+    found = padded[(slice(None), slice(None), *where)]  # (N, C, M, *kernel)
+    groups = groups_of(layer)
+    found = found.transpose(1, 2).reshape(len(x) * len(chosen), groups, -1)
+    return found.transpose(0, 1)
+
+
+def _each(value: Any, count: int) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, tuple | list) else (value,) * count

@@ -1,0 +1,138 @@
+"""Refitting: the weights that take what reaches a layer now to what it returns in the original, all layers at once."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...convert.equalize import Equalized
+from ...convert.state import Array
+from ...frameworks.detect import get_framework
+from ...frameworks.example import Inputs
+from .contract import CalibrationLayers, Solvable
+from .least_squares import LinearFit
+
+ROUNDS = 3
+"""How often all layers are refitted. Each time they go half of the way, since the layers before go theirs as well."""
+
+STEP = 0.5
+
+ROWS = 8192
+"""How many outputs a layer is fitted to, positions of maps drawn from as many inputs as `INPUTS`."""
+
+INPUTS = 256
+
+WORTH = 0.35
+"""The least distance of the outputs, as a share of the original's, that is worth the time."""
+
+
+class Refitted:
+    """One layer's change by refitting, which can be undone; a `Swap` as `patch` keeps them."""
+
+    compared = False
+
+    def __init__(self, adapter: CalibrationLayers, name: str, layer: Any, before: Array) -> None:
+        self.adapter, self.name, self.layer, self.before = adapter, name, layer, before
+        self.after = adapter.get_weights(layer)
+
+    def apply(self) -> None:
+        """Give the layer its refitted weights."""
+        self.adapter.set_weights(self.layer, self.after)
+
+    def restore(self) -> None:
+        """Give the layer the weights it had before."""
+        self.adapter.set_weights(self.layer, self.before)
+
+    def trained(self) -> bool:
+        """Return whether the layer has changed since."""
+        return not np.array_equal(self.adapter.get_weights(self.layer), self.after)
+
+    def accept(self, found: Any) -> None:
+        """Take the weights of the present for the refitted ones."""
+        self.after = self.adapter.get_weights(self.layer)
+
+    @contextmanager
+    def as_original(self) -> Iterator[None]:
+        """Run the body with the weights from before."""
+        self.restore()
+        try:
+            yield
+        finally:
+            self.apply()
+
+
+def refitted(
+    adapter: CalibrationLayers,
+    model: Any,
+    original: Any,
+    layers: Mapping[str, Any],
+    solved: Mapping[str, Equalized],
+    solvable: Mapping[str, Solvable],
+    batches: Sequence[Any],
+    drift: Callable[[], float],
+) -> list[Refitted]:
+    """Refit ``layers`` of ``model`` as far as that brings it nearer to the ``original``, and return what has changed.
+
+    ``drift`` measures how far it is.
+    """
+    before = {name: adapter.get_weights(layer) for name, layer in layers.items()}
+    best, keep = drift(), get_framework(model).snapshot(model)
+    fronts = {site.front_name: solved[name] for name, site in solvable.items() if site.front_name}
+    for _ in range(ROUNDS if best > WORTH else 0):
+        _round(adapter, model, original, layers, fronts, batches)
+        if (now := drift()) < best:
+            best, keep = now, get_framework(model).snapshot(model)
+    keep()
+    changes = [Refitted(adapter, name, layer, before[name]) for name, layer in layers.items()]
+    return [change for change in changes if not np.array_equal(change.before, change.after)]
+
+
+def _by_groups(front: Equalized, y: NDArray[Any]) -> NDArray[Any]:
+    """Return outputs (G, M, O/G) of a layer in the original as the equalized one is to return them."""
+    mean, factor, shift = (each.reshape(len(y), 1, -1) for each in (front.running_mean, front.factor, front.shift))
+    found: NDArray[Any] = ((y - mean) * factor + shift).astype(y.dtype)
+    return found
+
+
+def _round(
+    adapter: CalibrationLayers,
+    model: Any,
+    original: Any,
+    layers: Mapping[str, Any],
+    fronts: Mapping[str, Equalized],
+    batches: Sequence[Any],
+) -> None:
+    """Take every layer half of the way to its best weights."""
+    framework = get_framework(model)
+    known = dict(get_framework(original).named_layers(original))
+    watched = {name: known[name] for name in layers if name in known}
+    again = {name: layers[name] for name in watched}
+    fits: dict[str, LinearFit] = {}
+    wanted: dict[str, list[Any]] = {}
+    seen = 0
+
+    def note(name: str, x: Any, y: Any) -> None:
+        wanted.setdefault(name, []).append(adapter.picked(known[name], y, ROWS // INPUTS))
+
+    def fit(name: str, x: Any, y: Any) -> None:
+        if not wanted.get(name):
+            return
+        target = wanted[name].pop(0)
+        if name in fronts:
+            target = _by_groups(fronts[name], target)
+        rows = adapter.rows(layers[name], x, y, ROWS // INPUTS)
+        fits.setdefault(name, LinearFit(adapter.get_weights(layers[name]))).add(rows, target)
+
+    for batch in batches:
+        wanted.clear()
+        with framework.inference(original, compiled=False), framework.watching(watched, note, first=True):
+            framework.call(original, batch)
+        with framework.inference(model, compiled=False), framework.watching(again, fit, first=True):
+            framework.call(model, batch)
+        seen += 1 if not (arrays := Inputs.of(batch).arrays) else next(iter(arrays.values())).shape[0]
+        if seen >= INPUTS:
+            break
+    for name, found in fits.items():
+        adapter.set_weights(layers[name], found.solve(STEP))
