@@ -26,6 +26,16 @@ class Noted(Hook):
 
 
 class TestLearning:
+    def test_a_model_that_is_taught_drops_nothing(self):
+        """Its own copy for a teacher has nothing to teach it, whatever it drops in training by labels."""
+        model = keras.Sequential([layers.Input((6, 6, 1)), layers.Flatten(), layers.Dropout(0.9), layers.Dense(2)])
+        teacher = keras.models.clone_model(model)
+        teacher.set_weights(model.get_weights())
+
+        assert max(losses(model, stripes(), teacher=teacher, steps=3)) < 1e-6
+        for weights, same in zip(model.get_weights(), teacher.get_weights(), strict=True):
+            np.testing.assert_allclose(weights, same, rtol=1e-5, atol=1e-6)
+
     @pytest.mark.parametrize("norm", ["gn", "sn", "brn"])
     def test_learns_the_labels(self, norm):
         """The loss falls, and the passed model itself has the trained weights."""

@@ -71,6 +71,15 @@ class TestTrain:
         assert all(torch.equal(state[k], v) for k, v in teacher.state_dict().items())
         assert losses(twin, other, teacher=teacher, steps=30) == found
 
+    def test_a_model_that_is_taught_drops_nothing(self, data):
+        """Its own copy for a teacher has nothing to teach it, whatever it drops in training by labels."""
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Dropout(0.9), nn.Flatten(), nn.Linear(800, 3)).eval()
+        twin = copy.deepcopy(model)
+
+        assert max(losses(model, data, teacher=copy.deepcopy(model), steps=3)) < 1e-6
+        torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=1e-5, atol=1e-6)
+        assert not model[1].training
+
     def test_norms_alone(self, model, data):
         """train="norm" moves the normalization layers' parameters and nothing else; flags are put back."""
         normswap.patch(model, "sn")

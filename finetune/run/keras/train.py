@@ -1,6 +1,8 @@
 """Fine-tune a Keras model with ``fit``, on any backend, under a ``tf.distribute`` strategy where one is active."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any
 
 import keras
@@ -9,7 +11,7 @@ from keras import ops
 
 from ....data.dataset import Data
 from ....errors import InputError, UnsupportedError, VerificationError
-from ....frameworks.keras import distinct_layers
+from ....frameworks.keras import distinct_layers, override
 from ...hooks.hook import Hook
 from ...hooks.keras.inference import inference
 from ...hooks.keras.learning import Learning
@@ -63,6 +65,7 @@ def train(
     precision, deciding = Precision(model, training.precision), data.batch(range(min(len(data), DECIDING)))[0]
     batches = StepBatches(data, training, first=first + start, steps=training.steps - start)
     with (
+        _dropping_nothing(model if teacher else None),
         Learning(model, training.train),
         synchronized(model),
         criterion(model, teacher, training, deciding) as loss_of,
@@ -117,6 +120,24 @@ def _check(data: Data, training: Training) -> None:
             f"expected accumulate=1 with {count} replicas, received accumulate={training.accumulate}; raise the batch "
             "size instead"
         )
+
+
+@contextmanager
+def _dropping_nothing(model: keras.Model | None) -> Iterator[None]:
+    """Have the random layers of ``model`` compute as at inference for a while: its teacher drops nothing either."""
+    with ExitStack() as stack:
+        for layer in [] if model is None else distinct_layers(model):
+            if layer._seed_generators and not layer._layers:
+                stack.callback(override(layer, "call", _at_inference))
+        yield
+
+
+def _at_inference(run: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(run)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return run(*args, **{**kwargs, "training": False})
+
+    return call
 
 
 class _Trainer(keras.Model):  # type: ignore[misc]

@@ -63,7 +63,7 @@ def train(
     images = StepBatches(data, training, first=first + start, steps=training.steps - start, share=share)
     teacher = None if teacher is None else teacher.to(accelerator.device)
     with (
-        _train_mode(model),
+        _train_mode(model, taught=teacher is not None),
         Learning(model, training.train),
         _guarded(model),
         synchronized(model),
@@ -176,10 +176,16 @@ def _all_used(model: nn.Module, parameters: Sequence[nn.Parameter], x: Array) ->
 
 
 @contextmanager
-def _train_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model in train mode for a while."""
+def _train_mode(model: nn.Module, *, taught: bool) -> Iterator[None]:
+    """Put the model in train mode for a while.
+
+    Of one that is taught only its norms are, which have statistics to learn: its teacher drops nothing, and a model
+    that drops units or whole paths learns to make up for what it alone is lacking.
+    """
     flags = [(module, module.training) for module in model.modules()]
     model.train()
+    for module in model.modules() if taught else ():
+        module.training = hasattr(module, "running_mean")
     try:
         yield
     finally:
