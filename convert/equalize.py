@@ -80,7 +80,7 @@ class Equalized:
     @property
     def running_mean(self) -> Array:
         """The mean of the layer's output before."""
-        return _running(self.state)[0]
+        return self.state.running()[0]
 
     @property
     def mean(self) -> Array:
@@ -90,13 +90,13 @@ class Equalized:
     @property
     def var(self) -> Array:
         """The variance of z where the input's is the running one."""
-        _, deviation = _running(self.state)
+        _, deviation = self.state.running()
         return np.square(self.scale) * (1 - self.state.eps / np.square(deviation))
 
     @property
     def factor(self) -> Array:
         """What the weights of each output of the layer in front are multiplied by."""
-        return self.scale / _running(self.state)[1]
+        return self.scale / self.state.running()[1]
 
     @property
     def affine(self) -> tuple[Array, Array]:
@@ -106,7 +106,7 @@ class Equalized:
 
     def absorbed(self, bias: Array | None) -> Array:
         """Return the bias with which the layer in front returns z, given its own."""
-        mean, _ = _running(self.state)
+        mean, _ = self.state.running()
         return ((0.0 if bias is None else bias) - mean) * self.factor + self.shift
 
 
@@ -166,10 +166,10 @@ def _key(*parts: Any) -> bytes:
     def add(part: Any) -> None:
         if isinstance(part, np.ndarray):
             digest.update(np.ascontiguousarray(part).tobytes())
-        elif isinstance(part, BatchNormState | Front | Samples):
+        elif isinstance(part, BatchNormState | Front):
             for each in vars(part).values():
                 add(each)
-        digest.update(repr(getattr(part, "shape", part) if not isinstance(part, Front | Samples) else "").encode())
+        digest.update(repr(getattr(part, "shape", part) if not isinstance(part, Front) else "").encode())
 
     for part in parts:
         add(part)
@@ -188,22 +188,19 @@ def _equalize(
 ) -> Equalized:
     known = imagine(np.eye(state.gamma.size) if front is None else front.gain, spatial) if samples is None else samples
     fitting, judging = (known, known) if samples is None else known.split()
-    mean, deviation = _running(state)
+    mean, deviation = state.running()
     plain = _carried_over(state, target, groups, spatial, gates)
     before = _Norm(state, target, groups, spatial, deviation, mean, gates)
     error_before = before.error(judging, plain.gamma, plain.beta)
     count = groups if isinstance(target, GroupNorm) and groups is not None else 1
     alive = deviation**2 - state.eps > DEAD * state.eps
-    shifts = None if mode == "full" else mean / deviation
-    signs = opposed(fitting.mean, count)
-    starts: dict[Chosen, tuple[Array, Array]] = {
-        "standardized": (signs, np.zeros_like(signs) if shifts is None else signs * shifts),
-    }
-    found = []
-    if front is None:
-        starts = {}
-    else:
+    starts: dict[Chosen, tuple[Array, Array]] = {}
+    if front is not None:
+        shifts = None if mode == "full" else mean / deviation
+        signs = opposed(fitting.mean, count)
+        starts["standardized"] = signs, np.zeros_like(signs) if shifts is None else signs * shifts
         starts["fitted"] = fit(state, fitting, count, signs, shifts)
+    found = []
     for chosen, (scale, shift) in starts.items():
         assert front is not None
         scale, shift = _with_norm(scale, shift, alive, deviation, mean, front.norms, mode)
@@ -219,6 +216,13 @@ def _equalize(
     return min(found, key=lambda each: each.error)
 
 
+def factor_since(before: Array, after: Array) -> Array:
+    """Return the factor (C,) of least squares by which a layer's weights (C, K) have changed; 1 where they were 0."""
+    square = np.square(before).sum(axis=1)
+    found: Array = np.where(square > 0, (before * after).sum(axis=1) / np.where(square > 0, square, 1.0), 1.0)
+    return found
+
+
 def affine_since(
     state: BatchNormState, before: tuple[Array, Array | None], after: tuple[Array, Array | None]
 ) -> tuple[Array, Array]:
@@ -227,10 +231,9 @@ def affine_since(
     ``before`` and ``after`` are the weights (C, K) and the bias (C,) of that layer, which has taken a factor for each
     output channel and a bias; of one that has been trained since, the factor is that of least squares.
     """
-    mean, deviation = _running(state)
+    mean, deviation = state.running()
     (old, old_bias), (new, new_bias) = before, after
-    square = np.square(old).sum(axis=1)
-    factor = np.where(square > 0, (old * new).sum(axis=1) / np.where(square > 0, square, 1.0), 1.0)
+    factor = factor_since(old, new)
     shift = (0.0 if new_bias is None else new_bias) - (0.0 if old_bias is None else old_bias) * factor
     usable = np.abs(factor) > 0
     scale = np.where(usable, state.gamma / (np.where(usable, factor, 1.0) * deviation), 0.0)
@@ -244,7 +247,7 @@ def _carried_over(
     spatial: tuple[int, ...] | None,
     gates: Array | None,
 ) -> Equalized:
-    mean, deviation = _running(state)
+    mean, deviation = state.running()
     if isinstance(target, SwitchNorm) and gates is None:
         gates = start_gates(target)
     carried = carry_over(state, target, groups=groups, spatial=spatial, gates=gates)
@@ -350,9 +353,9 @@ class Problem:
         )
         self.mean = self.means.mean(axis=1)
         variance = self.squares.mean(axis=1) - np.square(self.mean)
-        self.known = variance > 1e-9  # of a channel that is constant in all samples nothing can be said
-        self.variance = np.where(self.known, variance, 1.0)
-        weights = np.square(self._by_group(state.gamma)) * np.where(self.known, self.variance, 0.0)
+        known = variance > 1e-9  # of a channel that is constant in all samples nothing can be said
+        self.variance = np.where(known, variance, 1.0)
+        weights = np.square(self._by_group(state.gamma)) * np.where(known, self.variance, 0.0)
         self.weights = weights / max(weights.sum(), np.finfo(np.float64).tiny)
 
     def parameters(self, point: Array) -> tuple[Array, Array]:
@@ -439,7 +442,7 @@ class _Norm:
         gates: Array | None = None,
     ) -> None:
         self.gates = start_gates(target) if gates is None and isinstance(target, SwitchNorm) else gates
-        self.state, self.target, self.groups, self.spatial = state, target, groups, spatial
+        self.state, self.groups, self.spatial = state, groups, spatial
         self.scale, self.shift = scale, shift
 
     def statistics(self, samples: Samples) -> tuple[Array, Array]:
@@ -453,7 +456,7 @@ class _Norm:
         own = layer if self.spatial == () else (means, np.maximum(squares - means**2, 0.0))
         m, v = (gates[0] * mine + gates[1] * whole for mine, whole in zip(own, layer, strict=True))
         if gates.size == 3:
-            _, deviation = _running(self.state)
+            _, deviation = self.state.running()
             m = m + gates[2] * self.shift
             v = v + gates[2] * self.scale**2 * (1 - self.state.eps / deviation**2)
         return m, v
@@ -469,7 +472,7 @@ class _Norm:
         mean = samples.mean.mean(axis=0)
         spread, variance = u_square - u**2, samples.square.mean(axis=0) - mean**2
         usable = (spread > 1e-9) & (variance > 1e-9)
-        _, deviation = _running(self.state)
+        _, deviation = self.state.running()
         constant = deviation**2 - self.state.eps <= DEAD * self.state.eps
         otherwise = np.where(constant, 0.0, 1 / (a * r.mean(axis=0)))  # a constant's slope would amplify noise alone
         slope = np.where(usable, (u_x - u * mean) / np.where(usable, spread, 1.0), otherwise)
@@ -497,13 +500,6 @@ def _of_groups(means: Array, squares: Array, groups: int) -> tuple[Array, Array]
     size = means.shape[1] // groups
     mean, square = (each.reshape(len(means), groups, size).mean(axis=2) for each in (means, squares))
     return mean.repeat(size, axis=1), np.maximum(square - mean**2, 0.0).repeat(size, axis=1)
-
-
-def _running(state: BatchNormState) -> tuple[Array, Array]:
-    """Return the running mean and deviation, ε included."""
-    if state.mean is None or state.var is None:
-        raise ValueError("expected a BatchNorm with running statistics, received one without")
-    return state.mean, np.sqrt(state.var + state.eps)
 
 
 def _with_norm(

@@ -18,6 +18,12 @@ class BatchNormState:
     var: Array | None
     eps: float
 
+    def running(self) -> tuple[Array, Array]:
+        """Return the running mean and deviation, ε included; raises `ValueError` where there are none."""
+        if self.mean is None or self.var is None:
+            raise ValueError("expected a BatchNorm with running statistics, received one without")
+        return self.mean, np.sqrt(self.var + self.eps)
+
     def problems(self) -> list[str]:
         """Return what makes this state unusable: non-finite values, negative variances, no channels."""
         found = []

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...convert.equalize import Equalized, equalize, error_of
+from ...convert.equalize import Equalized, equalize, error_of, factor_since
 from ...convert.samples import Samples, kept_aside
 from ...data.dataset import Data
 from ...errors import InputError, NormswapWarning, UnsupportedError, VerificationError
@@ -17,7 +17,7 @@ from ...frameworks.detect import get_framework
 from ...frameworks.example import Inputs
 from ...patchers.plan import Report
 from .contract import CalibrationLayers, Solvable, layers_of
-from .refit import Refitted, refitted
+from .refit import Refitted, refitted, size_of
 
 FEWEST = 16
 """The least number of inputs: an eighth of them judges what the others choose."""
@@ -167,7 +167,7 @@ class _Calibration:
         watched = {name: self.known[name] for name in self.solvable}
         with framework.inference(self.original, compiled=False), framework.watching(watched, see):
             for batch in self.batches:
-                self.count += _size(batch)
+                self.count += size_of(batch)
                 self.total += 1
                 self._call(batch)
                 self.advance(self.total)
@@ -231,13 +231,11 @@ class _Calibration:
         Raises `UnsupportedError` if the latter is no longer the original's, scaled and shifted.
         """
         layer, front, before = site.layers
-        mean, deviation = site.running
+        mean, deviation = site.state.running()
         scale, shift = deviation, mean
         if front is not None:
             (old, old_bias), (new, bias) = map(self.adapter.front_weights, (before, front))
-            norms = np.square(old).sum(axis=1)
-            known = norms > 0
-            factor = np.where(known, (old * new).sum(axis=1) / np.where(known, norms, 1.0), 1.0)
+            factor = factor_since(old, new)
             if np.square(new - factor[:, None] * old).sum() > 1e-6 * np.square(new).sum():
                 raise UnsupportedError(
                     f"expected a model that has not changed since the patch, received one whose {site.front_name} has; "
@@ -267,11 +265,6 @@ class _Calibration:
         return refitted(self.adapter, self.model, self.original, layers, self.found, self.solvable, fitting, self.drift)
 
 
-def _size(batch: Any) -> int:
-    """Return the number of samples in a batch."""
-    return next((int(array.shape[0]) for array in Inputs.of(batch).arrays.values() if len(array.shape)), 0)
-
-
 def _cut(rows: slice, array: Any) -> Any:
     """Return some samples of an array of a batch; a number has none."""
     return array[rows] if len(array.shape) else array
@@ -282,7 +275,7 @@ def _first(batches: Iterable[Any], count: int) -> Iterator[Any]:
     for batch in batches:
         if count <= 0:
             return
-        size = _size(batch)
+        size = size_of(batch)
         yield (batch if size <= count else Inputs.of(batch).map(partial(_cut, slice(count))))
         count -= size
 
@@ -293,9 +286,9 @@ def _last(batches: Iterable[Any], count: int) -> Sequence[Any]:
     held = 0
     for batch in batches:
         kept.append(batch)
-        held += _size(batch)
-        while held - _size(kept[0]) >= count:
-            held -= _size(kept.pop(0))
+        held += size_of(batch)
+        while held - size_of(kept[0]) >= count:
+            held -= size_of(kept.pop(0))
     surplus = held - count
     if surplus > 0:
         kept[0] = Inputs.of(kept[0]).map(partial(_cut, slice(surplus, None)))

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
 from ...convert.equalize import Equalized, Front
@@ -30,13 +29,6 @@ class Solvable:
     front_name: str = ""
     mode: Mode = "full"
     spatial: tuple[int, ...] | None = None
-
-    @property
-    def running(self) -> tuple[Array, Array]:
-        """The BatchNorm's running mean and deviation, ε included."""
-        assert self.state.mean is not None
-        assert self.state.var is not None
-        return self.state.mean, np.sqrt(self.state.var + self.state.eps)
 
 
 class CalibrationLayers(Protocol):

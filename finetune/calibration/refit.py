@@ -63,6 +63,11 @@ class Refitted:
             self.apply()
 
 
+def size_of(batch: Any) -> int:
+    """Return the number of samples in a batch."""
+    return next((int(array.shape[0]) for array in Inputs.of(batch).arrays.values() if len(array.shape)), 0)
+
+
 def refitted(
     adapter: CalibrationLayers,
     model: Any,
@@ -131,7 +136,7 @@ def _round(
             framework.call(original, batch)
         with framework.inference(model, compiled=False), framework.watching(again, fit, first=True):
             framework.call(model, batch)
-        seen += 1 if not (arrays := Inputs.of(batch).arrays) else next(iter(arrays.values())).shape[0]
+        seen += size_of(batch)
         if seen >= INPUTS:
             break
     for name, found in fits.items():

@@ -63,13 +63,11 @@ def solvable(model: keras.Layer, original: keras.Layer, sites: Mapping[str, kera
 
 def moments(layer: keras.Layer, x: Any, state: BatchNormState) -> tuple[Array, Array]:
     """Return the mean and the mean square of what a BatchNorm normalizes its input to, by sample and channel."""
-    assert state.mean is not None
-    assert state.var is not None
     rows = np.moveaxis(to_numpy(x), layer.axis, -1)
     rows = rows.reshape(len(rows), -1, rows.shape[-1])
-    normalized = (rows - state.mean.astype(rows.dtype)) / np.sqrt(state.var + state.eps).astype(rows.dtype)
-    pair = normalized.mean(axis=1, dtype=np.float64), np.square(normalized).mean(axis=1, dtype=np.float64)
-    return pair
+    mean, deviation = (each.astype(rows.dtype) for each in state.running())
+    normalized = (rows - mean) / deviation
+    return normalized.mean(axis=1, dtype=np.float64), np.square(normalized).mean(axis=1, dtype=np.float64)
 
 
 def spatial(layer: keras.Layer, x: Any) -> tuple[int, ...]:

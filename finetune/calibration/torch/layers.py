@@ -69,12 +69,8 @@ def solvable(model: nn.Module, original: nn.Module, sites: Mapping[str, nn.Modul
 
 def moments(layer: nn.Module, x: Tensor, state: BatchNormState) -> tuple[Array, Array]:
     """Return the mean and the mean square of what a BatchNorm normalizes its input to, by sample and channel."""
-    assert state.mean is not None
-    assert state.var is not None
     rows = x.detach().float().flatten(2) if x.ndim > 2 else x.detach().float()[:, :, None]
-    mean, deviation = (
-        torch.from_numpy(each).to(rows)[:, None] for each in (state.mean, np.sqrt(state.var + state.eps))
-    )
+    mean, deviation = (torch.from_numpy(each).to(rows)[:, None] for each in state.running())
     normalized = (rows - mean) / deviation
     pair = (normalized.mean(2), normalized.square_().mean(2))
     first, second = (each.double().cpu().numpy() for each in pair)
