@@ -96,12 +96,12 @@ def test_calibration_looks_before_the_activation(fused, images):
     """Scale and shift are solved for what the norm computes, not for what is left of it after the activation."""
     original = copy.deepcopy(fused)
     normswap.patch(fused, "gn")
-    normswap.calibrate(fused, original, [images.repeat(4, 1, 1, 1) * torch.rand(16, 1, 1, 1)])
+    normswap.calibrate(fused, original, [torch.randn(64, 3, 12, 12)])
     plain = nn.BatchNorm2d(8).eval()
     plain.load_state_dict(original[1].state_dict())
     wanted, found = plain(original[0](images)), nn.GroupNorm.forward(fused[1], fused[0](images))
 
-    assert (found - wanted).square().mean() < 0.2 * wanted.var((0, 2, 3)).mean()
+    assert (found - wanted).square().mean() < 0.02 * wanted.var((0, 2, 3)).mean()
 
 
 def relu_after(module, y):
