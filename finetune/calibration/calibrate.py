@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from ...convert.equalize import Equalized, equalize, error_of, factor_since
 from ...convert.samples import Samples, kept_aside
 from ...data.dataset import Data
-from ...errors import InputError, NormswapWarning, UnsupportedError, VerificationError
+from ...errors import InputError, NormswapWarning, UnsupportedError, VerificationError, option
 from ...frameworks.detect import get_framework
 from ...frameworks.example import Inputs
+from ...patchers.contract import patcher_of
 from ...patchers.plan import Report
 from .contract import CalibrationLayers, Solvable, layers_of
 from .refit import Refitted, refitted, size_of
@@ -90,10 +91,11 @@ def calibrate(
         )
     if report is not None:
         model, original, batches = report.model, report.original(), original
-    run = _Calibration(model, original, batches, advance)
-    residuals = run.solve()
-    changes = run.refit() if refit else []
-    residuals.append(Residual("output", run.before, run.drift()))
+    with patcher_of(original).layers_by_name(original):
+        run = _Calibration(model, original, batches, advance)
+        residuals = run.solve()
+        changes = run.refit() if refit else []
+        residuals.append(Residual("output", run.before, run.drift()))
     if report is not None:
         report.calibrated(run.found, changes)
     return residuals
@@ -178,7 +180,7 @@ class _Calibration:
         if idle := [name for name, found in moments.items() if not found]:
             raise InputError(
                 f"expected inputs on which every replaced layer runs, received batches on which {idle[0]} does not; "
-                f"patch without it: exclude={idle[0]!r}"
+                f"patch without it: {option('exclude', idle[0])}"
             )
         samples = {
             name: Samples(*(np.concatenate(each) for each in zip(*found, strict=True)))

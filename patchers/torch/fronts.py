@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ...convert.equalize import Front
 from ...convert.state import Array
+from .linears import kept_calls
 
 Linear = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d | nn.Linear
 _KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
@@ -37,7 +38,8 @@ _MOVES = {
 class Fronts:
     """What a forward pass shows of the linear layers of a model and of who reads their outputs.
 
-    ``layers`` and ``sites`` are modules by key. `watching` surrounds the pass, `returned` takes what it returned, and
+    ``layers`` and ``sites`` are modules by key; what is a call in a graph is one only as far as `lifting` makes it one,
+    and ``kept`` says of sites that read another call why not. `watching` surrounds the pass, `returned` takes what it returned, and
     `of` tells what is in front of a site.
     """
 
@@ -54,6 +56,11 @@ class Fronts:
         self.read_by: dict[int, int] = {}
         self.fed_by: dict[int, int | None] = {}
         self.within: list[int] = []
+        self.kept = {
+            id(module.get_submodule(name)): reason
+            for module in modules.values()
+            for name, reason in kept_calls(module).items()
+        }
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -89,7 +96,7 @@ class Fronts:
         if self.calls[key] > 1:
             return {"unequal": "it runs several times"}
         if front is None:
-            return {"unequal": "no linear layer in front"}
+            return {"unequal": self.kept.get(key, "no linear layer in front")}
         layer, name = self.layers[front], names[front]
         if obstacle := self.obstacles[front]:
             return {"unequal": f"{name}: {obstacle}"}

@@ -46,6 +46,12 @@ class Norm:
     obstacle: str
     doomed: set[Node] = field(default_factory=set)
 
+    def input_of(self, call: Node) -> Any:
+        """Return what one of the calls, or its copy in another graph, normalizes."""
+        arguments = arguments_of(call)
+        assert arguments is not None
+        return arguments["input"]
+
 
 def norms_of(module: nn.Module) -> list[Norm]:
     """Return the BatchNorms that are calls in the graph of ``module``; there are none in what has no graph."""
@@ -78,7 +84,7 @@ def _read(module: GraphModule, node: Node) -> Norm | None:
     attributes: dict[str, str] = {}
     problems = [] if arguments else [f"{node.target} is no form of batch_norm that is known"]
     for name in (*STATISTICS, *AFFINE):
-        attribute, problem = _attribute(module, name, arguments.get(name))
+        attribute, problem = attribute_of(module, name, arguments.get(name), "buffer")
         if attribute:
             attributes[name] = attribute
         elif problem:
@@ -114,8 +120,11 @@ def arguments_of(node: Node) -> dict[str, Any] | None:
     return {"training": "with_update" in schema.name} | named
 
 
-def _attribute(module: GraphModule, name: str, value: Any) -> tuple[str, str]:
-    """Return where the graph module holds an argument of a BatchNorm, and what is wrong with it."""
+def attribute_of(module: GraphModule, name: str, value: Any, wanted: str) -> tuple[str, str]:
+    """Return where the graph module holds an argument of a call, and what is wrong with it.
+
+    ``wanted`` is what one that is a constant should be instead.
+    """
     while isinstance(value, Node) and value.target is operator.getitem:  # what the call before has updated
         call, index = value.args
         before = arguments_of(call) if isinstance(call, Node) else None
@@ -131,7 +140,7 @@ def _attribute(module: GraphModule, name: str, value: Any) -> tuple[str, str]:
     if value.op != "get_attr":
         return "", f"its {name} is computed in the graph, by {value.name}"
     if _tensor(module, str(value.target)) is None:
-        return "", f"its {name} is a constant of the graph, {value.target}: make it a buffer"
+        return "", f"its {name} is a constant of the graph, {value.target}: make it a {wanted}"
     return str(value.target), ""
 
 

@@ -1,4 +1,7 @@
-"""The BatchNorm calls of a traced graph turned into the modules that such calls come from, and back."""
+"""Calls of a traced graph turned into the modules that such calls come from, and back.
+
+They are BatchNorms, and the convolutions and linear layers that may be in front of one.
+"""
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -9,7 +12,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .graphs import AFFINE, COUNT, STATISTICS, Norm, arguments_of, norms_of, place, returns_many
+from .graphs import AFFINE, COUNT, STATISTICS, Norm, norms_of, place, returns_many
+from .linears import Linear, linears_of
 
 _RANKS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
@@ -33,39 +37,43 @@ class FrozenBatchNorm2d(nn.Module):
 
 
 class Lift:
-    """The calls of some BatchNorms of a graph module turned into modules, in place and reversibly.
+    """Some calls of a graph module turned into modules, in place and reversibly.
 
-    The object that holds a BatchNorm's tensors becomes the BatchNorm, so that every tensor keeps its name. Training
-    and inference can be chosen from then on, also where `torch.export` forbids it. ``name`` is the graph module's.
+    The object that holds a call's tensors becomes the layer, so that every tensor keeps its name. Training and
+    inference can be chosen from then on, also where `torch.export` forbids it. ``name`` is the graph module's, and
+    ``calls`` are what is turned into which object.
     """
 
-    def __init__(self, name: str, module: GraphModule, norms: Sequence[tuple[Norm, nn.Module]]) -> None:
-        self.name, self.module, self.norms = name, module, norms
+    def __init__(self, name: str, module: GraphModule, calls: Sequence[tuple[Norm | Linear, nn.Module]]) -> None:
+        self.name, self.module, self.calls = name, module, calls
         self.graph = module.graph
         self.before: list[dict[str, Any]] = []
         self.compared = False
         self.stubs: dict[str, Any] = {}
 
     def of(self, names: Collection[str]) -> "Lift":
-        """Return what turns the BatchNorms with these names alone into modules, the same objects as this does."""
+        """Return what turns the calls with these names alone into modules, the same objects as this does."""
         prefix = f"{self.name}." if self.name else ""
-        return Lift(self.name, self.module, [(norm, home) for norm, home in self.norms if prefix + norm.name in names])
+        return Lift(self.name, self.module, [(call, home) for call, home in self.calls if prefix + call.name in names])
 
     def apply(self) -> None:
         """Turn the calls into modules."""
-        if not self.norms:
+        if not self.calls:
             return
-        lifted = _lifted(self.graph, [norm for norm, _ in self.norms])
-        for norm, home in self.norms:
+        lifted = _lifted(self.graph, [call for call, _ in self.calls])
+        for call, home in self.calls:
             self.before.append(dict(vars(home)))
-            _gather(self.module, norm, home)
-            _become(home, norm)
+            _gather(self.module, call, home)
+            if isinstance(call, Norm):
+                _become(home, call)
+            else:
+                call.become(home)
         self.stubs = {name: vars(self.module).pop(name) for name in ("train", "eval") if name in vars(self.module)}
         self.module.graph = lifted
 
     def restore(self) -> None:
         """Turn the modules into calls again, with the tensors of the present."""
-        for (norm, home), before in zip(self.norms, self.before, strict=False):
+        for (call, home), before in zip(self.calls, self.before, strict=False):
             home.__class__ = nn.Module
             home.training = before["training"]
             for key in vars(home).keys() - before.keys():
@@ -73,7 +81,7 @@ class Lift:
             for group in (home._parameters, home._buffers):
                 for name in [name for name, tensor in group.items() if tensor is None]:
                     del group[name]
-            _scatter(self.module, norm, home)
+            _scatter(self.module, call, home)
         if self.before:
             vars(self.module).update(self.stubs)
             self.module.graph = self.graph
@@ -92,18 +100,19 @@ class Lift:
 
 
 def lifts(model: nn.Module) -> list[Lift]:
-    """Return what turns the BatchNorm calls in each graph of ``model`` into modules, as far as they can be."""
+    """Return what turns the calls in each graph of ``model`` into modules, as far as they can be."""
     found = []
     for name, module in model.named_modules():
         if isinstance(module, GraphModule):
-            norms = [(norm, _home(module, norm)) for norm in norms_of(module) if not norm.obstacle]
-            found.append(Lift(".".join(part for part in name.split(".") if part != "_orig_mod"), module, norms))
+            calls = [call for call in (*norms_of(module), *linears_of(module)) if not call.obstacle]
+            homes = [(call, _home(module, call)) for call in calls]
+            found.append(Lift(".".join(part for part in name.split(".") if part != "_orig_mod"), module, homes))
     return found
 
 
 @contextmanager
 def lifted(model: nn.Module) -> Iterator[list[Lift]]:
-    """Run the body with the BatchNorm calls in the graphs of ``model`` as modules."""
+    """Run the body with the calls in the graphs of ``model`` as modules."""
     found = lifts(model)
     try:
         for lift in found:
@@ -114,50 +123,50 @@ def lifted(model: nn.Module) -> Iterator[list[Lift]]:
             lift.restore()
 
 
-def _lifted(graph: Graph, norms: Sequence[Norm]) -> Graph:
+def _lifted(graph: Graph, calls: Sequence[Norm | Linear]) -> Graph:
     """Return a copy of ``graph`` with modules for the calls."""
     nodes: dict[Node, Node] = {}
     new = Graph(tracer_cls=graph._tracer_cls)
     new.output(new.graph_copy(graph, nodes))
     new.set_codegen(graph._codegen)
-    for norm in norms:
-        for call in norm.calls:
-            old = nodes[call]
-            outputs = [user for user in old.users if user.args[1] == 0] if returns_many(call) else [old]
+    for call in calls:
+        for node in call.calls:
+            old = nodes[node]
+            outputs = [user for user in old.users if user.args[1] == 0] if returns_many(node) else [old]
             with new.inserting_before(old):
-                module_call = new.create_node("call_module", norm.name, (arguments_of(old)["input"],))  # type: ignore[index]
+                module_call = new.create_node("call_module", call.name, (call.input_of(old),))
             for output in outputs:
                 module_call.meta = dict(output.meta)
                 output.replace_all_uses_with(module_call)
-    doomed = {node for norm in norms for node in norm.doomed}
+    doomed = {node for call in calls for node in call.doomed}
     for node in reversed(graph.nodes):
         if node in doomed:
             new.erase_node(nodes[node])
     return new
 
 
-def _home(module: GraphModule, norm: Norm) -> nn.Module:
-    """Return the module that holds the tensors of ``norm``, or a new one for them."""
-    above, own = place(module, norm.name)
+def _home(module: GraphModule, call: Norm | Linear) -> nn.Module:
+    """Return the module that holds the tensors of a call, or a new one for them."""
+    above, own = place(module, call.name)
     return above._modules.get(own) or nn.Module()
 
 
-def _gather(module: GraphModule, norm: Norm, home: nn.Module) -> None:
-    """Move the tensors of ``norm`` into its home, as far as they lie elsewhere."""
-    above, own = place(module, norm.name)
+def _gather(module: GraphModule, call: Norm | Linear, home: nn.Module) -> None:
+    """Move the tensors of a call into its home, as far as they lie elsewhere."""
+    above, own = place(module, call.name)
     above._modules[own] = home
-    for name, attribute in norm.attributes.items():
-        if attribute != f"{norm.name}.{name}":
+    for name, attribute in call.attributes.items():
+        if attribute != f"{call.name}.{name}":
             _move(place(module, attribute), (home, name))
 
 
-def _scatter(module: GraphModule, norm: Norm, home: nn.Module) -> None:
-    """Move the tensors of ``norm`` back to where the graph reads them."""
-    for name, attribute in norm.attributes.items():
-        if attribute != f"{norm.name}.{name}":
+def _scatter(module: GraphModule, call: Norm | Linear, home: nn.Module) -> None:
+    """Move the tensors of a call back to where the graph reads them."""
+    for name, attribute in call.attributes.items():
+        if attribute != f"{call.name}.{name}":
             _move((home, name), place(module, attribute))
-    if not any(attribute.startswith(f"{norm.name}.") for attribute in norm.attributes.values()):
-        above, own = place(module, norm.name)
+    if not any(attribute.startswith(f"{call.name}.") for attribute in call.attributes.values()):
+        above, own = place(module, call.name)
         del above._modules[own]
 
 

@@ -16,7 +16,7 @@ from ..plan import Plan, Report, decide
 from ..swap import carry_out
 from .equalized import Absorbed
 from .fronts import read_front
-from .lifting import lifted
+from .lifting import lifted, lifts
 from .sites import find_sites
 from .swap import read_state, swaps_for
 
@@ -60,9 +60,10 @@ def patch(
         decided = found.decide(target, include, exclude, where, mode, solve)
         decided.require_work()
         swaps = swaps_for(model, found.modules, decided.having("replace"), solve=solve)
-    lifts = [graph.of({swap.name for swap in swaps}) for graph in graphs]
+    changed = {name for decision in decided.having("replace") for name in (decision.site.name, decision.front)}
+    changes = [*(graph.of(changed) for graph in graphs), *swaps]
     with _collector_paused():
-        return carry_out(model, decided, [*lifts, *swaps], lambda: _batch_norms(model))
+        return carry_out(model, decided, changes, lambda: _batch_norms(model))
 
 
 class _Found:
@@ -97,7 +98,12 @@ class _Found:
 
 
 def make_room(model: nn.Module, names: Sequence[str]) -> None:
-    """Give the linear layers of these names that have no bias one of zeros, for weights to be loaded."""
+    """Give the linear layers of these names that have no bias one of zeros, for weights to be loaded.
+
+    Those that are calls in a traced graph become modules.
+    """
+    for graph in lifts(model) if names else ():
+        graph.of(names).apply()
     layers = dict(named_layers(model)) if names else {}
     for name in names:
         Absorbed(name, layers[name], "full").apply(None)
@@ -105,7 +111,7 @@ def make_room(model: nn.Module, names: Sequence[str]) -> None:
 
 @contextmanager
 def layers_by_name(model: nn.Module) -> Iterator[Mapping[str, nn.Module]]:
-    """Give every module by name within the context, the BatchNorms that are calls in a traced graph, too."""
+    """Give every module by name within the context, the layers that are calls in a traced graph, too."""
     with lifted(model):
         yield dict(named_layers(model))
 

@@ -1,5 +1,6 @@
 """Programs of `torch.export`, turned into modules that can be worked with."""
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .graphs import free_name
+from .graphs import Norm, free_name
 from .lifting import lifts
 
 _DROPOUTS: dict[Any, type[nn.Module]] = {
@@ -22,19 +23,20 @@ def as_module(program: ExportedProgram) -> GraphModule:
     """Return an exported program as a module whose BatchNorms and dropouts are modules too.
 
     They obey ``train()`` and ``eval()``, and each starts in the mode it was exported in; whatever else depends on the
-    mode stays as it was exported. The BatchNorms have their own tensors, all others are the program's, as in
-    `ExportedProgram.module`.
+    mode stays as it was exported. The BatchNorms, and the convolutions and linear layers that may be in front of one,
+    have their own tensors, all others are the program's, as in `ExportedProgram.module`.
     """
     module = program.module()
     _drop_by_module(module)
+    owners = Counter(id(p) for m in module.modules() for p in m._parameters.values())
     for lift in lifts(module):
-        lift.apply()
-        for _, norm in lift.norms:
-            for name, parameter in norm._parameters.items():
-                if parameter is not None:
-                    norm._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-            for name, buffer in norm._buffers.items():
-                norm._buffers[name] = None if buffer is None else buffer.detach().clone()
+        lift.of({call.name for call, _ in lift.calls if isinstance(call, Norm)}).apply()
+        for call, home in lift.calls:
+            for name, parameter in home._parameters.items():
+                if parameter is not None and (isinstance(call, Norm) or owners[id(parameter)] == 1):
+                    home._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            for name, buffer in home._buffers.items() if isinstance(call, Norm) else ():
+                home._buffers[name] = None if buffer is None else buffer.detach().clone()
     for name in {"train", "eval"} & vars(module).keys():  # which refuse
         delattr(module, name)
     modes = {m: m.training for m in module.modules() if isinstance(m, (_BatchNorm, *_DROPOUTS.values()))}
