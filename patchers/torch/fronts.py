@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ...convert.equalize import Front
@@ -34,13 +34,15 @@ _MOVES = {
 }
 """What only moves values about; whether the channels stay together is seen by moving their numbers."""
 
+TOLERANCE = 0.05
+"""How far, as a share of its largest value, an output may be from a line of what it was, if a layer rounds to half."""
+
 
 class Fronts:
     """What a forward pass shows of the linear layers of a model and of who reads their outputs.
 
-    ``layers`` and ``sites`` are modules by key; what is a call in a graph is one only as far as `lifting` makes it one,
-    and ``kept`` says of sites that read another call why not. `watching` surrounds the pass, `returned` takes what it returned, and
-    `of` tells what is in front of a site.
+    ``layers`` and ``sites`` are modules by key, and ``kept`` says of sites that read a call in a graph why that is no
+    layer. `watching` surrounds the pass, `returned` takes what it returned, and `of` tells what is in front of a site.
     """
 
     def __init__(self, modules: Mapping[int, nn.Module], sites: Mapping[int, nn.Module]) -> None:
@@ -191,30 +193,49 @@ def _obstacle(layer: nn.Module, owners: Counter[int]) -> str:
 
 
 def _tried(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> str:
-    """Return what is wrong with a layer whose output does not follow its weights and bias, channel by channel."""
-    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
-    assert weight is not None
+    """Return what is wrong with a layer whose output does not follow its weights and bias, channel by channel.
+
+    It is tried in float32 where it computes in less, so that roundings do not pass for what it does.
+    """
     axis = _axis(layer, output)
     channels = output.shape[axis]
     if not output.numel():
         return "it returned nothing on the example"
-    factor = torch.tensor([-2.0, 0.5, -1.0, 4.0]).repeat(-(-channels // 4))[:channels].to(weight)
-    shift = torch.linspace(-1, 1, channels).to(weight) * output.abs().amax().to(weight).clamp(min=1e-3)
+    kept = {name: layer._parameters[name] for name in ("weight", "bias")}
+    weight, bias = (None if p is None else _widened(p.detach()) for p in kept.values())
+    assert weight is not None
+    args, kwargs = tree_map(_widened, (args, kwargs))
+
+    def run(weight: Tensor, bias: Tensor | None) -> Tensor:
+        layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        layer._parameters["bias"] = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        with torch.autocast(weight.device.type, enabled=False):
+            found: Tensor = type(layer).forward(layer, *args, **kwargs)
+        return found
+
     try:
-        layer._parameters["weight"] = nn.Parameter(scaled(layer, weight, factor), requires_grad=False)
-        layer._parameters["bias"] = nn.Parameter(shift if bias is None else bias * factor + shift, requires_grad=False)
-        found = type(layer).forward(layer, *args, **kwargs)
+        if torch.finfo(output.dtype).bits < 32:
+            output = run(weight, bias)
+        factor = torch.tensor([-2.0, 0.5, -1.0, 4.0]).repeat(-(-channels // 4))[:channels].to(weight)
+        shift = torch.linspace(-1, 1, channels).to(weight) * output.abs().amax().to(weight).clamp(min=1e-3)
+        found = run(scaled(layer, weight, factor), shift if bias is None else bias * factor + shift)
     except Exception as error:
         return f"it fails with other weights ({error})"
     finally:
-        layer._parameters["weight"], layer._parameters["bias"] = weight, bias
+        layer._parameters.update(kept)
     shape = [1] * output.ndim
     shape[axis] = channels
     wanted = output * factor.view(shape) + shift.view(shape)
-    tolerance = 100 * torch.finfo(output.dtype).eps * float(wanted.abs().amax())
+    tolerance = min(100 * torch.finfo(output.dtype).eps, TOLERANCE) * float(wanted.abs().amax())
     if found.shape != wanted.shape or not bool((found - wanted).abs().amax() <= tolerance):
         return "its output is no linear function of its weights and bias, as with weights that are standardized"
     return ""
+
+
+def _widened(value: Any) -> Any:
+    """Return a tensor of floats of less than 32 bits in float32, and anything else as it is."""
+    half = isinstance(value, Tensor) and value.is_floating_point() and torch.finfo(value.dtype).bits < 32
+    return value.float() if half else value
 
 
 def scaled(layer: nn.Module, weight: Tensor, factor: Tensor) -> Tensor:

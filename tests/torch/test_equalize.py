@@ -199,6 +199,42 @@ class TestWhere:
         for model, reason in cases:
             assert fronts(model, torch.zeros(2, 3, 9, 9)) == [f"front: {reason}"]
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_layers_of_half_precision(self, dtype):
+        """Their roundings do not pass for weights that are standardized, nor those for roundings."""
+
+        class Standardized(nn.Conv2d):
+            def forward(self, x):
+                weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+                return F.conv2d(x, weight / weight.std((1, 2, 3), keepdim=True), self.bias)
+
+        class Nearly(nn.Conv2d):
+            def forward(self, x):
+                y = F.conv2d(x, self.weight, self.bias)
+                return y + 0.1 * y.abs()
+
+        refused = (
+            "front: its output is no linear function of its weights and bias, as with weights that are standardized"
+        )
+        for cls, found in ((nn.Conv2d, "front"), (Padded, "front"), (Standardized, refused), (Nearly, refused)):
+            model = trained_(Net(cls(3, 8, 3), nn.BatchNorm2d(8))).to(dtype)
+            before = copy.deepcopy(model.state_dict())
+
+            assert fronts(model, torch.zeros(2, 3, 9, 9, dtype=dtype)) == [found]
+            torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+    def test_a_layer_that_computes_in_half_precision(self):
+        """Under autocast within the model the layer is tried without."""
+
+        class Cast(Net):
+            def forward(self, x):
+                with torch.autocast("cpu", torch.bfloat16):
+                    return super().forward(x)
+
+        model = trained_(Cast(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+
+        assert fronts(model, torch.zeros(2, 3, 9, 9)) == ["front"]
+
     def test_without_an_example(self):
         """Nothing shows what is in front, so nothing but the norm changes."""
         model = trained_(Net(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
