@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import spoken
+from ..errors import InputError, spoken
 from ..layers import torch as layers
 from ..patchers.torch.sites import MARK
+from ..patchers.torch.swap import FRONT
+from ..sources.misfit import SHOWN
 from ..sources.torch.state_dict import load_state_dict
 from .arrays import Array, require_eps, require_none
 from .checkpoint import Checkpoint
@@ -35,12 +37,34 @@ def load(model: nn.Module, checkpoint: Checkpoint, eps: float | None, batches: i
     state, published = checkpoint.state, checkpoint.system == "switchablenorms"
     if published:
         state = _converted(model, checkpoint.state, eps, batches)
+    _require_same_biases(model, state, checkpoint)
     load_state_dict(model, state, str(checkpoint.path))
     owners = {name.rpartition(".")[0] for name in state}
     norms = owners & norms_of(model).keys()
     for name in norms if published else ():
         _compute_as_published(model.get_submodule(name))
     return len(norms), len(owners - norms)
+
+
+def _require_same_biases(model: nn.Module, state: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Raise `InputError` if biases alone tell that layers in front of norms were equalized otherwise than here."""
+    own = {name for name in model.state_dict() if not name.endswith("num_batches_tracked")}
+    ours, theirs = own - set(state), set(state) - set(model.state_dict())
+    fronts = {f"{module.__dict__[FRONT]}.bias" for module in model.modules() if FRONT in module.__dict__}
+    linear = {f"{name}.bias" for name, module in model.named_modules() if getattr(module, "bias", module) is None}
+    if (ours and theirs) or not (ours or theirs) or not (ours <= fronts and theirs <= linear):
+        return
+    names = ", ".join(sorted(ours or theirs)[:SHOWN])
+    if theirs:
+        found = f"with {names}, biases that equalizing adds to layers in front of norms"
+        way = spoken("--equalize full, with --input-shape", "equalize=True, with an example")
+    else:
+        found = f"without {names}, biases that equalizing has added to layers in front of norms here"
+        way = spoken("--equalize scale or without --equalize", "equalize='scale' or equalize=False")
+    raise InputError(
+        f"expected weights of a network that was equalized as the model is, received {checkpoint.path} {found}; patch "
+        f"with {way}"
+    )
 
 
 def _kind(module: nn.Module) -> str | None:

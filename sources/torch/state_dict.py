@@ -96,10 +96,14 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _of_a_patched_model(missing: list[str], unexpected: list[str]) -> bool:
-    """Return whether the misfit is that of a patched model's weights: SN's gates, BRN's limits, GN's lack of either."""
+    """Return whether the misfit is that of a patched model's weights: SN's gates, BRN's limits, GN's lack of either.
+
+    Biases that nothing here has are those that layers in front of norms get.
+    """
     if any(name.endswith(("mean_weight", "r_max")) for name in unexpected):
         return True
-    return bool(missing) and not unexpected and all(n.endswith(("running_mean", "running_var")) for n in missing)
+    added = all(name.endswith(".bias") for name in unexpected)
+    return bool(missing) and added and all(n.endswith(("running_mean", "running_var")) for n in missing)
 
 
 def _first_line(error: BaseException) -> str:

@@ -425,6 +425,33 @@ class TestCommandLine:
         assert code == 0, err
         assert contents(normswap.load(tmp_path / "b")) == contents(model)
 
+    @pytest.mark.parametrize("target", [("gn", "--groups", "1"), ("sn",)])
+    @pytest.mark.parametrize("mode", ["full", "scale"])
+    def test_the_own_weights_of_an_equalized_model(self, run, tmp_path, target, mode):
+        """They come back with the same word on equalizing, and where biases tell of another the way is told."""
+        model = normswap.patch(network(), target[0], example=torch.zeros(2, 3, 8, 8), equalize=mode == "full" or mode)
+        torch.save(model.model.state_dict(), "own.pth")
+        command = ("patch", "net.py:build", "--to", *target, "--weights", "own.pth", "-o", "b")
+
+        code, _, err = run(*command, "--equalize", mode)
+        assert code == 0, err
+        assert contents(normswap.load(tmp_path / "b")) == contents(model.model)
+
+        message = "error: expected weights of a network that was equalized as the model is, received own.pth "
+        if mode == "full":
+            found = "with conv1.bias, conv2.bias, biases that equalizing adds to layers in front of norms"
+            refused, way = run(*command, "--overwrite"), "--equalize full, with --input-shape"
+        else:
+            found = "without conv1.bias, conv2.bias, biases that equalizing has added to layers in front of norms here"
+            refused = run(*command, "--overwrite", "--equalize", "full")
+            way = "--equalize scale or without --equalize"
+        assert refused[0] == 3
+        assert refused[2] == f"{message}{found}; patch with {way}\n"
+
+        code, _, err = run("export", "net.py:build", "--weights", "own.pth", "-o", "x.onnx")
+        assert code == 3
+        assert err.splitlines()[-1].startswith("  they look like a patched network's: load them into the patched model")
+
     @pytest.mark.parametrize("command", [("inspect",), ("export", "-o", "x.onnx"), ("verify", "x.onnx")])
     def test_other_commands_tell_the_way(self, run, command):
         """Weights of a patched network for a plain MODEL are told as such."""
