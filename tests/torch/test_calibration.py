@@ -9,7 +9,7 @@ from torch import nn
 
 import normswap
 from normswap import GroupNorm
-from normswap.errors import InputError, UnsupportedError, VerificationError
+from normswap.errors import InputError, UnsupportedError, VerificationError, command_line
 from normswap.finetune.calibration import refit
 from normswap.finetune.calibration.calibrate import calibrate
 from normswap.finetune.calibration.least_squares import LinearFit, Moments
@@ -311,9 +311,8 @@ def test_a_norm_that_never_runs(inputs):
             return self.norm(self.conv(x))
 
     model, original = pair(trained_(Spare()), "gn")
-    message = (
-        "expected inputs on which every replaced layer runs, received batches on which spare does not; patch without "
-        "it: exclude='spare'"
-    )
-    with pytest.raises(InputError, match=exactly(message)):
+    message = "expected inputs on which every replaced layer runs, received batches on which spare does not; patch"
+    with pytest.raises(InputError, match=exactly(f"{message} without it: exclude='spare'")):
+        calibrate(model, original, inputs)
+    with command_line(), pytest.raises(InputError, match=exactly(f"{message} without it: --exclude spare")):
         calibrate(model, original, inputs)

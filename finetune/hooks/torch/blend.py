@@ -12,6 +12,7 @@ from ....convert.equalize import affine_since
 from ....errors import InputError, UnsupportedError
 from ....frameworks.torch import named_layers
 from ....patchers.torch.fronts import by_channel, read_front
+from ....patchers.torch.patch import layers_by_name
 from ....patchers.torch.sites import MARK
 from ....patchers.torch.swap import FRONT, read_state
 from .layers import replaced
@@ -69,18 +70,18 @@ def blend(model: nn.Module, reference: nn.Module) -> list[Mix]:
 
     Raises `UnsupportedError` for a model without replaced layers, `InputError` for a reference without the BatchNorms.
     """
-    found, known = replaced(model), dict(named_layers(reference))
+    found, mine = replaced(model), dict(named_layers(model))
     if not found:
         raise UnsupportedError("expected a patched model to blend, received one without replaced layers")
-    norms = {name: known.get(name) for name in found}
-    unfit = [n for n, norm in norms.items() if getattr(norm, "running_mean", None) is None or MARK in norm.__dict__]
-    if unfit:
-        raise InputError(
-            "expected a reference with the BatchNorms and running statistics of the model before the patch, "
-            f"received one without them at {', '.join(unfit)}"
-        )
-    mine = dict(named_layers(model))
-    return [Mix(layer, norms[name], _fronts(name, layer, mine, known)) for name, layer in found.items()]
+    with layers_by_name(reference) as known:
+        norms = {name: known.get(name) for name in found}
+        unfit = [n for n, norm in norms.items() if getattr(norm, "running_mean", None) is None or MARK in norm.__dict__]
+        if unfit:
+            raise InputError(
+                "expected a reference with the BatchNorms and running statistics of the model before the patch, "
+                f"received one without them at {', '.join(unfit)}"
+            )
+        return [Mix(layer, norms[name], _fronts(name, layer, mine, known)) for name, layer in found.items()]
 
 
 def _fronts(
