@@ -104,7 +104,8 @@ def lifts(model: nn.Module) -> list[Lift]:
     found = []
     for name, module in model.named_modules():
         if isinstance(module, GraphModule):
-            calls = [call for call in (*norms_of(module), *linears_of(module)) if not call.obstacle]
+            known: list[Norm | Linear] = [*norms_of(module), *linears_of(module)]
+            calls = [call for call in known if not call.obstacle]
             homes = [(call, _home(module, call)) for call in calls]
             found.append(Lift(".".join(part for part in name.split(".") if part != "_orig_mod"), module, homes))
     return found

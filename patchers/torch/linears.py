@@ -114,13 +114,15 @@ def _read(module: GraphModule, node: Node, arguments: Mapping[str, Any], readers
 
 def _arguments(node: Node) -> dict[str, Any] | None:
     """Return the arguments of a call of a convolution or linear layer by name, None for other nodes."""
-    function = node.target
+    function: Any = node.target
     if node.op != "call_function":
         return None
-    schema = getattr(function, "_schema", None)
-    if function not in _PYTHON and (schema is None or schema.name not in _ATEN):
+    if function in _PYTHON:
+        names = _PYTHON[function]
+    elif (schema := getattr(function, "_schema", None)) is not None and schema.name in _ATEN:
+        names = tuple(argument.name for argument in schema.arguments)
+    else:
         return None
-    names = _PYTHON.get(function) or [argument.name for argument in schema.arguments]
     named = {"transposed": "conv_transpose" in str(function)} | dict(zip(names, node.args, strict=False)) | node.kwargs
     return _of_product(named) if "mat2" in named else named
 
@@ -165,7 +167,7 @@ def _claim(linear: Linear, arguments: Mapping[str, Any], readers: Mapping[str, l
     """Collect the nodes that only serve the call; return what else uses its tensors, "" if nothing does."""
     turned = arguments.get("turned")
     linear.doomed |= set() if turned is None else {turned}
-    for name, attribute in linear.attributes.items():
+    for attribute in linear.attributes.values():
         linear.doomed.update(readers[attribute])
     for node in linear.doomed - {linear.calls[0]}:
         if others := [user for user in node.users if user not in linear.doomed]:

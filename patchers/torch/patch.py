@@ -13,6 +13,7 @@ from ...convert.recipe import Recipe, Rules
 from ...convert.targets import Mode, Target
 from ...frameworks.torch import named_layers
 from ..plan import Plan, Report, decide
+from ..swap import Swap as Change
 from ..swap import carry_out
 from .equalized import Absorbed
 from .fronts import read_front
@@ -61,7 +62,7 @@ def patch(
         decided.require_work()
         swaps = swaps_for(model, found.modules, decided.having("replace"), solve=solve)
     changed = {name for decision in decided.having("replace") for name in (decision.site.name, decision.front)}
-    changes = [*(graph.of(changed) for graph in graphs), *swaps]
+    changes: list[Change] = [*(graph.of(changed) for graph in graphs), *swaps]
     with _collector_paused():
         return carry_out(model, decided, changes, lambda: _batch_norms(model))
 
