@@ -122,6 +122,17 @@ class Opened:
         twin.set_weights(self.model.get_weights())
         return twin
 
+    def save(self, report: Any, directory: Path, *, original: Any, overwrite: bool) -> None:
+        """Write what became of the model as a bundle, which knows where it came from; raises as `bundle.save`."""
+        bundles.save(
+            report,
+            directory,
+            source=self.bundle.source if self.bundle else self.spec,
+            original=original,
+            preprocessing=self.preprocessing,
+            overwrite=overwrite,
+        )
+
     def _built_again(self) -> Any:
         twin = load_model(self.spec, pretrained=False, trust=self.options.trust)
         if twin is self.model:

@@ -90,7 +90,6 @@ def patch(
       normswap patch face.hdf5 --to brn -o face-brn --dry-run
       normswap patch net-gn-tuned --to bn --calibrate images -o net-bn
     """
-    from ..bundles import bundle
     from ..bundles.manifest import require_replaceable
     from ..patchers import patch as patchers
     from ..patchers.table import plan_table
@@ -126,7 +125,6 @@ def patch(
     if is_way_back(wanted):
         require_none(["refit"], "no word on convolutions, which --to bn leaves as they are")
         report, figures, text = patch_back(
-            model,
             opened,
             wanted,
             output,
@@ -160,14 +158,7 @@ def patch(
         result["calibration"] = _calibrate(opened, original, calibrate, calibration_size, refit)
     if (images := calibrate if data is None else data) is not None:
         result["drift"] = _drift(opened, original, result["replaced"], images)
-    bundle.save(
-        report,
-        output,
-        source=opened.bundle.source if opened.bundle else model,
-        original=original,
-        preprocessing=opened.preprocessing,
-        overwrite=overwrite,
-    )
+    opened.save(report, output, original=original, overwrite=overwrite)
     told = [report.summary, *([result["weights"]] if patched_weights else []), f"bundle written to {output}"]
     title = "; ".join(told)
     text = plan_table(title, report.plan.decisions, result.get("drift", ()), every=every)

@@ -22,7 +22,6 @@ ASIDE = 16
 
 
 def patch_back(
-    model: str,
     opened: "Opened",
     wanted: "Target | Recipe | Rules",
     output: Path,
@@ -40,7 +39,6 @@ def patch_back(
     ``selection`` is what `normswap.patch` is told beside target and data; ``weights`` are those of a patched network,
     which have no model to go back from.
     """
-    from ..bundles import bundle
     from ..patchers.patch import patch
     from ..patchers.table import plan_table
 
@@ -62,14 +60,7 @@ def patch_back(
         aside = found.batch(found.sample(len(found))[-ASIDE:])[0]
     drops = [vars(drop) for drop in getattr(report, "drops", ())]
     drift = [] if aside is None else [vars(each) for each in report.drift(aside)]
-    bundle.save(
-        report,
-        output,
-        source=opened.bundle.source if opened.bundle else model,
-        original=original,
-        preprocessing=opened.preprocessing,
-        overwrite=overwrite,
-    )
+    opened.save(report, output, original=original, overwrite=overwrite)
     title = f"{report.summary}; bundle written to {output}"
     told = {"drops": drops} | ({"drift": drift} if drift else {})
     return report, told, plan_table(title, report.plan.decisions, drift, drops=drops, every=every)

@@ -84,12 +84,13 @@ def plans(
     resolved = [_resolved(target) for target in targets]
     chosen: dict[str, Any] = {"include": _several(include), "exclude": _several(exclude), "where": where}
     mode = as_mode(equalize)
-    if any(map(way_back.is_way_back, resolved)):
+    back = [way_back.is_way_back(each) for each in resolved]
+    if any(back):
         return [
             way_back.plan(model, each, example=example, **chosen)
-            if way_back.is_way_back(each)
+            if is_back
             else patcher_of(model).plans(model, [each], example=example, mode=mode, **chosen)[0]
-            for each in resolved
+            for each, is_back in zip(resolved, back, strict=True)
         ]
     return patcher_of(model).plans(model, resolved, example=example, mode=mode, **chosen)
 

@@ -54,7 +54,8 @@ def calibrate(
     With ``refit`` the convolutions and dense layers are refitted next, all at once and half of the way each time: to
     the weights :math:`W'` that take what reaches them now to what they return in the original, by least squares with a
     ridge towards their own, :math:`\min \sum \lVert y - W' x \rVert^2 + \lambda \lVert W' - W \rVert^2`. That is kept
-    as far as it brings the model's output nearer on the inputs kept aside. Frozen, shared and very wide layers stay.
+    as far as it brings the model's output nearer on the inputs kept aside. Frozen, shared and very wide layers
+    stay, and such as compute something else than their weights times their input.
 
     It takes time linear in the depth and the number of inputs, and holds two numbers a layer, channel and input.
 

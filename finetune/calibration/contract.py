@@ -67,8 +67,11 @@ class CalibrationLayers(Protocol):
     def picked(self, layer: Any, y: Any, count: int) -> NDArray[Any]:
         """Return some outputs (G, M, O/G) of a linear layer: for each of G groups, at ``count`` positions a sample."""
 
-    def rows(self, layer: Any, x: Any, y: Any, count: int) -> NDArray[Any]:
-        """Return what the outputs that `picked` returns of y are a linear map of, (G, M, K + 1): windows, and a 1."""
+    def rows(self, layer: Any, x: Any, y: Any, count: int) -> NDArray[Any] | None:
+        """Return what the outputs that `picked` returns of y are a linear map of, (G, M, K + 1): windows, and a 1.
+
+        None where a layer's class does not compute its outputs with its weights; `refit` tries all others.
+        """
 
     def get_weights(self, layer: Any) -> Array:
         """Return a linear map's weights (G, K + 1, O/G) in float64, its bias or zeros as the last row."""

@@ -27,6 +27,9 @@ INPUTS = 256
 WORTH = 0.35
 """The least distance of the outputs, as a share of the original's, that is worth the time."""
 
+LINEAR = 0.01
+"""How far from linear in its weights a layer may be, as a share of its output: more than bfloat16 rounds."""
+
 
 class Refitted:
     """One layer's change by refitting, which can be undone; a `Swap` as `patch` keeps them."""
@@ -101,6 +104,11 @@ def _by_groups(front: Equalized, y: NDArray[Any]) -> NDArray[Any]:
     return found
 
 
+def _follows(y: NDArray[Any], linear: NDArray[Any]) -> bool:
+    """Return whether a layer's outputs are what its weights make of its inputs, whatever its class, up to rounding."""
+    return y.shape == linear.shape and bool(np.square(y - linear).mean() <= LINEAR**2 * np.square(y).mean())
+
+
 def _round(
     adapter: CalibrationLayers,
     model: Any,
@@ -114,7 +122,7 @@ def _round(
     known = dict(get_framework(original).named_layers(original))
     watched = {name: known[name] for name in layers if name in known}
     again = {name: layers[name] for name in watched}
-    fits: dict[str, LinearFit] = {}
+    fits: dict[str, LinearFit | None] = {}  # None for a layer that computes something else
     wanted: dict[str, list[Any]] = {}
     seen = 0
 
@@ -127,8 +135,14 @@ def _round(
         target = wanted[name].pop(0)
         if name in fronts:
             target = _by_groups(fronts[name], target)
-        rows = adapter.rows(layers[name], x, y, ROWS // INPUTS)
-        fits.setdefault(name, LinearFit(adapter.get_weights(layers[name]))).add(rows, target)
+        if (rows := adapter.rows(layers[name], x, y, ROWS // INPUTS)) is None:
+            return
+        if name not in fits:
+            weights = adapter.get_weights(layers[name])
+            linear = _follows(adapter.picked(layers[name], y, ROWS // INPUTS), rows @ weights)
+            fits[name] = LinearFit(weights) if linear else None
+        if (found := fits[name]) is not None:
+            found.add(rows, target)
 
     for batch in batches:
         wanted.clear()
@@ -140,4 +154,5 @@ def _round(
         if seen >= INPUTS:
             break
     for name, found in fits.items():
-        adapter.set_weights(layers[name], found.solve(STEP))
+        if found is not None:
+            adapter.set_weights(layers[name], found.solve(STEP))

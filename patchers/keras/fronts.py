@@ -2,7 +2,8 @@
 
 A convolution, transposed, depthwise or separable convolution or dense layer is in front of a BatchNorm if its output
 reaches the BatchNorm as it is, or reshaped with its channels kept, and nothing else reads it. The call is traced into a
-graph by TensorFlow, which tells of every operation who reads what it returned, in whoever's code it is.
+graph by TensorFlow, which tells of every operation who reads what it returned, in whoever's code it is. On other
+backends a model that is a graph of Keras's own layers tells it (`drawn`), where nothing is in between.
 """
 
 import gc
@@ -22,12 +23,16 @@ from ...convert.equalize import Front
 from ...convert.state import Array
 from ...frameworks.example import Inputs
 from ...frameworks.keras import call, inference, input_shapes, override, to_numpy
+from .drawn import foreign, readers
 
 _CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
 _TRANSPOSED = (keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose, keras.layers.Conv3DTranspose)
 _DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
 _SEPARABLE = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
 _KINDS = (*_CONVOLUTIONS, *_TRANSPOSED, *_DEPTHWISE, *_SEPARABLE, keras.layers.Dense)
+
+_TRACED = keras.backend.backend() == "tensorflow"
+"""Whether the backend makes a graph of whatever code, which tells who reads what."""
 
 _COPIES = {"Identity", "IdentityN", "StopGradient", "PreventGradient"}
 _MOVES = {"Reshape", "Squeeze", "ExpandDims", "Transpose"}
@@ -78,8 +83,9 @@ class Fronts:
         if not self.layers:
             self.blind = ""
             return
-        if (backend := keras.backend.backend()) != "tensorflow":
-            self.blind = f"the {backend} backend does not show what reads a layer's output"
+        if not _TRACED and (name := foreign(model)):
+            backend = f"the {keras.backend.backend()} backend"
+            self.blind = f"{backend} shows who reads a layer's output in Keras's own layers alone, not {name}"
             return
         given = _imagined(model) if example is None else Inputs.of(example)
         if given is None:
@@ -89,8 +95,11 @@ class Fronts:
             try:
                 inputs = given.map(_noise) if varied else given
                 with inference(model, compiled=False):
-                    self._trace(model, inputs)
-                    self._follow()
+                    if _TRACED:
+                        self._trace(model, inputs)
+                        self._follow()
+                    else:
+                        self._read(model, inputs)
                     self._run(model, inputs)
                 self.blind = ""
                 break
@@ -132,6 +141,31 @@ class Fronts:
         with self._watching(self._traced, {**self.layers, **self.sites}):
             specs = [tf.TensorSpec(array.shape, array.dtype) for array in arrays]
             tf.function(run, autograph=False).get_concrete_function(*specs)
+
+    def _read(self, model: keras.Layer, inputs: Inputs) -> None:
+        """Count the calls of each layer, and read from the model's graph who reads what one returns."""
+
+        def count(key: int, run: Method, args: Any, kwargs: Any) -> Any:
+            self.calls[key] += 1
+            return run(*args, **kwargs)
+
+        with self._watching(count, {**self.layers, **self.sites}):
+            call(model, inputs)
+        for layer, output, reading in readers(model):
+            key = id(layer)
+            if key not in self.layers:
+                continue
+            self.returned[key] = output
+            if self.calls[key] > 1:
+                self._refuse(key, "it runs several times")
+            if layer.activity_regularizer is not None:
+                self._refuse(key, "its output is also read by its activity regularizer")
+            for reader in reading:
+                if id(reader) in self.sites:
+                    self._reached(key, id(reader), ())
+                else:
+                    also = f"also read by {type(reader).__name__}" if reader is not None else "one of the model's"
+                    self._refuse(key, f"its output is {also}")
 
     def _run(self, model: keras.Layer, inputs: Inputs) -> None:
         """Call the model with values, to try the layers in front and to see what is kept of their outputs."""

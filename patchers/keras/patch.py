@@ -22,6 +22,7 @@ from ..plan import Plan, Report, Site, decide, equalizes
 from ..swap import carry_out
 from .equalized import BIASED, Absorbed
 from .fronts import Fronts, channels_of, read_front
+from .loading import keep_whole
 from .names import alike, fronts_of, renamed
 from .saving import keep_rebuildable
 from .sites import find_sites
@@ -191,6 +192,7 @@ def _retraced(model: keras.Layer) -> Iterator[None]:
         if hasattr(layer, "_track_variables"):  # the torch backend lists variables once more
             layer._track_variables()
     keep_rebuildable(model)
+    keep_whole(model)
 
 
 def _renew(optimizer: Any, variables: list[Any]) -> None:

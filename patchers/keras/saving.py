@@ -16,6 +16,7 @@ from ...errors import InputError
 from ...frameworks.keras import build_shape, distinct_layers, named_layers
 from .equalized import BIASED, Absorbed
 from .fronts import channels_of
+from .loading import keep_whole
 from .swap import FRONT, MARK, BatchNorm, Swap
 
 
@@ -47,6 +48,7 @@ def mark(model: keras.Layer, recipe: Recipe) -> None:
             )
         layer.__dict__[MARK] = choice.target.kind
         layer.__dict__.update({FRONT: choice.front} if choice.front else {})
+    keep_whole(model)
 
 
 class Rebuilt:

@@ -84,7 +84,7 @@ class Swap:
         kept = {key: value for key, value in old.items() if key in _KEPT}
         extras = {key: value for key, value in old.items() if key not in _own_attributes()}
         marks = {MARK: self.kind, **({FRONT: self.front.name} if self.front else {})}
-        self._set(type(self.new), {**extras, **new, **kept, **marks})
+        _become(self.layer, type(self.new), {**extras, **new, **kept, **marks})
         if self.kind == GroupNorm.kind:
             self._take_batch_norm_arguments()
         self.written = self.layer.get_weights()
@@ -152,12 +152,14 @@ class Swap:
         for node, arguments in self.old_arguments:
             node.arguments = arguments
         kept = {key: value for key, value in self.layer.__dict__.items() if key in _KEPT}
-        self._set(self.old_class, {**self.old_contents, **kept})
+        _become(self.layer, self.old_class, {**self.old_contents, **kept})
 
-    def _set(self, cls: type[keras.Layer], contents: dict[str, Any]) -> None:
-        self.layer.__dict__.clear()
-        self.layer.__dict__.update(contents)
-        self.layer.__class__ = cls
+
+def _become(layer: keras.Layer, cls: type[keras.Layer], contents: dict[str, Any]) -> None:
+    """Make of an object one of another class with these contents."""
+    layer.__dict__.clear()
+    layer.__dict__.update(contents)
+    layer.__class__ = cls
 
 
 def swaps_for(

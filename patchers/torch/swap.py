@@ -115,7 +115,7 @@ class Swap:
         with torch.no_grad():
             for parameter, value, _ in self.values:
                 parameter.copy_(value)
-        self._become(type(self.new), self._contents())
+        _become(self.module, type(self.new), self._contents())
         hook = self.module.register_load_state_dict_pre_hook(self.loaded)  # type: ignore[no-untyped-call]
         self.handles.append(hook)
         if self.above is not None:
@@ -185,7 +185,7 @@ class Swap:
             shared = now["_buffers"].get(name) if self.found is None else None  # has moved and learned with the model
             if buffer is not None:
                 old["_buffers"][name] = self._moved(buffer) if shared is None else shared
-        self._become(self.old_class, old)
+        _become(self.module, self.old_class, old)
 
     def _moved(self, buffer: Tensor) -> Tensor:
         """Take a buffer that the replacement had no use for to where the model has gone since."""
@@ -216,10 +216,12 @@ class Swap:
             if tensor is not None:
                 yield name, tensor
 
-    def _become(self, cls: type[nn.Module], contents: dict[str, Any]) -> None:
-        self.module.__dict__.clear()
-        self.module.__dict__.update(contents)
-        self.module.__class__ = cls
+
+def _become(module: nn.Module, cls: type[nn.Module], contents: dict[str, Any]) -> None:
+    """Make of an object one of another class with these contents."""
+    module.__dict__.clear()
+    module.__dict__.update(contents)
+    module.__class__ = cls
 
 
 def swaps_for(

@@ -28,7 +28,7 @@ from ...layers.torch.norm import RunningNorm
 from ..plan import Decision, Site
 from ..swap import Swap
 from .sites import MARK, find_sites
-from .swap import _FromBatchNorm, read_state
+from .swap import _become, _FromBatchNorm, read_state
 
 _BATCH_NORMS: dict[int, type[nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d]] = {
     1: nn.BatchNorm1d,
@@ -225,7 +225,7 @@ class _Back:
         }
         kept = {key: value for key, value in old.items() if key in _HOOKS_AND_MODE}
         persistence = {"_non_persistent_buffers_set": set(old["_non_persistent_buffers_set"])}
-        self._become(type(self.new), {**extras, **new, **kept, **merged, **persistence})
+        _become(self.module, type(self.new), {**extras, **new, **kept, **merged, **persistence})
         self.written = {name: tensor.detach().clone() for name, tensor in self._own()}
 
     def trained(self) -> bool:
@@ -264,7 +264,7 @@ class _Back:
             hooks.update(removed)
         self.hooks.clear()
         old |= {key: value for key, value in now.items() if key in _HOOKS_AND_MODE}
-        self._become(self.old_class, old)
+        _become(self.module, self.old_class, old)
 
     def _without_hooks_of_ours(self) -> None:
         """Take away what a BatchNorm's replacement was given: it would carry over what is loaded into a BatchNorm."""
@@ -285,11 +285,6 @@ class _Back:
             tensor = self.module._parameters.get(name, self.module._buffers.get(name))
             if tensor is not None:
                 yield name, tensor
-
-    def _become(self, cls: type[nn.Module], contents: dict[str, Any]) -> None:
-        self.module.__dict__.clear()
-        self.module.__dict__.update(contents)
-        self.module.__class__ = cls
 
 
 class _Remeasured:

@@ -1,11 +1,12 @@
 """Calibrating a Keras model: its replaced layers, what is solved and refitted, and parity with PyTorch."""
 
 import copy
+from functools import partial
 
 import keras
 import numpy as np
 import pytest
-from keras import layers
+from keras import layers, ops
 
 from normswap.convert.targets import BatchRenorm, GroupNorm, SwitchNorm
 from normswap.errors import InputError, UnsupportedError
@@ -21,9 +22,11 @@ from normswap.finetune.calibration.keras.layers import (
     set_weights,
     site_layers,
 )
+from normswap.frameworks.keras import to_numpy
 from normswap.patchers.keras.patch import patch
 
 from ..helpers import exactly
+from .test_fronts import KINDS, Standardized
 
 pytestmark = [
     pytest.mark.keras,
@@ -158,31 +161,163 @@ def test_affine():
     assert (gamma.tolist(), beta.tolist()) == ([0, 1, 2, 3], [0, -1, -2, -3])
 
 
-@pytest.mark.parametrize("padding", ["same", "valid"])
-@pytest.mark.parametrize("options", [{"strides": 2}, {"dilation_rate": (1, 2)}, {"use_bias": False}])
-def test_rows_times_weights_are_the_layers_output(padding, options, images):
-    """Each output of a convolution is its window times the weights, whatever its padding, stride and bias."""
-    layer = layers.Conv2D(5, 3, padding=padding, bias_initializer="normal", **options)
-    y = layer(images)
+def assert_linear(layer, x):
+    """The layer's output on ``x``, at some and at all positions, is what its weights make of its rows; so if set."""
+    layer(x)
+    layer.bias.assign(np.random.default_rng(0).normal(size=layer.bias.shape))
+    y = layer(x)
     for count in (3, 10_000):
         expected = picked(layer, y, count)
-        np.testing.assert_allclose(rows(layer, images, y, count) @ get_weights(layer), expected, atol=1e-5)
+        np.testing.assert_allclose(rows(layer, x, y, count) @ get_weights(layer), expected, atol=1e-5)
     set_weights(layer, 2 * get_weights(layer))
-    np.testing.assert_allclose(layer(images).numpy(), 2 * y.numpy(), atol=1e-5)
+    np.testing.assert_allclose(to_numpy(layer(x)), 2 * to_numpy(y), atol=1e-5)
+
+
+REFITTED = [kind for kind in KINDS if "Transpose" not in kind]
+
+
+@pytest.mark.parametrize("kind", REFITTED)
+def test_rows_times_weights_are_the_layers_output(kind):
+    """Each output of a convolution of any kind, or a dense layer, is its window times the weights."""
+    make, shape = KINDS[kind]
+    assert_linear(make(), np.random.default_rng(0).normal(size=(3, *shape)).astype("float32"))
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize("options", [{"strides": 2}, {"dilation_rate": (1, 2)}, {"data_format": "channels_first"}])
+@pytest.mark.parametrize("make", [layers.Conv2D, partial(layers.Conv2D, groups=5), layers.SeparableConv2D])
+def test_rows_whatever_the_padding_and_the_stride(make, padding, options):
+    """An even kernel on sides of different lengths, padded, strided, dilated or with the channels first."""
+    x = np.random.default_rng(0).normal(size=(2, 5, 10, 5)).astype("float32")
+    assert_linear(make(10, (2, 3), padding=padding, **options), x)
+
+
+def test_rows_without_a_bias(images):
+    """A layer without a bias has zeros for one, and ignores another."""
+    layer = layers.Conv2D(5, 3, use_bias=False)
+    y = layer(images)
+    weights = get_weights(layer)
+    assert not weights[:, -1].any()
+    np.testing.assert_allclose(rows(layer, images, y, 7) @ weights, picked(layer, y, 7), atol=1e-5)
+    set_weights(layer, weights + 1)
+    np.testing.assert_allclose(get_weights(layer)[:, :-1], weights[:, :-1] + 1, atol=1e-6)
+    assert layer.bias is None
+
+
+class Padding(layers.Conv2D):
+    """A convolution that pads by itself, with what comes around."""
+
+    def call(self, inputs):
+        """Convolve inputs that are wider on two sides."""
+        return super().call(ops.pad(inputs, [(0, 0), (2, 0), (0, 1), (0, 0)], mode="symmetric"))
+
+    def compute_output_shape(self, shape):
+        """Tell the shape for wider inputs."""
+        return super().compute_output_shape((shape[0], shape[1] + 2, shape[2] + 1, shape[3]))
+
+
+class PaddingDepthwise(layers.DepthwiseConv2D):
+    """A depthwise convolution in code of its own."""
+
+    def call(self, inputs):
+        """Convolve inputs that are wider on all sides."""
+        inputs = ops.pad(inputs, [(0, 0), (1, 1), (1, 1), (0, 0)], mode="reflect")
+        return keras.ops.depthwise_conv(inputs, self.kernel, strides=self.strides) + self.bias
+
+
+class Clipped(layers.Dense):
+    """A dense layer that does more."""
+
+    def call(self, inputs):
+        """Clip the output."""
+        return ops.relu(super().call(inputs))
+
+
+@pytest.mark.parametrize("layer", [Padding(4, 3, strides=2), PaddingDepthwise(3, depth_multiplier=2)])
+def test_rows_of_a_class_that_pads(layer, images):
+    """The windows are of what a subclass gives the convolution."""
+    assert_linear(layer, images)
+
+
+class Enlarged(layers.Conv2D):
+    """A convolution that makes a larger map of its output."""
+
+    def call(self, inputs):
+        """Convolve, and repeat."""
+        return ops.repeat(super().call(inputs), 2, axis=1)
+
+
+class Asking(layers.Conv2D):
+    """A convolution that is to be told more than its input."""
+
+    def call(self, inputs, factor):
+        """Convolve what is scaled."""
+        return super().call(inputs * factor)
+
+
+@pytest.mark.parametrize("make", [Standardized, Enlarged])
+def test_rows_of_something_else(make, images):
+    """A class that convolves with other weights than the layer's, or changes the output's sizes, has none."""
+    layer = make(4, 3)
+    assert rows(layer, images, layer(images), 5) is None
+
+
+def test_rows_of_a_class_that_takes_more(images):
+    """A class that takes more than its input has none."""
+    layer = Asking(4, 3)
+    assert rows(layer, images, layer(images, factor=2.0), 5) is None
+
+
+def every_kind():
+    """A network with a layer of each kind that is refitted, and two that compute more than their weights say."""
+    body = [Padding(6, 3, name="padding"), layers.Conv2D(6, 2, groups=2, name="grouped")]
+    body += [layers.DepthwiseConv2D(3, name="depthwise"), layers.SeparableConv2D(6, 2, name="separable")]
+    body += [Standardized(6, 1, name="standardized"), layers.Reshape((-1, 6)), layers.Conv1D(6, 1, name="conv")]
+    norms = [layers.BatchNormalization(name=f"bn{number}") for number in range(len(body))]
+    parts = [each for layer, norm in zip(body, norms, strict=True) for each in (layer, norm, layers.ReLU())]
+    parts += [layers.Flatten(), Clipped(5, name="clipped"), layers.Dense(3, name="dense")]
+    return keras.Sequential([keras.Input((8, 8, 3)), *parts])
+
+
+def test_layers_of_every_kind_are_refitted(train, inputs, monkeypatch):
+    """Refitting changes the layers that are linear, brings the model nearer, and leaves those that compute more."""
+    monkeypatch.setattr(refit, "WORTH", 0.0)
+    net = train(every_kind())
+    models = [every_kind() for _ in range(2)]
+    for model in models:
+        model.set_weights(net.get_weights())
+        patch(model, GroupNorm(groups=3), mode=None)
+    solved, refitted = (
+        calibrate(m, net, inputs, refit=choice)[-1] for m, choice in zip(models, (False, True), strict=True)
+    )
+    assert refitted.after < solved.after
+    before, now = map(linear_layers, (net, models[1]))
+    assert [*before] == [
+        *("padding", "grouped", "depthwise", "separable", "standardized", "conv"),
+        *("clipped", "dense"),
+    ]
+    assert [name for name in before if np.array_equal(get_weights(before[name]), get_weights(now[name]))] == [
+        "standardized",
+        "clipped",
+    ]
 
 
 def test_layers_that_are_refitted(train):
-    """An activation inside, groups, or a frozen layer stand in the way; a layer held twice comes once."""
+    """What computes more than its weights say, or may not change, stands in the way; a layer held twice comes once."""
     dense = layers.Dense(4, name="dense")
+    lora = layers.Dense(4, name="lora")
     model = keras.Sequential(
         [
             keras.Input((8, 8, 4)),
             layers.Conv2D(4, 3, name="conv"),
-            layers.Conv2D(4, 3, groups=2, name="grouped"),
             layers.Conv2D(4, 3, name="frozen", trainable=False),
+            layers.Conv2D(4, 1, name="constrained", kernel_constraint="unit_norm"),
+            layers.Conv2DTranspose(4, 1, name="transposed"),
+            lora,
             keras.Sequential([dense], name="one"),
             keras.Sequential([dense], name="two"),
             layers.Dense(2, activation="softmax", name="head"),
         ]
     )
+    lora.enable_lora(2)
     assert list(linear_layers(model)) == ["conv", "one/dense"]

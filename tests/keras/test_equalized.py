@@ -460,15 +460,79 @@ def test_undone_layers_are_saved_as_ever(x, tmp_path):
     assert type(model.get_layer("block")) is Block
 
 
-def test_weights_of_the_original_do_not_load(trained, x, tmp_path):
-    """The original's weights, loaded by Keras into the patched model, are refused and change no norm."""
+@pytest.mark.filterwarnings("ignore:Skipping nested container", "ignore:A total of")
+@pytest.mark.parametrize(("file", "settings"), [("old.weights.h5", {}), ("old.keras", {"skip_mismatch": True})])
+@pytest.mark.parametrize("target", ["gn", "sn", "brn"])
+@pytest.mark.parametrize("kind", ["functional", "block", "nested", "subclassed"])
+def test_weights_of_the_original_do_not_load(kind, target, file, settings, x, tmp_path):
+    """The original's weights are refused by the patched model, which stays whole, also where Keras would only warn."""
+    model = MODELS[kind]()
+    model(x)
+    model.save_weights(tmp_path / file) if "weights" in file else model.save(tmp_path / file)
+    report = normswap.patch(settle(model, x), target, example=x)
+    before = model.get_weights()
+    first = {"functional": "conv1", "block": "block/conv0", "nested": "functional/conv1", "subclassed": "conv"}[kind]
+    if target == "brn":
+        first = {"functional": "bn1", "block": "block/norm0", "nested": "functional/bn1", "subclassed": "norm"}[kind]
+    more = {"functional": 1, "block": 1, "nested": 1, "subclassed": 0}[kind]
+    if target != "brn":
+        more += sum(d.adds_bias for d in report.replaced)
+    message = (
+        f"expected weights of the patched model, received {tmp_path / file}, which do not fit {first}"
+        f"{f' and {more} more' if more else ''}; load a BatchNorm model's weights before the patch, and a bundle by "
+        "normswap.load"
+    )
+    with pytest.raises(InputError, match=exactly(message)):
+        model.load_weights(tmp_path / file, **settings)
+    assert all(map(np.array_equal, model.get_weights(), before))
+
+
+def test_weights_of_the_patched_model_load(trained, x, tmp_path):
+    """Its own weights load into a patched model, and a loaded bundle, which also refuses those of the original."""
     trained.save_weights(tmp_path / "old.weights.h5")
-    for target in ("gn", "sn"):
-        report = normswap.patch(trained, target, example=x)
-        with pytest.raises(ValueError, match="expected 2 variables|A total of|variables"):
-            trained.load_weights(tmp_path / "old.weights.h5")
-        del report
-        trained = keras.models.clone_model(classifier())
+    report = normswap.patch(trained, "gn", example=x)
+    normswap.save(report, tmp_path / "bundle")
+    wanted = trained.get_weights()
+    trained.save_weights(tmp_path / "new.weights.h5")
+    for model in (trained, normswap.load(tmp_path / "bundle")):
+        model.set_weights([weight + 1 for weight in wanted])
+        model.load_weights(tmp_path / "new.weights.h5")
+        assert all(map(np.array_equal, model.get_weights(), wanted))
+        with pytest.raises(InputError, match="expected weights of the patched model"):
+            model.load_weights(tmp_path / "old.weights.h5")
+
+
+def test_weights_load_after_undo(trained, x, tmp_path):
+    """Once the patch is undone a model loads weights as it did."""
+    trained.save_weights(tmp_path / "old.weights.h5")
+    wanted = trained.get_weights()
+    report = normswap.patch(trained, "gn", example=x)
+    assert trained.load_weights.__doc__ == keras.Model.load_weights.__doc__
+    report.undo()
+    assert "load_weights" not in vars(trained)
+    trained.set_weights([weight + 1 for weight in wanted])
+    trained.load_weights(tmp_path / "old.weights.h5")
+    assert all(map(np.array_equal, trained.get_weights(), wanted))
+
+
+def test_weights_with_another_head(trained, x, tmp_path):
+    """What Keras raises for a layer that was not patched is raised and the model is whole; told to skip it, it is."""
+    normswap.patch(trained, "gn", example=x)
+    trained.compile("adam", "mse")
+    trained.fit(x, np.zeros((32, 3)), verbose=0)
+    wider = keras.Model(trained.input, layers.Dense(5)(trained.layers[-2].output))
+    wider.save_weights(tmp_path / "wider.weights.h5")
+    wanted = trained.get_weights()
+    trained.set_weights([weight + 1 for weight in wanted])
+    before = [variable.numpy() for variable in (*trained.variables, *trained.optimizer.variables)]
+    with pytest.raises(ValueError, match="A total of 1 objects could not be loaded"):
+        trained.load_weights(tmp_path / "wider.weights.h5")
+    after = [variable.numpy() for variable in (*trained.variables, *trained.optimizer.variables)]
+    assert all(map(np.array_equal, after, before))
+    with pytest.warns(UserWarning, match="A total of 1 objects could not be loaded"):
+        trained.load_weights(tmp_path / "wider.weights.h5", skip_mismatch=True)
+    same = list(map(np.array_equal, trained.get_weights(), wanted))
+    assert same == [True] * (len(same) - 2) + [False] * 2
 
 
 def test_the_same_as_in_torch(x):
@@ -507,19 +571,18 @@ import keras
 import numpy as np
 
 import normswap
-from tests.keras.test_equalized import classifier, output, paths, settle
+from tests.keras.test_equalized import Net, classifier, output, paths, settle
 
 keras.utils.set_random_seed(0)
 x = np.random.default_rng(1).normal(size=(8, 8, 8, 3)).astype("float32")
 model = settle(classifier(), x)
-(one, other) = normswap.plan(model, "gn", example=x).decisions
-print(one.front or one.site.unequal)
-choices = [
-    normswap.convert.recipe.Choice(d.site.name, d.site.source, 8, d.target, d.site.spatial, front, "full")
-    for d, front in ((one, "conv1"), (other, "conv2"))
-]
+print(*[decision.front for decision in normswap.plan(model, "gn", example=x).decisions])
+code = Net()
+code(x)
+(unseen,) = normswap.plan(code, "gn", example=x).decisions
+print(unseen.site.unequal)
 weights, before = model.get_weights(), output(model, x)
-report = normswap.patch(model, normswap.Recipe("keras", tuple(choices)), example=x)
+report = normswap.patch(model, "gn", example=x)
 assert "conv1/bias" in " ".join(paths(model)), paths(model)
 original = report.drift(x)[-1].rms
 assert np.isclose(original, np.linalg.norm(output(model, x) - before) / np.linalg.norm(before), rtol=1e-3), original
@@ -531,14 +594,15 @@ assert all(map(np.array_equal, model.get_weights(), weights))
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", [name for name in ("torch", "jax") if find_spec(name) is not None])
 def test_other_backends(backend):
-    """Backends that do not show who reads an output leave layers as they are, and do and undo what a recipe says."""
+    """Backends that trace no code see what a graph draws, name the code that they do not see through, and undo."""
     environment = {**os.environ, "KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
     command = [sys.executable, "-c", ELSEWHERE]
     done = subprocess.run(
         command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip() == f"the {backend} backend does not show what reads a layer's output"
+    blind = f"the {backend} backend shows who reads a layer's output in Keras's own layers alone, not Net"
+    assert done.stdout.splitlines() == ["conv1 conv2", blind]
 
 
 def test_mirrored_variables_are_known():

@@ -211,6 +211,49 @@ def test_layers_that_are_refitted():
     assert list(linear_layers(model)) == ["conv", "grouped", "mine", "head"]
 
 
+class Standardized(nn.Conv2d):
+    """A convolution whose output is no linear function of its weight."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return nn.functional.conv2d(x, weight / weight.std((1, 2, 3), keepdim=True), self.bias)
+
+
+class Enlarged(nn.Conv2d):
+    """A convolution that makes a larger map of its output."""
+
+    def forward(self, x):
+        return nn.functional.interpolate(super().forward(x), scale_factor=2)
+
+
+class Clipped(nn.Linear):
+    """A linear layer that does more."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+def test_classes_that_compute_more_are_left(inputs, monkeypatch):
+    """A layer whose output is not its weights times its input is calibrated around and keeps its weights."""
+    monkeypatch.setattr(refit, "WORTH", 0.0)
+    parts = [Standardized(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3), Enlarged(4, 4, 4), nn.Flatten()]
+    parts += [Clipped(400, 9)]
+    model = nn.Sequential(*parts, nn.Linear(9, 3)).eval()
+    original = copy.deepcopy(model)
+    x = inputs[0]
+    assert rows(model[0], x, model[0](x), 5) is None
+    calibrate(normswap.patch(model, "gn", example=x), inputs)
+
+    left = [
+        now is not None and torch.equal(now, was) for now, was in zip(*map(_weights, (model, original)), strict=True)
+    ]
+    assert left == [True, False, True, True, False]
+
+
+def _weights(model):
+    return [layer.weight for layer in model if isinstance(layer, nn.Linear | nn.Conv2d)]
+
+
 def test_a_linear_fit_finds_the_map():
     """With plenty of inputs the fit nears the map that made the outputs, group by group, or half of the way."""
     rng = np.random.default_rng(0)

@@ -1,11 +1,15 @@
 """What calibration needs of a Keras model: its layers, what goes through them, and their parameters."""
 
-from collections.abc import Mapping
+import inspect
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
+from keras.src import backend
 from numpy.typing import NDArray
 
 from ....convert.equalize import Equalized
@@ -13,15 +17,28 @@ from ....convert.gates import softmax
 from ....convert.state import Array, BatchNormState
 from ....convert.targets import BatchRenorm, GroupNorm, SwitchNorm
 from ....errors import InputError
-from ....frameworks.keras import call, named_layers, to_numpy
+from ....frameworks.keras import call, distinct_layers, named_layers, to_numpy
 from ....frameworks.names import first_names
 from ....layers.keras import SwitchNormalization
 from ....patchers.keras.equalized import absorbed
-from ....patchers.keras.fronts import _weight_name, by_channel, read_front
+from ....patchers.keras.fronts import (
+    _CONVOLUTIONS,
+    _DEPTHWISE,
+    _SEPARABLE,
+    _obstacle,
+    _variables,
+    _weight_name,
+    by_channel,
+    channels_of,
+    groups_of,
+    read_front,
+)
 from ....patchers.keras.swap import FRONT, MARK, BatchNorm, read_state
 from ..contract import Solvable
 from ..least_squares import WIDEST
 
+_CONVOLVING = (*_CONVOLUTIONS, *_DEPTHWISE, *_SEPARABLE)
+_CONVOLVED = ("strides", "padding", "data_format", "dilation_rate")
 _REPLACEMENTS = (SwitchNormalization, keras.layers.GroupNormalization)
 
 
@@ -113,62 +130,61 @@ def outputs(model: keras.Layer, batch: Any) -> list[NDArray[Any]]:
 
 
 def linear_layers(model: keras.Layer) -> Mapping[str, keras.Layer]:
-    """Return the Conv2D and Dense layers that can be refitted by name.
+    """Return the convolutions and dense layers that can be refitted by name.
 
-    Subclasses, layers with an activation of their own, grouped convolutions, frozen layers, and inputs wider than
-    `WIDEST` are left out.
+    Depthwise and separable convolutions are among them, these with their pointwise kernel. Left out: transposed ones,
+    layers with an activation of their own, a constraint, LoRA or a quantized kernel, frozen and shared ones, and inputs
+    wider than `WIDEST`.
     """
+    owners = Counter(id(v) for layer in distinct_layers(model) for v in _variables(layer))
     found = {}
     for name, layer in first_names(named_layers(model)).items():
-        if type(layer) not in (keras.layers.Conv2D, keras.layers.Dense) or not layer.trainable or not layer.built:
+        if not isinstance(layer, (*_CONVOLVING, keras.layers.Dense)) or _obstacle(layer, owners):
             continue
-        plain = layer.activation is keras.activations.linear and layer.kernel is layer._kernel
-        if plain and getattr(layer, "groups", 1) == 1 and np.prod(layer.kernel.shape[:-1]) < WIDEST:
+        if np.prod(layer.__dict__[_weight_name(layer)].shape) < WIDEST * channels_of(layer):
             found[name] = layer
     return found
 
 
 def picked(layer: keras.Layer, y: Any, count: int) -> NDArray[Any]:
-    """Return some outputs (1, M, O) of a linear layer, at ``count`` positions a sample."""
-    rows = _channels_last(layer, y)
-    rows = rows.reshape(len(rows), -1, rows.shape[-1])
-    return rows[:, _positions(rows.shape[1], count)].reshape(1, -1, rows.shape[-1])
+    """Return some outputs (G, M, O/G) of a linear layer: for each of G groups, at ``count`` positions a sample."""
+    found, groups = _channels_last(layer, y), groups_of(layer)
+    found = found.reshape(len(found), -1, found.shape[-1])
+    found = found[:, _positions(found.shape[1], count)]
+    return found.reshape(-1, groups, found.shape[-1] // groups).transpose(1, 0, 2)
 
 
-def rows(layer: keras.Layer, x: Any, y: Any, count: int) -> NDArray[Any]:
-    """Return what the outputs that `picked` returns of y are a linear map of, (1, M, K + 1): windows, and a 1."""
-    found = []
-    for sample in _channels_last(layer, x):  # one at a time, since windows overlap
-        windows = sample
-        if isinstance(layer, keras.layers.Conv2D):
-            patches = ops.image.extract_patches(
-                sample[None],
-                layer.kernel_size,
-                strides=layer.strides,
-                dilation_rate=layer.dilation_rate,
-                padding=layer.padding,
-                data_format="channels_last",
-            )
-            windows = np.asarray(ops.convert_to_numpy(patches))
-        windows = windows.reshape(-1, windows.shape[-1])
-        found.append(windows[_positions(len(windows), count)])
-    together = np.concatenate(found)[None]
-    return np.concatenate([together, np.ones((*together.shape[:2], 1), together.dtype)], axis=2)
+def rows(layer: keras.Layer, x: Any, y: Any, count: int) -> NDArray[Any] | None:
+    """Return what the outputs that `picked` returns of y are a linear map of, (G, M, K + 1): windows, and a 1.
+
+    A convolution's are of what its class gives the convolution itself, however it pads; None if its class gives that
+    other weights than the layer's, or makes something else of what it returns.
+    """
+    if isinstance(layer, _CONVOLVING):
+        windows = _windows(layer, x, _channels_last(layer, y).shape[1:-1], count)
+        if windows is None:
+            return None
+    else:
+        flat = to_numpy(x).reshape(len(x), -1, x.shape[-1])
+        windows = flat[:, _positions(flat.shape[1], count)].reshape(1, -1, flat.shape[-1])
+    return np.concatenate([windows, np.ones((*windows.shape[:2], 1), windows.dtype)], axis=2)
 
 
 def get_weights(layer: keras.Layer) -> Array:
-    """Return a linear map's weights (1, K + 1, O) in float64, its bias or zeros as the last row."""
-    kernel = np.asarray(layer.kernel.numpy(), np.float64)
-    matrix = kernel.reshape(-1, kernel.shape[-1])
-    bias = np.zeros(matrix.shape[1]) if layer.bias is None else np.asarray(layer.bias.numpy(), np.float64)
-    return np.vstack([matrix, bias])[None]
+    """Return a linear map's weights (G, K + 1, O/G) in float64, its bias or zeros as the last row."""
+    weight, bias = front_weights(layer)
+    both = np.concatenate([weight, (np.zeros(len(weight)) if bias is None else bias)[:, None]], axis=1)
+    return both.reshape(groups_of(layer), -1, both.shape[1]).transpose(0, 2, 1)
 
 
 def set_weights(layer: keras.Layer, weights: Array) -> None:
     """Give the layer these weights, shaped as `get_weights` returns them; one without a bias ignores the last row."""
-    layer.kernel.assign(weights[0, :-1].reshape(layer.kernel.shape))
+    both = weights.transpose(0, 2, 1).reshape(-1, weights.shape[1])
+    kernel = getattr(layer, _weight_name(layer))
+    positions = int(np.prod(kernel.shape[:-2]))
+    kernel.assign(both[:, :-1].reshape(len(both), -1, positions).transpose(2, 1, 0).reshape(kernel.shape))
     if layer.bias is not None:
-        layer.bias.assign(weights[0, -1])
+        layer.bias.assign(both[:, -1])
 
 
 def _channels_last(layer: keras.Layer, x: Any) -> NDArray[Any]:
@@ -179,6 +195,72 @@ def _channels_last(layer: keras.Layer, x: Any) -> NDArray[Any]:
 def _positions(size: int, count: int) -> NDArray[Any]:
     """Return up to ``count`` of ``size`` positions, the same at every call."""
     return np.random.default_rng(size).permutation(size)[:count]
+
+
+def _windows(layer: keras.Layer, x: Any, sizes: Sequence[int], count: int) -> NDArray[Any] | None:
+    """Return the windows (G, M, K) that a convolution sees for some of its outputs, which has these ``sizes``."""
+    seen = _convolved(layer, x)
+    if seen is None:
+        return None
+    given, padding, *settings = seen
+    kernel, strides, dilation = (_each(value, len(sizes)) for value in settings)
+    wide = [apart * (size - 1) + 1 for size, apart in zip(kernel, dilation, strict=True)]
+    if padding == "same":
+        ends = [(size - 1) * step + width for size, step, width in zip(sizes, strides, wide, strict=True)]
+        lacking = [max(end - size, 0) for end, size in zip(ends, given.shape[1:], strict=False)]
+        given = np.pad(given, [(0, 0), *((each // 2, each - each // 2) for each in lacking), (0, 0)])
+    windows = np.lib.stride_tricks.sliding_window_view(given, wide, axis=tuple(range(1, 1 + len(sizes))))
+    every, apart = ([slice(None, None, step) for step in steps] for steps in (strides, dilation))
+    windows = windows[(slice(None), *every, slice(None), *apart)]  # (N, *sizes, C, *kernel)
+    if windows.shape[1 : 1 + len(sizes)] != tuple(sizes):
+        return None
+    chosen = _positions(int(np.prod(sizes)), count)
+    where: Any = (slice(None), *np.unravel_index(chosen, sizes))
+    found: NDArray[Any] = windows[where]  # (N, M, C, *kernel)
+    return found.reshape(len(found) * len(chosen), groups_of(layer), -1).transpose(1, 0, 2)
+
+
+def _convolved(layer: keras.Layer, x: Any) -> tuple[Any, ...] | None:
+    """Return what a layer's class gives its convolution: the inputs, channels last; padding, kernel, strides, dilation.
+
+    A separable layer's is the pointwise one. None if its class gives it other weights than the layer's.
+    """
+    weight = layer.__dict__[_weight_name(layer)]
+    seen: list[dict[str, Any]] = []
+
+    def watched(run: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            bound = inspect.signature(run).bind(*args, **kwargs)
+            bound.apply_defaults()
+            if any(each is weight for each in bound.arguments.values()):
+                seen.append(bound.arguments)
+            return run(*args, **kwargs)
+
+        return call
+
+    with ExitStack() as stack:
+        for name in ("conv", "depthwise_conv", "separable_conv"):  # what a class's own code comes to as well
+            run = getattr(backend.nn, name)
+            stack.callback(setattr, backend.nn, name, run)
+            setattr(backend.nn, name, watched(run))
+        with suppress(TypeError):  # of a class that takes more than its input
+            type(layer).call(layer, ops.convert_to_tensor(x))
+    if not seen:
+        return None
+    called = seen[0]  # of a separable one there may be more within
+    inputs, settings = called["inputs"], {name: called[name] for name in _CONVOLVED}
+    kernel: Any = tuple(weight.shape[:-2])
+    if isinstance(layer, _SEPARABLE):
+        inputs = ops.depthwise_conv(inputs, called["depthwise_kernel"], **settings)
+        kernel, settings = 1, settings | {"padding": "valid", "strides": 1, "dilation_rate": 1}
+    inputs = to_numpy(inputs)
+    if settings["data_format"] == "channels_first":
+        inputs = np.moveaxis(inputs, 1, -1)
+    return inputs, settings["padding"], kernel, settings["strides"], settings["dilation_rate"]
+
+
+def _each(value: Any, count: int) -> tuple[int, ...]:
+    return tuple(value) if isinstance(value, tuple | list) else (value,) * count
 
 
 def _is_site(layer: keras.Layer) -> bool:

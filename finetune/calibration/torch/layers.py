@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -149,16 +150,20 @@ def picked(layer: nn.Module, y: Tensor, count: int) -> NDArray[Any]:
     return to_numpy(rows.transpose(0, 1))
 
 
-def rows(layer: nn.Module, x: Tensor, y: Tensor, count: int) -> NDArray[Any]:
+def rows(layer: nn.Module, x: Tensor, y: Tensor, count: int) -> NDArray[Any] | None:
     """Return what the outputs that `picked` returns of y are a linear map of, (G, M, K + 1): windows, and a 1.
 
-    A convolution's are of what its class gives the convolution itself, however it pads.
+    A convolution's are of what its class gives the convolution itself, however it pads; None if its class gives that
+    other weights than the layer's, or makes something else of what it returns.
     """
+    found: Tensor | None
     if isinstance(layer, nn.Linear):
         flat = x.reshape(len(x), -1, x.shape[-1])
         found = flat[:, _positions(flat.shape[1], count)].reshape(1, -1, x.shape[-1])
     else:
         found = _windows(layer, x, y, count)
+    if found is None:
+        return None
     windows = to_numpy(found)
     return np.concatenate([windows, np.ones((*windows.shape[:2], 1), windows.dtype)], axis=2)
 
@@ -207,11 +212,13 @@ class _Convolved(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def _windows(layer: nn.Module, x: Tensor, y: Tensor, count: int) -> Tensor:
+def _windows(layer: nn.Module, x: Tensor, y: Tensor, count: int) -> Tensor | None:
     """Return the windows (G, M, K) that a convolution sees for some of its outputs."""
-    with _Convolved(layer.weight) as convolved:  # type: ignore[arg-type]
-        type(layer).forward(layer, x)
-    (called,) = convolved.seen
+    with _Convolved(layer.weight) as convolved, suppress(TypeError):  # type: ignore[arg-type]
+        type(layer).forward(layer, x)  # whose class may take more than its input
+    if not convolved.seen:
+        return None
+    called = convolved.seen[0]
     padded, kernel = called["input"], called["weight"].shape[2:]
     stride, dilation, padding = (
         _each(called.get(name, default), len(kernel))
@@ -225,6 +232,8 @@ def _windows(layer: nn.Module, x: Tensor, y: Tensor, count: int) -> Tensor:
     padded = F.pad(padded, [side for pair in reversed(sides) for side in pair])
     for axis, (size, step, apart) in enumerate(zip(kernel, stride, dilation, strict=True), 2):
         padded = padded.unfold(axis, apart * (size - 1) + 1, step)[..., ::apart]
+    if padded.shape[2 : y.ndim] != y.shape[2:]:
+        return None
     chosen = _positions(int(np.prod(y.shape[2:])), count)
     where = torch.from_numpy(np.stack(np.unravel_index(chosen.numpy(), y.shape[2:])))
     found = padded[(slice(None), slice(None), *where)]  # (N, C, M, *kernel)
