@@ -51,7 +51,7 @@ def calibrate(
     docs/design.md). An eighth of the inputs is kept aside and decides for each layer between that, standardized
     channels, the carry-over and what the model has: no layer is further from the original on them than before.
 
-    With ``refit`` the convolutions and dense layers are refitted next, all at once and half of the way each time: to
+    With ``refit`` the convolutions and dense layers are refitted next, all at once and part of the way each time: to
     the weights :math:`W'` that take what reaches them now to what they return in the original, by least squares with a
     ridge towards their own, :math:`\min \sum \lVert y - W' x \rVert^2 + \lambda \lVert W' - W \rVert^2`. That is kept
     as far as it brings the model's output nearer on the inputs kept aside. Frozen, shared and very wide layers

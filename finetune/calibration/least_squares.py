@@ -7,9 +7,6 @@ from numpy.typing import NDArray
 
 from ...convert.state import Array
 
-RIDGE = 0.1
-"""Weight of the distance to the given weights, as a share of the inputs' mean square; see docs/design.md."""
-
 WIDEST = 8192
 """The most inputs per output, bias included, of a layer that is refitted: their square is held in float64."""
 
@@ -67,11 +64,14 @@ class LinearFit:
         self._inputs += transposed @ x
         self._remainders += transposed @ remainder
 
-    def solve(self, step: float = 1.0) -> Array:
-        """Return the weights ``step`` of the way from the given to the fitted ones."""
+    def solve(self, ridge: float, step: float = 1.0) -> Array:
+        """Return the weights ``step`` of the way from the given to the fitted ones.
+
+        ``ridge`` is λ, the weight of the distance to the given weights as a share of the inputs' mean square.
+        """
         squares = np.diagonal(self._inputs, axis1=1, axis2=2)
-        ridge = RIDGE * squares[:, :-1].mean(axis=1, keepdims=True)
+        weight = ridge * squares[:, :-1].mean(axis=1, keepdims=True)
         floor = np.maximum(1e-9 * squares[:, -1:], np.finfo(np.float64).tiny)
-        strength = np.concatenate([np.broadcast_to(np.maximum(ridge, floor), squares[:, :-1].shape), floor], axis=1)
+        strength = np.concatenate([np.broadcast_to(np.maximum(weight, floor), squares[:, :-1].shape), floor], axis=1)
         change = np.linalg.solve(self._inputs + strength[:, None] * np.eye(strength.shape[1]), self._remainders)
         return self.weights + step * change

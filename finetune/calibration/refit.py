@@ -15,9 +15,13 @@ from .contract import CalibrationLayers, Solvable
 from .least_squares import LinearFit
 
 ROUNDS = 3
-"""How often all layers are refitted. Each time they go half of the way, since the layers before go theirs as well."""
+"""How often all layers are refitted at most."""
 
-STEP = 0.5
+GAIN = 0.03
+"""The least share by which a round brings the output nearer that is worth another one."""
+
+TRIED = ((0.1, 0.5), (1.0, 0.5), (1.0, 0.25))
+"""Ridges, and how much of the way layers go, since the layers before go theirs as well: what helps most is kept."""
 
 ROWS = 8192
 """How many outputs a layer is fitted to, positions of maps drawn from as many inputs as `INPUTS`."""
@@ -89,10 +93,16 @@ def refitted(
     best, keep = drift(), get_framework(model).snapshot(model)
     fronts = {site.front_name: solved[name] for name, site in solvable.items() if site.front_name}
     for _ in range(ROUNDS if best > WORTH else 0):
-        _round(adapter, model, original, layers, fronts, batches)
-        if (now := drift()) < best:
-            best, keep = now, get_framework(model).snapshot(model)
-    keep()
+        fits = _fits(adapter, model, original, layers, fronts, batches)
+        start = best
+        for ridge, step in TRIED:
+            for name, found in fits.items():
+                adapter.set_weights(layers[name], found.solve(ridge, step))
+            if (now := drift()) < best:
+                best, keep = now, get_framework(model).snapshot(model)
+        keep()
+        if best > (1 - GAIN) * start:
+            break
     changes = [Refitted(adapter, name, layer, before[name]) for name, layer in layers.items()]
     return [change for change in changes if not np.array_equal(change.before, change.after)]
 
@@ -109,15 +119,15 @@ def _follows(y: NDArray[Any], linear: NDArray[Any]) -> bool:
     return y.shape == linear.shape and bool(np.square(y - linear).mean() <= LINEAR**2 * np.square(y).mean())
 
 
-def _round(
+def _fits(
     adapter: CalibrationLayers,
     model: Any,
     original: Any,
     layers: Mapping[str, Any],
     fronts: Mapping[str, Equalized],
     batches: Sequence[Any],
-) -> None:
-    """Take every layer half of the way to its best weights."""
+) -> dict[str, LinearFit]:
+    """Return for each layer the fit of what the original's returns to what reaches it now."""
     framework = get_framework(model)
     known = dict(get_framework(original).named_layers(original))
     watched = {name: known[name] for name in layers if name in known}
@@ -153,6 +163,4 @@ def _round(
         seen += size_of(batch)
         if seen >= INPUTS:
             break
-    for name, found in fits.items():
-        if found is not None:
-            adapter.set_weights(layers[name], found.solve(STEP))
+    return {name: found for name, found in fits.items() if found is not None}

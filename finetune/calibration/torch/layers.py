@@ -195,31 +195,37 @@ def _positions(size: int, count: int) -> Tensor:
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
 
+class _Seen(Exception):  # noqa: N818 - no error
+    """Ends a forward pass of which all is known."""
+
+
 class _Convolved(TorchFunctionMode):
-    """Takes down what a convolution is called with."""
+    """Takes down what the convolution with a weight is called with, and lets it not run."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = weight
-        self.seen: list[dict[str, Any]] = []
+        self.called: dict[str, Any] = {}
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in _CONVOLUTIONS:
             names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
             found = dict(zip(names, args, strict=False)) | (kwargs or {})
             if found["weight"] is self.weight:
-                self.seen.append(found)
+                self.called = found
+                raise _Seen
         return function(*args, **(kwargs or {}))
 
 
 def _windows(layer: nn.Module, x: Tensor, y: Tensor, count: int) -> Tensor | None:
     """Return the windows (G, M, K) that a convolution sees for some of its outputs."""
-    with _Convolved(layer.weight) as convolved, suppress(TypeError):  # type: ignore[arg-type]
+    convolved = _Convolved(layer.weight)  # type: ignore[arg-type]
+    with suppress(_Seen, TypeError), convolved:
         type(layer).forward(layer, x)  # whose class may take more than its input
-    if not convolved.seen:
+    if not (called := convolved.called):
         return None
-    called = convolved.seen[0]
-    padded, kernel = called["input"], called["weight"].shape[2:]
+    padded: Tensor = called["input"]
+    kernel = called["weight"].shape[2:]
     stride, dilation, padding = (
         _each(called.get(name, default), len(kernel))
         for name, default in (("stride", 1), ("dilation", 1), ("padding", 0))
@@ -229,7 +235,8 @@ def _windows(layer: nn.Module, x: Tensor, y: Tensor, count: int) -> Tensor | Non
         sides = [(w // 2, w - w // 2) for w in wide] if called["padding"] == "same" else [(0, 0)] * len(kernel)
     else:
         sides = [(p, p) for p in padding]
-    padded = F.pad(padded, [side for pair in reversed(sides) for side in pair])
+    if any(side for pair in sides for side in pair):
+        padded = F.pad(padded, [side for pair in reversed(sides) for side in pair])
     for axis, (size, step, apart) in enumerate(zip(kernel, stride, dilation, strict=True), 2):
         padded = padded.unfold(axis, apart * (size - 1) + 1, step)[..., ::apart]
     if padded.shape[2 : y.ndim] != y.shape[2:]:
