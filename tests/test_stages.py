@@ -58,13 +58,13 @@ class TestSettings:
 
     def test_of_one_stage(self):
         """A stage trains what it names for its own steps, norms before others at a fifth of the rate."""
-        settings = Settings(steps=10, stages="norm=4,all", lr=0.3, batch_size=5)
-        norm, everything = (settings.training(stage) for stage in settings.plan()[1])
+        settings = Settings(steps=10, stages="norm=4,all", batch_size=5)
+        norm, everything = (settings.training(stage, 0.3) for stage in settings.plan()[1])
 
         assert (norm.train, norm.steps, norm.lr, norm.batch_size) == ("norm", 4, pytest.approx(0.06), 5)
         assert (everything.train, everything.steps, everything.lr) == ("all", 6, 0.3)
-        alone = Settings(train="norm", lr=0.3)
-        assert alone.training(alone.plan()[1][0]).lr == 0.3
+        alone = Settings(train="norm")
+        assert alone.training(alone.plan()[1][0], 0.3).lr == 0.3
 
     @pytest.mark.parametrize(
         ("changes", "message"),

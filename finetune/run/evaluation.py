@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 
 from ...data.dataset import Data
 from ...errors import InputError, NormswapError, VerificationError, named, spoken
+from ..hooks.contract import adapter_of
+from ..hooks.distillation import Distillation
 from ..hooks.scores import Logits
 from .accuracy import Accuracy, accuracy
 from .contract import Trainer
@@ -55,6 +57,12 @@ class Evaluation:
         self._logits.decide(found)
         self._originals_logits.decide(wanted)
         return drift(self._logits(found, np), self._originals_logits(wanted, np))
+
+    def divergence(self, temperature: float) -> float:
+        """Return the loss of `Distillation` from the original on images learned from, the same in all processes."""
+        x = self._watched[: self.batch_size]
+        loss = Distillation(self.model, self.original, temperature)(x, adapter_of(self.model).infer(self.model, x))
+        return float(self._trainer.gathered(float(loss))[0])
 
     def require_finite(self, step: int) -> None:
         """Raise `VerificationError` if the model's scores are not: no loss tells of what the last step did."""

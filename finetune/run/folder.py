@@ -34,6 +34,7 @@ class Progress:
     best: dict[str, Any] | None = None
     best_step: int | None = None
     done: bool = False
+    lr: float = 0.0
     data: str = ""
     model: str = ""
 

@@ -40,7 +40,7 @@ from .journal import ORIGINAL, Journal
 from .result import Result
 from .settings import Settings
 from .stages import Stage
-from .training import Taken
+from .training import Taken, default_rate
 
 STATE = "state.safetensors"
 PICTURE = "curves.png"
@@ -214,7 +214,7 @@ class _Run:
             self.trainer.train(
                 self.model,
                 self.data,
-                self.settings.training(stage),
+                self.settings.training(stage, progress.lr),
                 teacher=self.teacher,
                 hooks=[self.hooks, _Before(self._saves_after, self.clipping)],
                 first=stage.first,
@@ -235,8 +235,13 @@ class _Run:
                 self.journal.row(0, stage=ORIGINAL, eval_top1=found.top1, eval_top5=found.top5)
         if self.calibrates:
             self._calibrate()
+        progress.lr = self.settings.lr or self._default_rate()
         self._checkpoint(progress, "start")
         return progress
+
+    def _default_rate(self) -> float:
+        loss = None if self.teacher is None else self.evaluation.divergence(self.settings.temperature)
+        return default_rate(self.settings.step_images, loss)
 
     def _calibrate(self) -> None:
         """Calibrate, unless that takes the model further from the original, as it can one that starts there."""
@@ -264,9 +269,8 @@ class _Run:
         progress.step = stage.first + taken.step
         progress.losses = [*progress.losses, taken.loss][-10:]
         now = time.perf_counter()
-        images = self.settings.batch_size * self.settings.accumulate
         figures: Figures = {"loss": taken.loss, "accuracy": taken.accuracy, "learning_rate": taken.lr}
-        figures["images_per_second"] = images / (now - self.clock)
+        figures["images_per_second"] = self.settings.step_images / (now - self.clock)
         self.signal = max(self.trainer.gathered(self.stopped()))
         if self._saves_after(progress.step):
             figures["clipped"] = self.clipping.share()

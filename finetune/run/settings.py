@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,14 +21,16 @@ NORM_RATE = 0.2
 class Settings(Training):
     """How a run trains; a resumed run must use the same.
 
-    ``stages`` lists what learns when (see `normswap.finetune.run.stages`); left empty, ``train`` learns all along.
-    ``teacher="original"`` distils from the model before the patch, without labels. With ``early_stop`` such a run ends
-    when it is as accurate as its teacher on the data to evaluate on. ``limits`` is the preset of Batch
-    Renormalization's limits. The first ``blend`` of the steps, a share, lead over from BatchNorm to what replaced it
-    (see `Blend`). ``harden`` ends with SN's gates one-hot (see `GateSchedule`). Running statistics are re-estimated on
-    ``reestimate`` images before each evaluation and at the end. ``calibration_size`` images serve `calibrate`.
+    ``lr`` None is `default_rate`. ``stages`` lists what learns when (see `normswap.finetune.run.stages`); left empty,
+    ``train`` learns all along. ``teacher="original"`` distils from the model before the patch, without labels. With
+    ``early_stop`` such a run ends when it is as accurate as its teacher on the data to evaluate on. ``limits`` is the
+    preset of Batch Renormalization's limits. The first ``blend`` of the steps, a share, lead over from BatchNorm to
+    what replaced it (see `Blend`). ``harden`` ends with SN's gates one-hot (see `GateSchedule`). Running statistics
+    are re-estimated on ``reestimate`` images before each evaluation and at the end. ``calibration_size`` images serve
+    `calibrate`.
     """
 
+    lr: float | None = None  # type: ignore[assignment]
     stages: str = ""
     teacher: Literal["original", "none"] = "none"
     early_stop: bool = True
@@ -57,11 +59,18 @@ class Settings(Training):
         """Return whether the run calibrates first, and the stages that train."""
         return parse(self.stages or self.train, self.steps)
 
-    def training(self, stage: Stage) -> Training:
-        """Return how one stage trains."""
-        training = Training(**{field.name: getattr(self, field.name) for field in fields(Training)})
+    @property
+    def step_images(self) -> int:
+        """How many images a step takes."""
+        return self.batch_size * self.accumulate
+
+    def training(self, stage: Stage, lr: float) -> Training:
+        """Return how one stage trains in a run at the rate ``lr``."""
+        chosen = {field.name: getattr(self, field.name) for field in fields(Training)}
         leads = stage.train == "norm" and stage.end < self.steps
-        return replace(training, steps=stage.steps, train=stage.train, lr=self.lr * (NORM_RATE if leads else 1))
+        return Training(
+            **{**chosen, "steps": stage.steps, "train": stage.train, "lr": lr * (NORM_RATE if leads else 1)}
+        )
 
     def to_toml(self, record: Mapping[str, Any]) -> str:
         """Return the settings as TOML, with what else is to be recorded of the run before them."""

@@ -17,6 +17,11 @@ Precision = Literal["no", "fp16", "bf16"]
 
 MAX_GRADIENT_NORM = 1.0
 MOMENTUM = 0.9
+RATE, RATE_IMAGES = 0.05, 64
+"""The rate for steps of so many images or more."""
+RATE_OF_LOSS = 0.005
+"""The rate of a model that is taught, as a share of the loss it starts with, or of `LEAST_LOSS` if that is less."""
+LEAST_LOSS = 1e-3
 SEEDS = 2**63
 """How many seeds a generator of PyTorch's takes."""
 DECIDING = 8
@@ -59,7 +64,7 @@ class Training:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "lr", "accumulate", "temperature"):
-            if not getattr(self, name) > 0:
+            if not (getattr(self, name) is None or getattr(self, name) > 0):
                 raise InputError(f"expected `{name}` above 0, received {name}={getattr(self, name)}")
         for name in ("weight_decay", "gate_lr", "features", "workers", "seed"):
             if not getattr(self, name) >= 0:
@@ -96,6 +101,19 @@ OnStep = Callable[[Taken], bool | None]
 """Called after each step; a true answer ends the training."""
 
 State = Mapping[str, Array]
+
+
+def default_rate(images: int, loss: float | None = None) -> float:
+    r"""Return the peak rate for steps of so many images, of a model that is taught by the ``loss`` it starts with.
+
+    Gradients are clipped, so a step is about as long as the rate, wherever it starts. One that goes down from a loss L
+    with a gradient g, and 0 for the least there can be, is in proportion to :math:`L/\lVert g\rVert` (Polyak's step
+    length): a model that calibration has brought near its teacher takes small steps, one that is far off large ones, up
+    to those of a model that learns from labels. Below `RATE_IMAGES` it is less in proportion, for gradients that are
+    more a batch's own.
+    """
+    rate = RATE if loss is None else min(RATE, RATE_OF_LOSS * max(loss, LEAST_LOSS))
+    return rate * min(1.0, images / RATE_IMAGES)
 
 
 def not_finite(loss: float, step: int) -> str:

@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 from keras import layers
 
+import normswap
 from normswap.errors import InputError, UnsupportedError, VerificationError
 from normswap.finetune import Hook, RenormLimits
 from normswap.finetune.run.batches import batch_indices
 from normswap.finetune.run.keras.train import predict
+from normswap.finetune.run.training import default_rate
 
 from .fitting import BATCH_SIZE, Spoiled, changed, fitted, losses, small_net, stripes, values
 
@@ -26,15 +28,31 @@ class Noted(Hook):
 
 
 class TestLearning:
-    def test_a_model_that_is_taught_drops_nothing(self):
-        """Its own copy for a teacher has nothing to teach it, whatever it drops in training by labels."""
-        model = keras.Sequential([layers.Input((6, 6, 1)), layers.Flatten(), layers.Dropout(0.9), layers.Dense(2)])
+    def test_a_model_that_is_taught_computes_as_its_teacher(self):
+        """Its own copy has nothing to teach it: neither what it would drop nor batch statistics make a difference."""
+        parts = [layers.Flatten(), layers.BatchNormalization(), layers.Dropout(0.9), layers.Dense(2)]
+        model = keras.Sequential([layers.Input((6, 6, 1)), *parts])
         teacher = keras.models.clone_model(model)
         teacher.set_weights(model.get_weights())
 
         assert max(losses(model, stripes(), teacher=teacher, steps=3)) < 1e-6
         for weights, same in zip(model.get_weights(), teacher.get_weights(), strict=True):
             np.testing.assert_allclose(weights, same, rtol=1e-5, atol=1e-6)
+
+    def test_a_model_that_is_taught_only_goes_down(self):
+        """At the default rate every epoch's loss is below the one before."""
+        teacher, data = small_net("bn"), stripes()
+        losses(teacher, data, steps=30)
+        model = small_net("bn")
+        model.set_weights(teacher.get_weights())
+        model = normswap.patch(model, "gn", equalize=False).model
+        steps = len(data) // BATCH_SIZE
+        before = losses(model, data, teacher=teacher, steps=1, lr=1e-12)[0]
+        found = losses(model, data, teacher=teacher, steps=4 * steps, lr=default_rate(BATCH_SIZE, before))
+        epochs = list(np.mean(np.reshape(found, (4, steps)), axis=1))
+
+        assert epochs == sorted(epochs, reverse=True)
+        assert epochs[-1] < epochs[0]
 
     @pytest.mark.parametrize("norm", ["gn", "sn", "brn"])
     def test_learns_the_labels(self, norm):

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from normswap.cli import main
+from normswap.finetune.run.journal import read
 
 from .runs import bundled, checkpoints, coloured, same, weights
 
@@ -47,14 +48,14 @@ def settings(output):
 
 class TestRecipes:
     def test_the_default(self, run, tmp_path):
-        """Without options a run calibrates, trains the norms, then all, and learns from the original."""
+        """Without options a run calibrates, then trains all, and learns from the original."""
         code, result, err = run("in-gn", "-o", tmp_path / "out", "--steps", 5, "--batch-size", 16)
 
         assert code == 0, err
         assert result["steps"] == 5
         assert err.startswith("warning: expected 256 images to calibrate on, received 72 beside 24 to judge it by\n")
         kept = settings(tmp_path / "out")
-        assert (kept["stages"], kept["teacher"], kept["lr"]) == ("calibrate,norm,all", "original", 0.0125)
+        assert (kept["stages"], kept["teacher"], kept.get("lr")) == ("calibrate,all", "original", None)
         assert (kept["bundle"], kept["data"]) == ("in-gn", "data.npz")
         assert (tmp_path / "out/run/curves.png").stat().st_size > 10_000
 
@@ -68,15 +69,16 @@ class TestRecipes:
         assert result["steps"] == steps
 
     def test_fewer_images_than_a_batch(self, run, folder, tmp_path):
-        """A batch is the whole data then, and the rate is in proportion to what it holds."""
+        """A batch is the whole data then, and the rate from labels is in proportion to what it holds."""
         data = np.load(folder / "data.npz")
         np.savez(tmp_path / "few.npz", x=data["x"][:32], y=data["y"][:32])
-        options = "--data", tmp_path / "few.npz", "--train", "norm", "--epochs", 2
+        options = "--data", tmp_path / "few.npz", "--teacher", "none", "--train", "all", "--epochs", 2
         code, result, err = run("in-gn", *options, "-o", tmp_path / "out")
 
         assert code == 0, err
-        kept = settings(tmp_path / "out")
-        assert (result["steps"], kept["batch_size"], kept["lr"]) == (2, 32, 0.025)
+        assert (result["steps"], settings(tmp_path / "out")["batch_size"]) == (2, 32)
+        rates = [row["learning_rate"] for row in read(tmp_path / "out/run/metrics.csv")]
+        assert max(filter(None, rates)) == pytest.approx(0.025)
 
     def test_labels_a_teacher_does_not_need(self, run, folder, tmp_path):
         """Images to distil on may lie in any folders; those to evaluate on may be of one class."""

@@ -9,9 +9,12 @@ from dataclasses import replace
 
 import pytest
 import safetensors.numpy
+import torch
 
+from normswap.bundles import bundle
 from normswap.data.dataset import from_arrays
 from normswap.errors import InputError, NormswapWarning
+from normswap.finetune import Distillation
 from normswap.finetune.run.journal import read
 
 from .runs import EVERYTHING, PREPROCESSING, SETTINGS, HaltError, checkpoints, halt_at, same, weights
@@ -63,6 +66,27 @@ class TestResume:
             InputError, match=f"^{re.escape(f'expected a fine-tuning run to resume in {tmp_path}/out, received none')}$"
         ):
             finetune(source(), tmp_path / "out", data, SETTINGS, resume=True)
+
+    @pytest.mark.parametrize("teacher", ["original", "none"])
+    def test_the_default_rate(self, source, data, tmp_path, teacher):
+        """A model that is taught learns at a share of the loss it starts with, which a resumed run still knows."""
+        path = source("in")
+        chosen = {"lr": None, "teacher": teacher, "early_stop": False, "warmup": 0.0, "decay": "constant"}
+        with pytest.raises(HaltError):
+            finetune(path, tmp_path / "out", data, replace(SETTINGS, **chosen), on_step=halt_at(4))
+        rates = []
+        finetune(
+            path, tmp_path / "out", data, replace(SETTINGS, **chosen), resume=True,
+            on_step=lambda step, figures: rates.append(figures["learning_rate"]),
+        )  # fmt: skip
+
+        found = bundle.read(path)
+        x = data.batch(data.sample(64))[0]
+        with torch.no_grad():
+            loss = float(Distillation(found.model.eval(), found.original())(x, found.model(torch.from_numpy(x))))
+        expected = 0.0125 if teacher == "none" else 0.25 * 0.005 * loss
+        assert 0.25 * 0.005 * 1e-3 < expected <= 0.0125
+        assert rates == pytest.approx(3 * [expected], rel=1e-4)
 
     def test_other_settings(self, source, data, tmp_path):
         """A run cannot go on with another learning rate."""

@@ -13,12 +13,12 @@ from normswap import GroupNorm
 from normswap.data.dataset import from_arrays
 from normswap.data.preprocessing import Preprocessing
 from normswap.errors import InputError, UnsupportedError, VerificationError
-from normswap.finetune import Hook, RenormLimits
+from normswap.finetune import Distillation, Hook, RenormLimits
 from normswap.finetune.hooks.torch.learning import blocks
 from normswap.finetune.run.accuracy import Accuracy, accuracy
 from normswap.finetune.run.torch import train as engine
 from normswap.finetune.run.torch.train import predict, train
-from normswap.finetune.run.training import Training
+from normswap.finetune.run.training import Training, default_rate
 
 PREPROCESSING = Preprocessing((3, 12, 12), "channels_first", mean=(0.5,), std=(0.3,))
 
@@ -46,6 +46,21 @@ def losses(model, data, **settings):
     return [taken.loss for taken in steps_taken(model, data, **settings)]
 
 
+def deep(x):
+    """A network of six BatchNorms with the statistics of ``x``, and scores that tell its images apart."""
+    torch.manual_seed(0)
+    layers = []
+    for inputs in (3, *[16] * 5):
+        layers += [nn.Conv2d(inputs, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16, momentum=None), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)).train()
+    with torch.no_grad():
+        for norm in model[1::3][:6]:
+            norm.weight.uniform_(0.5, 2)
+        model(x)
+        model[-1].weight.mul_(3 / model.eval()(x).std(0).mean())
+    return model
+
+
 class TestTrain:
     @pytest.mark.parametrize("target", ["sn", "brn", "gn"])
     def test_labels(self, model, data, target):
@@ -71,14 +86,37 @@ class TestTrain:
         assert all(torch.equal(state[k], v) for k, v in teacher.state_dict().items())
         assert losses(twin, other, teacher=teacher, steps=30) == found
 
-    def test_a_model_that_is_taught_drops_nothing(self, data):
-        """Its own copy for a teacher has nothing to teach it, whatever it drops in training by labels."""
-        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Dropout(0.9), nn.Flatten(), nn.Linear(800, 3)).eval()
+    @pytest.mark.parametrize("target", [None, "sn", "brn"])
+    def test_a_model_that_is_taught_computes_as_its_teacher(self, data, target):
+        """Its own copy has nothing to teach it: neither what it would drop nor batch statistics make a difference."""
+        layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.9), nn.Flatten(), nn.Linear(800, 3)]
+        model = nn.Sequential(*layers).eval()
+        if target is not None:
+            normswap.patch(model, target)
         twin = copy.deepcopy(model)
 
         assert max(losses(model, data, teacher=copy.deepcopy(model), steps=3)) < 1e-6
         torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=1e-5, atol=1e-6)
-        assert not model[1].training
+        assert not model[2].training
+
+    @pytest.mark.parametrize("target", ["gn", GroupNorm(groups=4), "sn"])
+    def test_a_calibrated_model_only_goes_down(self, target):
+        """At the default rate every epoch's loss is below the one before, the first below what calibration left."""
+        rng = np.random.default_rng(0)
+        contrasts = rng.uniform(0.3, 1.6, (96, 1, 1, 3))
+        images = (rng.uniform(0, 0.6, (96, 12, 12, 3)) * contrasts).astype(np.float32)
+        data = from_arrays(images, np.zeros(96, np.int64), PREPROCESSING)
+        x = torch.from_numpy(data.batch(range(96))[0])
+        original = deep(x)
+        model = copy.deepcopy(original)
+        normswap.calibrate(normswap.patch(model, target, example=x[:2]), [x])
+        with torch.no_grad():
+            before = Distillation(model, original)(x, model(x)).item()
+        found = losses(model, data, teacher=original, steps=24, lr=default_rate(16, before))
+        epochs = [before, *np.mean(np.reshape(found, (4, 6)), axis=1)]
+
+        assert epochs == sorted(epochs, reverse=True)
+        assert epochs[-1] < 0.9 * before
 
     def test_norms_alone(self, model, data):
         """train="norm" moves the normalization layers' parameters and nothing else; flags are put back."""

@@ -1,8 +1,6 @@
 """Fine-tune a Keras model with ``fit``, on any backend, under a ``tf.distribute`` strategy where one is active."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import wraps
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -11,7 +9,7 @@ from keras import ops
 
 from ....data.dataset import Data
 from ....errors import InputError, UnsupportedError, VerificationError
-from ....frameworks.keras import distinct_layers, override
+from ....frameworks.keras import distinct_layers
 from ...hooks.hook import Hook
 from ...hooks.keras.inference import inference
 from ...hooks.keras.learning import Learning
@@ -44,12 +42,12 @@ def train(
     """Train ``model`` in place from step ``start`` to the last of ``training``.
 
     Without ``teacher`` the loss is the cross-entropy with the labels; with one it is the divergence from it (see
-    `Distillation`) and no label is used. Models may return logits or probabilities; regularization losses of the model
-    take no part. ``hooks`` are told each step; whoever gives them opens and closes them. ``first`` is the step of a
-    longer run that this training's step 0 is, for hooks, the order of the data and random numbers. After each step
-    ``on_step`` is told what was `Taken`; with its state as ``state`` and its step as ``start``, a run goes on as if it
-    had not stopped. How ``model`` is compiled stays as it is. Weight decay, which Keras keeps out of the momentum, is
-    divided by 1 - momentum to weigh the same.
+    `Distillation`), no label is used, and the model computes as at inference. Models may return logits or
+    probabilities; regularization losses of the model take no part. ``hooks`` are told each step; whoever gives them
+    opens and closes them. ``first`` is the step of a longer run that this training's step 0 is, for hooks, the order of
+    the data and random numbers. After each step ``on_step`` is told what was `Taken`; with its state as ``state`` and
+    its step as ``start``, a run goes on as if it had not stopped. How ``model`` is compiled stays as it is. Weight
+    decay, which Keras keeps out of the momentum, is divided by 1 - momentum to weigh the same.
 
     In the scope of a ``tf.distribute`` strategy, in which the model has to have been made, each replica takes its share
     of every batch, SN and BRN take their batch statistics over all of them, and gradients are those of the whole batch.
@@ -65,12 +63,11 @@ def train(
     precision, deciding = Precision(model, training.precision), data.batch(range(min(len(data), DECIDING)))[0]
     batches = StepBatches(data, training, first=first + start, steps=training.steps - start)
     with (
-        _dropping_nothing(model if teacher else None),
         Learning(model, training.train),
         synchronized(model),
         criterion(model, teacher, training, deciding) as loss_of,
     ):
-        trainer = _Trainer(model, loss_of)
+        trainer = _Trainer(model, loss_of, taught=teacher is not None)
         if not trainer.trainable_variables:
             raise UnsupportedError(
                 f"expected a model with parameters to train, received none with train={training.train!r}"
@@ -122,38 +119,22 @@ def _check(data: Data, training: Training) -> None:
         )
 
 
-@contextmanager
-def _dropping_nothing(model: keras.Model | None) -> Iterator[None]:
-    """Have the random layers of ``model`` compute as at inference for a while: its teacher drops nothing either."""
-    with ExitStack() as stack:
-        for layer in [] if model is None else distinct_layers(model):
-            if layer._seed_generators and not layer._layers:
-                stack.callback(override(layer, "call", _at_inference))
-        yield
-
-
-def _at_inference(run: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(run)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return run(*args, **{**kwargs, "training": False})
-
-    return call
-
-
 class _Trainer(keras.Model):  # type: ignore[misc]
     """Holds the model while it is trained, so that the model itself need not be compiled.
 
-    The teacher is out of sight within the loss: it is none of the trained layers.
+    The teacher is out of sight within the loss: it is none of the trained layers. A model that is ``taught`` computes
+    as at inference, as its teacher does and as it is used later: one that drops units, or sees batches where the other
+    sees moving statistics, learns to make up for what it alone is lacking.
     """
 
-    def __init__(self, model: keras.Model, loss: Criterion) -> None:
+    def __init__(self, model: keras.Model, loss: Criterion, *, taught: bool) -> None:
         super().__init__(name="trainer")
-        self.model, self._criterion = model, loss
+        self.model, self._criterion, self._taught = model, loss, taught
         self.built = True
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         """Return the model's scores."""
-        return scores(self.model(inputs, training=training))
+        return scores(self.model(inputs, training=training and not self._taught))
 
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True

@@ -45,7 +45,8 @@ def train(
     """Train ``model`` in place from step ``start`` to the last of ``training``.
 
     Without ``teacher`` the loss is the cross-entropy with the labels; with one it is the divergence from it (see
-    `Distillation`) and no label is used. ``hooks`` are told each step; whoever gives them opens and closes them.
+    `Distillation`), no label is used, and the model computes as at inference. ``hooks`` are told each step; whoever
+    gives them opens and closes them.
     ``first`` is the step of a longer run that this training's step 0 is, for hooks, the order of the data and random
     numbers. After each step ``on_step`` is told what was `Taken`; with its state as ``state`` and its step as
     ``start``, a run goes on as if it had not stopped.
@@ -63,7 +64,7 @@ def train(
     images = StepBatches(data, training, first=first + start, steps=training.steps - start, share=share)
     teacher = None if teacher is None else teacher.to(accelerator.device)
     with (
-        _train_mode(model, taught=teacher is not None),
+        _in_mode(model, training=teacher is None),
         Learning(model, training.train),
         _guarded(model),
         synchronized(model),
@@ -176,21 +177,19 @@ def _all_used(model: nn.Module, parameters: Sequence[nn.Parameter], x: Array) ->
 
 
 @contextmanager
-def _train_mode(model: nn.Module, *, taught: bool) -> Iterator[None]:
-    """Put the model in train mode for a while.
+def _in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put the model in train or eval mode for a while.
 
-    Of one that is taught only its norms are, which have statistics to learn: its teacher drops nothing, and a model
-    that drops units or whole paths learns to make up for what it alone is lacking.
+    One that is taught is in eval mode, as its teacher is and as it is used later: a model that drops units, or sees
+    batches where the other sees running statistics, learns to make up for what it alone is lacking.
     """
     flags = [(module, module.training) for module in model.modules()]
-    model.train()
-    for module in model.modules() if taught else ():
-        module.training = hasattr(module, "running_mean")
+    model.train(training)
     try:
         yield
     finally:
-        for module, training in flags:
-            module.training = training
+        for module, flag in flags:
+            module.training = flag
 
 
 @contextmanager
