@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..limits import Schedule, check_schedule, checked_limits, default_limits, limits_at
-from .norm import RunningNorm, as_tensor, constant, move
+from .norm import RunningNorm, as_tensor, constant, kept, move
 from .normalize import Backward, Small, normalize, square
 from .passes import Array
 
@@ -121,9 +121,12 @@ class _BatchRenorm(RunningNorm):
         batch_mean, batch_var, through_batch = self._batch_moments(mean, var, count)
         sigma = small.library.sqrt(batch_var + self.eps)
         with torch.no_grad():
-            running_mean = small.per_channel(self.running_mean, mean)
-            running_sigma = small.library.sqrt(small.per_channel(self.running_var, mean) + self.eps)
-            r_max, d_max = small.array(self.r_max), small.array(self.d_max)
+            running_mean, running_var, r_max, d_max = (
+                kept(buffer, small) for buffer in (self.running_mean, self.running_var, self.r_max, self.d_max)
+            )
+            running_mean = small.per_channel(running_mean, mean)
+            running_sigma = small.library.sqrt(small.per_channel(running_var, mean) + self.eps)
+            r_max, d_max = small.array(r_max), small.array(d_max)
             r = (sigma / running_sigma).clip(1 / r_max, r_max)
             d = ((batch_mean - running_mean) / running_sigma).clip(-d_max, d_max)
             self._move(batch_mean, sigma)

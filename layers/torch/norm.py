@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from .normalize import square
+from ...errors import UnsupportedError
+from .normalize import Small, square
 from .passes import Array
 
 
@@ -76,6 +77,13 @@ class RunningNorm(nn.Module):
             return node
         self._check(x)
         return self._normalized(x)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refuse `torch.jit.script`, which asks this of every module before it reads any code."""
+        raise UnsupportedError(
+            f"{self._label}: expected a model to trace, received torch.jit.script, which does not take "
+            f"{type(self).__name__}; use torch.jit.trace, torch.export or torch.compile"
+        )
 
     def _normalized(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -169,6 +177,15 @@ def move(running: Tensor, value: Array, weight: float | Tensor) -> None:
 def constant(value: Array) -> Array:
     """Return an array through which no gradient flows: ``no_grad`` alone is not in a trace."""
     return value.detach() if isinstance(value, Tensor) else value
+
+
+def kept(buffer: Tensor, small: Small) -> Tensor:
+    """Return what a buffer holds that is about to move, for a backward pass to find, in whatever a formula runs on.
+
+    A compiler makes anew in the backward pass what is cheap to make, from a buffer that has moved by then; torch's
+    inductor does so without a word. It keeps the results of reductions.
+    """
+    return buffer.expand(8, *buffer.shape).amax(0) if small.library is torch else buffer
 
 
 def as_tensor(value: Array) -> Tensor:

@@ -2,9 +2,8 @@
 
 A layer's formula is on arrays of the size of (N, C): a function ``mix`` that also returns its own gradient. Eagerly
 these arrays are in NumPy on a CPU and float64 everywhere, so that a mean far above the deviation costs no digits, and
-the passes over the data (`passes`) keep the input for backward and nothing else of its size. Where the graph itself is
-wanted (``torch.compile``, ``torch.export``, ``torch.jit.trace``) or a function transform is at work (``torch.func``),
-the same formulas run as plain operations in float32 and autograd differentiates them.
+the passes over the data (`passes`) keep the input for backward and nothing else of its size. Where somebody is to see
+the operations (`watchers`), the same formulas run as plain ones in float32 and autograd differentiates them.
 """
 
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .passes import Array, affine, combine, compiled, dense, exact, moments, products, rounded
+from .watchers import watched
 
 Backward = Callable[[Array, Array, Array], tuple[Array, ...]]
 Mix = Callable[..., tuple[tuple[Array, Array, Array], Backward]]
@@ -41,15 +41,15 @@ def normalize(x: Tensor, mix: Mix, *parameters: Tensor | None) -> Tensor:
     ``backward``, given the gradients of the three, returns those of ``mean``, of ``var`` and of each parameter. For
     (N, C) input each value is its own mean and the variance is 0.
     """
-    if _plain():
+    if watched(x, *parameters):
         return _plainly(x, mix, *parameters)
     result: Tensor = _Normalize.apply(x, mix, *parameters)  # type: ignore[no-untyped-call]
     return result
 
 
 def inferring(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether ``x`` can go through `switch`: eagerly, on a CPU, with no gradient to come."""
-    if _plain() or not compiled(x):
+    """Whether ``x`` can go through `switch`: unseen, on a CPU, with no gradient to come."""
+    if watched(x, *parameters) or not compiled(x):
         return False
     return not (torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, *parameters)))
 
@@ -87,6 +87,12 @@ class _Normalize(torch.autograd.Function):
             raise RuntimeError(
                 "expected create_graph=False, received create_graph=True: this layer's backward is not differentiable "
                 "itself; use torch.func, or torch.compile, which differentiate its plain operations"
+            )
+        if torch._C._functorch.is_legacy_batchedtensor(dy) or torch._C._functorch.maybe_current_level() is not None:
+            raise RuntimeError(
+                "expected is_grads_batched=False, received is_grads_batched=True, which "
+                "torch.autograd.functional sets with vectorize=True: this layer's backward takes one gradient at a "
+                "time; use torch.func, or vectorize=False"
             )
         with np.errstate(all="ignore"):
             return _gradients(ctx, wide(dy))
@@ -128,9 +134,3 @@ def _plainly(x: Tensor, mix: Mix, *parameters: Tensor | None) -> Tensor:
 
 def _numpy(x: Tensor) -> Array:
     return x.detach().to(torch.float64, copy=True).numpy()
-
-
-def _plain() -> bool:
-    """Whether the formulas are wanted as plain operations."""
-    watched = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    return watched or torch._C._functorch.maybe_current_level() is not None

@@ -133,7 +133,7 @@ class _SwitchNorm(RunningNorm):
     def _infer(self, x: Tensor) -> Tensor:
         """Normalize maps with constant batch statistics and no gradient to come, in one pass through memory."""
         gates = torch.stack([self._gates(logits.double()) for logits in (self.mean_weight, self.var_weight)])
-        fixed_mean = torch.zeros(self.num_features, dtype=torch.float64)
+        fixed_mean = gates.new_zeros(self.num_features)
         fixed_var = torch.full_like(fixed_mean, self.eps)
         if self.batch_statistics != "none":
             fixed_mean, fixed_var = (
