@@ -98,7 +98,7 @@ class _BatchRenorm(RunningNorm):
             return F.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
             )
-        if x.numel() // self.num_features * self._processes() < 2:
+        if x.numel() and x.numel() // self.num_features * self._processes() < 2:  # none: the batch is in other processes
             raise ValueError(
                 f"{self._label}: expected more than one value per channel in training, "
                 f"received shape={tuple(x.shape)}; use a larger batch, or eval()"

@@ -75,10 +75,25 @@ class RunningNorm(nn.Module):
             node: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), {})
             return node
         self._check(x)
-        return self._normalized(x)
+        return self._normalized(x) if x.numel() else self._of_nothing(x)
+
+    def _of_nothing(self, x: Tensor) -> Tensor:
+        """Return what is normalized of no value at all, as BatchNorm does: nothing, and no statistic moves.
+
+        The other processes wait for this one's share of the batch, which is none, and for a gradient of each parameter.
+        """
+        if self._takes_batch() and self._processes() > 1:
+            x = x + self._normalized(x.reshape(0, self.num_features, *[1] * (x.dim() - 2))).sum()
+        elif self._takes_batch():
+            self._count_batch()
+        return x + sum(parameter.sum() for parameter in self.parameters(recurse=False))
 
     def _normalized(self, x: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def _takes_batch(self) -> bool:
+        """Whether a call takes the statistics of its batch."""
+        return self.training
 
     def extra_repr(self) -> str:
         """Return the arguments shown by ``print(module)``."""
@@ -92,8 +107,6 @@ class RunningNorm(nn.Module):
             raise ValueError(f"{self._label}: expected {self.num_features} channels, received shape={tuple(x.shape)}")
         if not x.is_floating_point():
             raise TypeError(f"{self._label}: expected a floating-point input, received dtype={x.dtype}; cast it first")
-        if x.numel() == 0:
-            raise ValueError(f"{self._label}: expected at least one value, received shape={tuple(x.shape)}")
 
     @property
     def _label(self) -> str:
@@ -111,7 +124,7 @@ class RunningNorm(nn.Module):
         over_processes, total = _as_it_is, mean.shape[0] * count
         if self._processes() > 1:
             over_processes = self._over_processes
-            total = over_processes(mean[:1, :1] * 0 + total)
+            total = over_processes(mean.sum(0, keepdims=True)[:, :1] * 0 + total)
         batch_mean = over_processes(mean.sum(0, keepdims=True)) * (count / total)
         difference = mean - batch_mean
         weight = count / (total - correction)

@@ -125,10 +125,13 @@ class _SwitchNorm(RunningNorm):
 
     def _normalized(self, x: Tensor) -> Tensor:
         parameters = self.weight, self.bias, self.mean_weight, self.var_weight
-        constant = x.dim() > 2 and self.compat is None and not (self.training and self.batch_statistics == "moving")
+        constant = x.dim() > 2 and self.compat is None and not self._takes_batch()
         if constant and inferring(x, *parameters):
             return self._infer(x)
         return normalize(x, partial(self._mix, x.shape[2:].numel()), *parameters)
+
+    def _takes_batch(self) -> bool:
+        return self.training and self.batch_statistics == "moving"
 
     def _infer(self, x: Tensor) -> Tensor:
         """Normalize maps with constant batch statistics and no gradient to come, in one pass through memory."""
@@ -147,13 +150,13 @@ class _SwitchNorm(RunningNorm):
 
     def _check(self, x: Tensor) -> None:
         super()._check(x)
-        if self.compat is None:
+        if self.compat is None or not x.numel():
             return
         if x.dim() > 2:
             counts = {"values per sample and channel": x.shape[2:].numel()}
         else:
             counts = {"channels": x.shape[1]}
-            if self.training and self.batch_statistics == "moving":
+            if self._takes_batch():
                 counts["samples in training"] = x.shape[0] * self._processes()
         for what, number in counts.items():
             if number < 2:
@@ -237,7 +240,7 @@ class _SwitchNorm(RunningNorm):
     def _batch_statistics(
         self, small: Small, count: int, mean: Array, var: Array, correction: int
     ) -> tuple[Array, Array, Callable[[Array, Array], tuple[Array, Array]] | None]:
-        if not self.training or self.batch_statistics == "frozen":
+        if not self._takes_batch():
             return small.per_channel(self.running_mean, mean), small.per_channel(self.running_var, mean), None
         batch_mean, batch_var, backward = self._batch_moments(mean, var, count, correction)
         with torch.no_grad():

@@ -120,11 +120,12 @@ def work(rank, path, cases, results):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("first", [3, 5])
+@pytest.mark.parametrize("first", [3, 5, 6])
 def test_two_processes_are_one_on_the_whole_batch(first, tmp_path):
     """Outputs, gradients, running statistics and those re-estimated agree to 1e-10.
 
-    Shares may be uneven, and of two vectors each process may have one, which alone has no variance.
+    Shares may be uneven, one may have no sample, and of two vectors each process may have one, which alone has no
+    variance.
     """
     torch.manual_seed(0)
     x = torch.randn(6, 4, 3, 5, dtype=torch.float64) * 2 + 1
@@ -181,3 +182,14 @@ def test_a_training_gives_the_synchronization_back(monkeypatch):
         _ = 1 / 0
 
     assert [(layer.sync, layer.process_group) for layer in model] == [(True, group), (False, None)]
+
+
+def test_statistics_are_those_of_the_samples_there_are():
+    """A call without samples takes no part in what is re-estimated."""
+    x = torch.randn(6, 3, 4, 4)
+    layers = [filled(SwitchNorm2d, 3) for _ in range(2)]
+    for layer, batches in zip(layers, ([x], [x[:0], x, x[:0]]), strict=True):
+        update_statistics(layer, batches)
+
+    assert torch.equal(layers[0].running_mean, layers[1].running_mean)
+    assert torch.equal(layers[0].running_var, layers[1].running_var)
