@@ -125,10 +125,10 @@ class RunningNorm(nn.Module):
         if self._processes() > 1:
             over_processes = self._over_processes
             total = over_processes(mean.sum(0, keepdims=True)[:, :1] * 0 + total)
-        batch_mean = over_processes(mean.sum(0, keepdims=True)) * (count / total)
+        batch_mean = over_processes(mean.sum(0, keepdims=True) * count) / total
         difference = mean - batch_mean
         weight = count / (total - correction)
-        batch_var = over_processes((var + square(difference)).sum(0, keepdims=True)) * weight
+        batch_var = over_processes((var + square(difference)).sum(0, keepdims=True) * count) / (total - correction)
 
         def backward(d_mean: Array, d_var: Array) -> tuple[Array, Array]:
             d_var = over_processes(d_var) * weight

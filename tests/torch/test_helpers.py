@@ -120,6 +120,31 @@ def work(rank, path, cases, results):
     dist.destroy_process_group()
 
 
+def work_by_size(rank, path, layer, images, results):
+    """One of two processes, whose images have a size of their own."""
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    layer = convert_sync(copy.deepcopy(layer.train()))
+    layer(images[rank])
+    results[rank] = layer.running_mean, layer.running_var
+    dist.destroy_process_group()
+
+
+def test_processes_may_have_images_of_different_sizes(tmp_path):
+    """Each process's share of the batch statistics is weighted by how many values it has."""
+    torch.manual_seed(0)
+    images = [torch.randn(2, 4, 3, 5, dtype=torch.float64), torch.randn(3, 4, 2, 2, dtype=torch.float64) + 3]
+    layer = filled(SwitchNorm2d, 4, momentum=1.0, dtype=torch.float64)
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(work_by_size, (tmp_path / "rendezvous", layer, images, results), nprocs=2)
+        shares = [results[0], results[1]]
+
+    values = torch.cat([each.movedim(1, -1).flatten(0, 2) for each in images])
+    for mean, var in shares:
+        torch.testing.assert_close(mean, values.mean(0), atol=1e-10, rtol=1e-10)
+        torch.testing.assert_close(var, values.var(0, unbiased=False), atol=1e-10, rtol=1e-10)
+
+
 @pytest.mark.parametrize("first", [3, 5, 6])
 def test_two_processes_are_one_on_the_whole_batch(first, tmp_path):
     """Outputs, gradients, running statistics and those re-estimated agree to 1e-10.
