@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from . import rerun
 from .normalize import square
 from .passes import Array
 
@@ -21,6 +22,9 @@ class RunningNorm(nn.Module):
 
     The attribute ``site`` is the layer's name in a patched model. Error messages begin with it, or without one with the
     class.
+
+    A forward that a backward pass runs again, as activation checkpointing does, computes what the first run did and moves
+    nothing. With the attribute ``track_running_stats`` set to False nothing moves either, as in a BatchNorm.
 
     With the attribute ``sync`` the batch statistics in training are those of all processes of ``process_group`` (None:
     the default group) together, each weighted by how many values it has, and gradients flow through them.
@@ -53,6 +57,7 @@ class RunningNorm(nn.Module):
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
+        self.track_running_stats = track
         self.site = ""
         self.sync = False
         self.process_group: Any = None
@@ -84,7 +89,7 @@ class RunningNorm(nn.Module):
         """
         if self._takes_batch() and self._processes() > 1:
             x = x + self._normalized(x.reshape(0, self.num_features, *[1] * (x.dim() - 2))).sum()
-        elif self._takes_batch():
+        elif self._takes_batch() and self._moves():
             self._count_batch()
         return x + sum(parameter.sum() for parameter in self.parameters(recurse=False))
 
@@ -94,6 +99,10 @@ class RunningNorm(nn.Module):
     def _takes_batch(self) -> bool:
         """Whether a call takes the statistics of its batch."""
         return self.training
+
+    def _moves(self) -> bool:
+        """Whether a call that takes its batch's statistics moves the running ones, and is counted."""
+        return self.track_running_stats and not rerun.again()
 
     def extra_repr(self) -> str:
         """Return the arguments shown by ``print(module)``."""

@@ -243,10 +243,11 @@ class _SwitchNorm(RunningNorm):
         if not self._takes_batch():
             return small.per_channel(self.running_mean, mean), small.per_channel(self.running_var, mean), None
         batch_mean, batch_var, backward = self._batch_moments(mean, var, count, correction)
-        with torch.no_grad():
-            momentum = self._count_batch()
-            move(self.running_mean, batch_mean, momentum)
-            move(self.running_var, batch_var, momentum)
+        if self._moves():
+            with torch.no_grad():
+                momentum = self._count_batch()
+                move(self.running_mean, batch_mean, momentum)
+                move(self.running_var, batch_var, momentum)
         return batch_mean, batch_var, backward
 
     def _count_batch(self) -> float | Tensor:
