@@ -162,6 +162,8 @@ class _BatchRenorm(RunningNorm):
 
     def _move(self, mean: Array, sigma: Array) -> None:
         momentum = self._count_batch()
+        if self.momentum == 0:
+            return  # σ and back would round
         move(self.running_mean, mean, momentum)
         sigma = as_tensor(constant(sigma)).flatten()
         averaged = (self.running_var.to(sigma.dtype) + self.eps).sqrt_()

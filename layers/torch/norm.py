@@ -23,8 +23,8 @@ class RunningNorm(nn.Module):
     The attribute ``site`` is the layer's name in a patched model. Error messages begin with it, or without one with the
     class.
 
-    A forward that a backward pass runs again, as activation checkpointing does, computes what the first run did and moves
-    nothing. With the attribute ``track_running_stats`` set to False nothing moves either, as in a BatchNorm.
+    A forward that a backward pass runs again, as activation checkpointing does, computes what the first run did and
+    moves nothing. With the attribute ``track_running_stats`` set to False nothing moves either, as in a BatchNorm.
 
     With the attribute ``sync`` the batch statistics in training are those of all processes of ``process_group`` (None:
     the default group) together, each weighted by how many values it has, and gradients flow through them.
@@ -52,8 +52,8 @@ class RunningNorm(nn.Module):
             raise ValueError(f"expected `num_features` of at least 1, received num_features={num_features}")
         if momentum is not None and not 0 <= momentum <= 1:
             raise ValueError(f"expected `momentum` from 0 to 1 or None, received momentum={momentum}")
-        if not eps > 0:
-            raise ValueError(f"expected `eps` above 0, received eps={eps}")
+        if not eps >= 0:
+            raise ValueError(f"expected `eps` of at least 0, received eps={eps}")
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum

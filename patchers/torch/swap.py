@@ -384,7 +384,7 @@ def _build(module: nn.Module, target: Target, site: Site, like: Tensor | None) -
     """Return the replacement, with the BatchNorm's settings, statistics, and for BatchRenorm its γ and β."""
     floating = like is not None and like.is_floating_point()
     common: dict[str, Any] = {
-        "eps": module.eps,
+        "eps": float(module.eps),  # type: ignore[arg-type]
         "device": None if like is None else like.device,
         "dtype": like.dtype if like is not None and floating else None,
     }
@@ -393,10 +393,9 @@ def _build(module: nn.Module, target: Target, site: Site, like: Tensor | None) -
         return nn.GroupNorm(target.groups, site.channels, **common)
     dimensions = rank_of(module, site.spatial)
     assert dimensions is not None  # an obstacle otherwise
-    common["momentum"] = getattr(module, "momentum", 0.1)
     new: nn.Module
     if isinstance(target, SwitchNorm):
-        common |= {} if target.compat is None else {"compat": target.compat, "momentum": "auto"}
+        common |= {} if target.compat is None else {"compat": target.compat}
         new = _SWITCH_NORMS[dimensions](site.channels, batch_statistics=target.batch_statistics, **common)
     else:
         assert isinstance(target, BatchRenorm)  # the way back has swaps of its own
@@ -405,9 +404,20 @@ def _build(module: nn.Module, target: Target, site: Site, like: Tensor | None) -
     for name, buffer in module._buffers.items():
         if name in new._buffers and buffer is not None:
             new._buffers[name] = buffer
+    _move_alike(new, module, target)
     if "process_group" in module.__dict__:
         new.sync, new.process_group = True, module.process_group
     return new
+
+
+def _move_alike(new: Any, module: Any, target: Target) -> None:
+    """Have the running statistics move as a BatchNorm's do, whatever has been set on it since it was made."""
+    if getattr(target, "compat", None) is None:
+        new.momentum = getattr(module, "momentum", 0.1)
+        if new.momentum is None and getattr(module, "num_batches_tracked", None) is None:
+            new.momentum = 0.0  # an average over a count that is not kept
+    if getattr(module, "running_mean", None) is not None:
+        new.track_running_stats = bool(getattr(module, "track_running_stats", True))
 
 
 def _carried(module: nn.Module, new: nn.Module, target: Target, site: Site) -> dict[str, Tensor]:

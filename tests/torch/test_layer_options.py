@@ -73,8 +73,8 @@ class TestSwitchNorm:
         """Constructor arguments are checked by name."""
         with pytest.raises(ValueError, match=r"^expected `num_features` of at least 1, received num_features=0$"):
             layers.SwitchNorm2d(0)
-        with pytest.raises(ValueError, match=r"^expected `eps` above 0, received eps=0$"):
-            layers.SwitchNorm2d(3, eps=0)
+        with pytest.raises(ValueError, match=r"^expected `eps` of at least 0, received eps=-1$"):
+            layers.SwitchNorm2d(3, eps=-1)
         message = "expected `batch_statistics` out of moving, frozen, none, received batch_statistics='off'"
         with pytest.raises(ValueError, match=f"^{message}$"):
             layers.SwitchNorm2d(3, batch_statistics="off")

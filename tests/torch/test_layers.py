@@ -94,7 +94,7 @@ class TestLayer:
 
     @pytest.mark.parametrize("training", [True, False])
     def test_nothing_in_nothing_out(self, cls, shape, training):
-        """Of no samples, and of samples without values, comes what a BatchNorm makes of them, and no statistic moves."""
+        """Of no samples, and of samples without values, comes what a BatchNorm makes of them; no statistic moves."""
         layer = filled(cls, shape[1]).train(training)
         batch_norm = filled(BATCH_NORMS[layer.ranks], shape[1]).train(training)
         before = {name: buffer.clone() for name, buffer in layer.named_buffers()}

@@ -271,3 +271,77 @@ def test_attributes_people_set_are_kept(model):
     report.undo()
 
     assert model.bn.tag == "backbone"
+
+
+@pytest.mark.parametrize("target", ["sn", "brn"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"track_running_stats": False},
+        {"momentum": 0.0},
+        {"momentum": 1},
+        {"momentum": 1.5},
+        {"momentum": None, "num_batches_tracked": None},
+        {"momentum": torch.tensor(0.25)},
+        {"affine": False},
+    ],
+    ids=str,
+)
+def test_what_was_set_after_construction_counts(target, changes):
+    """Running statistics move as those of the BatchNorm do, by what its attributes say now."""
+    model = trained_(nn.Sequential(nn.BatchNorm2d(4)))
+    for name, value in changes.items():
+        setattr(model[0], name, value)
+    original, x = copy.deepcopy(model), torch.randn(6, 4, 5, 5)
+    normswap.patch(model, target)
+    if target == "brn":
+        torch.testing.assert_close(model(x), original(x))
+    for each in (model, original):
+        each.train()(x)
+
+    torch.testing.assert_close(model[0].running_mean, original[0].running_mean)
+    if target == "sn":  # biased, and of a BatchRenorm an average of deviations
+        wanted = original[0].running_var
+        moved = torch.var(x, (0, 2, 3), unbiased=True) - torch.var(x, (0, 2, 3), unbiased=False)
+        weight = float(model[0].momentum) if model[0].track_running_stats else 0.0
+        torch.testing.assert_close(model[0].running_var, wanted - weight * moved)
+    if "num_batches_tracked" not in changes:
+        assert model[0].num_batches_tracked == original[0].num_batches_tracked
+
+
+@pytest.mark.parametrize("target", ["sn", "brn"])
+def test_a_replacement_obeys_track_running_stats(model, images, target):
+    """Set to False on a replaced layer it keeps the running statistics where they are, as on a BatchNorm."""
+    normswap.patch(model, target)
+    before = copy.deepcopy(model.state_dict())
+    for module in model.modules():
+        if hasattr(module, "track_running_stats"):
+            module.track_running_stats = False
+    model.train()(images)
+
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("eps", [0.0, 0.1, torch.tensor(0.1)])
+def test_any_epsilon_that_a_batch_norm_takes_is_taken(target, eps):
+    """An ε of 0, and one that was set later, is the replacement's."""
+    model = trained_(nn.Sequential(nn.BatchNorm2d(4)))
+    model[0].eps = eps
+    original, x = copy.deepcopy(model), torch.randn(2, 4, 5, 5)
+    normswap.patch(model, target)
+
+    assert model[0].eps == float(eps)
+    assert model(x).isfinite().all()
+    if target == "brn":
+        torch.testing.assert_close(model(x), original(x))
+
+
+@pytest.mark.parametrize("target", ["sn", "brn"])
+def test_a_momentum_of_zero_moves_no_bit(target):
+    """A BatchNorm frozen by its momentum stays so to the last bit."""
+    model = trained_(nn.Sequential(nn.BatchNorm2d(64, momentum=0.0)))
+    before = copy.deepcopy(model.state_dict())
+    normswap.patch(model, target).model.train()(torch.randn(4, 64, 5, 5))
+
+    assert all(torch.equal(model[0]._buffers[name], before[f"0.{name}"]) for name in ("running_mean", "running_var"))
