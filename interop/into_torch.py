@@ -48,7 +48,7 @@ def load(model: nn.Module, checkpoint: Checkpoint, eps: float | None, batches: i
 
 def _require_same_biases(model: nn.Module, state: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     """Raise `InputError` if biases alone tell that layers in front of norms were equalized otherwise than here."""
-    own = {name for name in model.state_dict() if not name.endswith("num_batches_tracked")}
+    own = {name for name in model.state_dict() if not name.endswith(("num_batches_tracked", "temperature"))}
     ours, theirs = own - set(state), set(state) - set(model.state_dict())
     fronts = {f"{module.__dict__[FRONT]}.bias" for module in model.modules() if FRONT in module.__dict__}
     linear = {f"{name}.bias" for name, module in model.named_modules() if getattr(module, "bias", module) is None}

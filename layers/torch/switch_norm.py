@@ -35,10 +35,10 @@ class _SwitchNorm(RunningNorm):
     inference. ``"frozen"`` takes the running ones always and never updates them: no sample sees another.
     ``"none"`` has two gates, instance and layer, and no running statistics.
 
-    ``zero_init`` starts γ at 0, for the last norm of a residual branch. The attribute ``temperature`` (1.0) divides the
-    logits before the softmax; 0 takes the largest gate alone. It is not in the state dict; `harden` takes the largest
-    gate for good. It may be a tensor, which a compiled layer reads anew at every call where a number is built in; that
-    has to be above 0.
+    ``zero_init`` starts γ at 0, for the last norm of a residual branch. The buffer ``temperature`` (1.0) divides the
+    logits before the softmax; 0 takes the largest gate alone. A number can be assigned to it, which a compiled layer
+    reads at the next call. It is in the state dict, so that averages of a model follow it; one without it loads, and
+    leaves it as it is. `harden` takes the largest gate for good.
 
     ``compat="switchablenorms"`` computes what switchablenorms/Switchable-Normalization does: the variance of a map is
     unbiased, and the layer's and batch's are mixed from it; for (N, C) input those over C and N are unbiased, and the
@@ -57,6 +57,7 @@ class _SwitchNorm(RunningNorm):
     """
 
     published_momentum: ClassVar[float]
+    temperature: Tensor
 
     def __init__(
         self,
@@ -92,7 +93,7 @@ class _SwitchNorm(RunningNorm):
         )
         self.batch_statistics = batch_statistics
         self.compat = compat
-        self.temperature: float | Tensor = 1.0
+        self.register_buffer("temperature", torch.tensor(1.0, device=device))
         gates = 3 if track else 2
         self.mean_weight = nn.Parameter(torch.ones(gates, device=device, dtype=dtype))
         self.var_weight = nn.Parameter(torch.ones(gates, device=device, dtype=dtype))
@@ -112,9 +113,17 @@ class _SwitchNorm(RunningNorm):
 
     def _gates(self, logits: Tensor) -> Tensor:
         logits = wide(logits)
-        if not isinstance(self.temperature, Tensor) and self.temperature == 0:
-            return F.one_hot(logits.argmax(), logits.numel()).to(logits.dtype)
-        return (logits / self.temperature).softmax(0)
+        largest = torch.arange(logits.numel(), device=logits.device) == logits.argmax()
+        return torch.where(self.temperature > 0, (logits / self._divisor()).softmax(0), largest.to(logits.dtype))
+
+    def _divisor(self) -> Tensor:
+        return torch.where(self.temperature > 0, self.temperature, 1)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "temperature" and not isinstance(value, Tensor):
+            self.temperature.fill_(value)
+        else:
+            super().__setattr__(name, value)
 
     def harden(self) -> None:
         """Give each mix to its largest gate for good: that gate becomes 1 and the others 0, which export can fold."""
@@ -235,7 +244,7 @@ class _SwitchNorm(RunningNorm):
     def _d_logits(self, small: Small, gates: Array, d_gates: list[Array]) -> Array:
         d_gates = small.library.stack(d_gates)
         # A one-hot gate gives 0.
-        return gates * (d_gates - (gates * d_gates).sum()) / (float(self.temperature) or 1.0)
+        return gates * (d_gates - (gates * d_gates).sum()) / small.array(self._divisor())
 
     def _batch_statistics(
         self, small: Small, count: int, mean: Array, var: Array, correction: int
@@ -263,6 +272,7 @@ class _SwitchNorm(RunningNorm):
                     f"received shape={tuple(state_dict[key].shape)}; give the layer the batch_statistics it was saved "
                     "with"
                 )
+        state_dict.setdefault(f"{prefix}temperature", self.temperature)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

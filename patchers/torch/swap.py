@@ -300,6 +300,8 @@ class _FromBatchNorm:
             with _naming(prefix.removesuffix(".")):
                 values = _carry(found, float(module.eps), mean.numel(), self.target, self.spatial)  # type: ignore[arg-type]
             found |= {name: value.to(mean) for name, value in values.items()}
+            if "temperature" in own and own["temperature"].is_meta:
+                state[f"{prefix}temperature"] = mean.new_tensor(1.0)
         for name in _TENSORS | _SINCE_BATCH_NORM:
             state.pop(prefix + name, None)
             if own.get(name) is not None:

@@ -61,10 +61,10 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
     """Load ``state`` into ``model``; raises `InputError` that lists what is missing, unexpected or of another shape.
 
-    A missing ``num_batches_tracked`` is no misfit: old checkpoints lack it.
+    A missing ``num_batches_tracked`` or ``temperature`` is no misfit: old and others' checkpoints lack them.
     """
     own = model.state_dict()
-    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    missing = [k for k in own if k not in state and not k.endswith(("num_batches_tracked", "temperature"))]
     unexpected = [k for k in state if k not in own]
     shapes = [
         f"{k}: {tuple(own[k].shape)} in the model, {tuple(state[k].shape)} in the file"

@@ -7,10 +7,12 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import normswap
 from normswap import BatchRenorm, GroupNorm, SwitchNorm
 from normswap.errors import InputError
+from normswap.finetune import GateSchedule, RenormLimits
 from normswap.sources.torch.state_dict import load_state_dict
 
 from .models import TARGETS, Residual, trained_
@@ -52,7 +54,7 @@ def test_a_layer_without_tensors_follows_the_model():
     model = nn.Sequential(nn.Conv2d(3, 4, 1, dtype=torch.float64), norm)
     normswap.patch(model, "sn")
 
-    assert {t.dtype for t in model.state_dict().values() if t.is_floating_point()} == {torch.float64}
+    assert {t.dtype for t in model.state_dict().values() if t.is_floating_point() and t.dim()} == {torch.float64}
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -345,3 +347,69 @@ def test_a_momentum_of_zero_moves_no_bit(target):
     normswap.patch(model, target).model.train()(torch.randn(4, 64, 5, 5))
 
     assert all(torch.equal(model[0]._buffers[name], before[f"0.{name}"]) for name in ("running_mean", "running_var"))
+
+
+def averaged(model):
+    """PyTorch's average, which has seen nothing before."""
+    copied = AveragedModel(model)
+    return copied, lambda: copied.update_parameters(model)
+
+
+def averaged_with_buffers(model):
+    """PyTorch's average, that of the buffers too."""
+    copied = AveragedModel(model, use_buffers=True)
+    return copied, lambda: copied.update_parameters(model)
+
+
+def state_averaged(model, decay=0.0):
+    """An average over the values of the state dict in their order, as timm's ModelEma takes it."""
+    copied = copy.deepcopy(model)
+
+    def update():
+        for ours, theirs in zip(copied.state_dict().values(), model.state_dict().values(), strict=True):
+            ours.copy_(decay * ours + (1.0 - decay) * theirs)
+
+    return copied, update
+
+
+def loaded(model):
+    """A copy that is given the state dict."""
+    copied = copy.deepcopy(model)
+    return copied, lambda: copied.load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize("copying", [averaged, averaged_with_buffers, state_averaged, loaded])
+@pytest.mark.parametrize(
+    ("target", "hook"),
+    [
+        ("sn", lambda model: GateSchedule(model, 4, temperature=(1.0, 0.02))),
+        ("brn", lambda model: RenormLimits(model, 4)),
+    ],
+)
+def test_copies_agree_with_a_model_under_a_hook(model, images, target, hook, copying):
+    """A copy made before a schedule began computes, brought up to date, what the model does."""
+    normswap.patch(model, target)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("mean_weight", "var_weight")):
+            parameter.data = torch.tensor([0.0, 0.1, 0.2])
+    copied, update = copying(model)
+    with hook(model) as schedule:
+        schedule.on_step(2)
+        update()
+        for each in (model, copied):
+            each.train()
+
+        torch.testing.assert_close(copied(images), model(images))
+
+
+def test_copies_have_the_temperature(model, images):
+    """deepcopy and pickle take it along, and a state dict from before it was one of its entries leaves it alone."""
+    normswap.patch(model, "sn")
+    model.bn.temperature = 0.1
+    expected = model(images)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(twin(images), expected)
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("temperature")}
+    model.load_state_dict(state, strict=True)
+
+    torch.testing.assert_close(model(images), expected)
