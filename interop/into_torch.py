@@ -88,7 +88,7 @@ def _converted(
     found = {name: modules[name] for name in dimensions_of(arrays) if type(modules.get(name)) in _SWITCH_NORMS}
     _require_same_dimensions(found, dimensions_of(arrays))
     _require_same_gates(found, own)
-    require_eps({name: (norm.eps, _EPS if eps is None else (eps,)) for name, norm in found.items()})
+    require_eps({name: (norm.epsilon, _EPS if eps is None else (eps,)) for name, norm in found.items()})
     # What was not converted stays the tensor it is: NumPy has not all of torch's dtypes.
     return {n: state[n] if array is arrays.get(n) else torch.from_numpy(array) for n, array in own.items()}
 

@@ -33,7 +33,8 @@ class Site:
     ``obstacle`` says why this site cannot be replaced, "" where it can; ``left`` why it is left alone unless it is
     included by name. ``kind`` is the target kind of a site that has been replaced already. ``has_statistics`` is
     False where no running statistics exist, ``any_rank`` True where the layer does not tell how many dimensions it
-    is for. ``read_by`` names code of the model that reads its running statistics. ``front`` is the name of the linear
+    is for. ``read_by`` names code of the model that reads its running statistics, ``mode_set_by`` code that
+    puts BatchNorms in a mode by their class. ``front`` is the name of the linear
     layer whose output this site alone reads, as a dry run saw it, and ``front_biased`` whether that has a bias; ""
     where ``unequal`` says why there is none.
     """
@@ -49,6 +50,7 @@ class Site:
     has_statistics: bool = True
     any_rank: bool = False
     read_by: str = ""
+    mode_set_by: str = ""
     front: str = ""
     front_biased: bool = False
     unequal: str = "no example shows what is in front"
@@ -313,6 +315,11 @@ def _decide_one(
     notes = [] if site.has_statistics else ["no running statistics: gamma and beta are copied, expect a large drift"]
     if site.read_by and not isinstance(target, BatchRenorm):
         notes.append(f"{site.read_by} reads running statistics: fuse or reparameterize before the patch, not after")
+    moves = isinstance(target, BatchRenorm) or (isinstance(target, SwitchNorm) and target.batch_statistics == "moving")
+    if site.mode_set_by and moves:
+        notes.append(
+            f"{site.mode_set_by} sets the mode of BatchNorms by their class: set that of the replacement there"
+        )
     if isinstance(target, GroupNorm):
         elements = None if site.spatial is None else prod(site.spatial)
         try:

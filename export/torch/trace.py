@@ -14,6 +14,7 @@ from ...convert.targets import BatchRenorm
 from ...frameworks.example import Inputs
 from ...frameworks.torch import Probe, input_names, quiet
 from ...layers.torch.switch_norm import CLOSED
+from ...patchers.torch.batch_norm import epsilon_of
 from ...patchers.torch.sites import MARK
 from ..norms import STATISTICS
 from ..traced import Traced
@@ -77,7 +78,7 @@ def norm_facts(model: nn.Module) -> dict[str, dict[str, Any]]:
     facts: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
         if (kind := getattr(module, MARK, None)) is not None:
-            facts[name] = {"kind": kind, "eps": module.eps}
+            facts[name] = {"kind": kind, "eps": epsilon_of(module)}
             if isinstance(module, nn.GroupNorm):
                 facts[name]["groups"] = module.num_groups
             elif kind != BatchRenorm.kind:

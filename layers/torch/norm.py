@@ -106,7 +106,8 @@ class RunningNorm(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the arguments shown by ``print(module)``."""
-        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.weight is not None}"
+        eps = self.__dict__.get("epsilon", self.__dict__.get("eps"))
+        return f"{self.num_features}, eps={eps}, momentum={self.momentum}, affine={self.weight is not None}"
 
     def _check(self, x: Tensor) -> None:
         if x.dim() not in self.ranks:

@@ -47,6 +47,8 @@ class _SwitchNorm(RunningNorm):
     ``using_bn=False`` is ``batch_statistics="none"``. ``momentum="auto"`` is 0.1, with compat theirs: 0.9 in 2d,
     0.997 in 1d and 3d. `normswap.interop.switchablenorms` reads and writes its checkpoints.
 
+    It cannot be folded as a BatchNorm can, so ``eps``, which code that does so reads, is called ``epsilon``.
+
     Statistics are computed in float32 for narrower inputs; output has the input's dtype and shape.
 
     Raises `ValueError` for a wrong rank or channel count, for a state dict with another number of gates, and, with
@@ -57,6 +59,7 @@ class _SwitchNorm(RunningNorm):
     """
 
     published_momentum: ClassVar[float]
+    epsilon: float
     temperature: Tensor
 
     def __init__(
@@ -123,7 +126,16 @@ class _SwitchNorm(RunningNorm):
         if name == "temperature" and not isinstance(value, Tensor):
             self.temperature.fill_(value)
         else:
-            super().__setattr__(name, value)
+            super().__setattr__("epsilon" if name == "eps" else name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "eps":  # which whoever folds a BatchNorm into a convolution reads
+            raise AttributeError(
+                f"{self._label}: expected a BatchNorm, which folds into the layer in front, received a "
+                f"{type(self).__name__}, which does not, as each sample has a share in its statistics; fuse the model "
+                "before the patch or not at all (ε is the attribute `epsilon`)"
+            )
+        return super().__getattr__(name)
 
     def harden(self) -> None:
         """Give each mix to its largest gate for good: that gate becomes 1 and the others 0, which export can fold."""
@@ -146,7 +158,7 @@ class _SwitchNorm(RunningNorm):
         """Normalize maps with constant batch statistics and no gradient to come, in one pass through memory."""
         gates = torch.stack([self._gates(logits.double()) for logits in (self.mean_weight, self.var_weight)])
         fixed_mean = torch.zeros(self.num_features, dtype=torch.float64)
-        fixed_var = torch.full_like(fixed_mean, self.eps)
+        fixed_var = torch.full_like(fixed_mean, self.epsilon)
         if self.batch_statistics != "none":
             fixed_mean, fixed_var = (
                 gates[0, 2] * self.running_mean.double(),
@@ -204,12 +216,12 @@ class _SwitchNorm(RunningNorm):
             mixed_var = mixed_var + var_gates[0] * var
         through_batch = None
         if self.batch_statistics == "none":
-            mixed_var = mixed_var + self.eps
+            mixed_var = mixed_var + self.epsilon
         else:
             batch_mean, batch_var, through_batch = self._batch_statistics(small, count, mean, var, correction)
             above_batch = mean - batch_mean
             away = away + mean_gates[2] * above_batch
-            mixed_var = mixed_var + (var_gates[2] * batch_var + self.eps)  # constant at inference
+            mixed_var = mixed_var + (var_gates[2] * batch_var + self.epsilon)  # constant at inference
         sigma = small.library.sqrt(mixed_var)
         gamma = 1.0 if weight is None else small.per_channel(weight, mean)
         beta = 0.0 if bias is None else small.per_channel(bias, mean)

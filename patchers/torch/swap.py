@@ -25,7 +25,7 @@ from ...frameworks.torch import named_layers
 from ...layers import torch as layers
 from ...layers.torch.group_norm import guard
 from ..plan import Decision, Site
-from .batch_norm import added_by, channels_of, rank_of
+from .batch_norm import added_by, channels_of, epsilon_of, rank_of
 from .equalized import Absorbed, absorbed
 from .fronts import read_front
 from .sites import MARK
@@ -168,7 +168,7 @@ class Swap:
         found = [None if old.get(name) is None else now.get(name, old[name]) for name in _STATISTICS]
         found += [affine.get(name) for name in _AFFINE]
         mean, var, weight, bias = (None if tensor is None else tensor.to(x.device) for tensor in found)
-        return F.batch_norm(x, mean, var, weight, bias, mean is None, 0.0, self.new.eps)  # type: ignore[arg-type]
+        return F.batch_norm(x, mean, var, weight, bias, mean is None, 0.0, epsilon_of(self.new))  # type: ignore[arg-type]
 
     def restore(self) -> None:
         """Put the BatchNorm back, with the hooks and the mode of the present."""
@@ -298,7 +298,7 @@ class _FromBatchNorm:
                 found |= {name: mean.new_tensor(getattr(self.target, name)) for name in ("r_max", "d_max")}
         else:
             with _naming(prefix.removesuffix(".")):
-                values = _carry(found, float(module.eps), mean.numel(), self.target, self.spatial)  # type: ignore[arg-type]
+                values = _carry(found, epsilon_of(module), mean.numel(), self.target, self.spatial)
             found |= {name: value.to(mean) for name, value in values.items()}
             if "temperature" in own and own["temperature"].is_meta:
                 state[f"{prefix}temperature"] = mean.new_tensor(1.0)
@@ -335,7 +335,7 @@ class _FrontFromBatchNorm:
         fits = not ours and tensors["running_mean"].shape == (channels_of(norm),)  # type: ignore[union-attr]
         if fits and weights["weight"].shape == layer._parameters["weight"].shape:  # type: ignore[union-attr]
             with _naming(f"{prefix}{self.norm}"):
-                batch_norm = _state(tensors, float(norm.eps), channels_of(norm))  # type: ignore[arg-type]
+                batch_norm = _state(tensors, epsilon_of(norm), channels_of(norm))
                 found = _equalized(batch_norm, target, self.decision, layer, True, weights)
             like: Any = weights["weight"]
             for name, value in absorbed(layer, {k: v for k, v in weights.items() if v is not None}, found).items():
@@ -386,7 +386,7 @@ def _build(module: nn.Module, target: Target, site: Site, like: Tensor | None) -
     """Return the replacement, with the BatchNorm's settings, statistics, and for BatchRenorm its γ and β."""
     floating = like is not None and like.is_floating_point()
     common: dict[str, Any] = {
-        "eps": float(module.eps),  # type: ignore[arg-type]
+        "eps": epsilon_of(module),
         "device": None if like is None else like.device,
         "dtype": like.dtype if like is not None and floating else None,
     }
@@ -430,7 +430,7 @@ def _carried(module: nn.Module, new: nn.Module, target: Target, site: Site) -> d
     tensors = {name: getattr(module, name, None) for name in _TENSORS}
     if isinstance(target, BatchRenorm):  # what is no parameter is computed by a parametrization, or frozen
         return {name: value for name in _AFFINE if name not in own and (value := tensors[name]) is not None}
-    return _carry(tensors, float(module.eps), site.channels, target, site.spatial)  # type: ignore[arg-type]
+    return _carry(tensors, epsilon_of(module), site.channels, target, site.spatial)
 
 
 def _carry(
@@ -451,7 +451,7 @@ def read_state(layer: nn.Module) -> BatchNormState | None:
     if any(tensor.is_meta for tensor in _own_tensors(layer)):
         return None
     tensors = {name: getattr(layer, name, None) for name in (*_AFFINE, *_STATISTICS)}
-    return _state(tensors, float(layer.eps), channels_of(layer))  # type: ignore[arg-type]
+    return _state(tensors, epsilon_of(layer), channels_of(layer))
 
 
 def _state(tensors: Mapping[str, Tensor | None], eps: float, channels: int) -> BatchNormState:

@@ -27,6 +27,7 @@ from ...layers.torch.group_norm import _contiguous
 from ...layers.torch.norm import RunningNorm
 from ..plan import Decision, Site
 from ..swap import Swap
+from .batch_norm import epsilon_of
 from .sites import MARK, find_sites
 from .swap import _become, _FromBatchNorm, read_state
 
@@ -99,7 +100,7 @@ def channel_axis(layer: nn.Module) -> int:
 
 def epsilon(layer: nn.Module) -> float:
     """Return what a norm adds to its variance."""
-    return float(layer.eps)  # type: ignore[arg-type]
+    return epsilon_of(layer)
 
 
 def exact_state(layer: nn.Module) -> BatchNormState | None:
