@@ -135,7 +135,10 @@ class Plan:
         if not self.having("replace") and not self.having("done"):
             skipped = self.having("skip")
             reasons = "; ".join(sorted({decision.note for decision in skipped}))
-            found = f"{len(skipped)} BatchNorms, all skipped ({reasons})" if skipped else "none"
+            count = f"{len(skipped)} BatchNorm{'' if len(skipped) == 1 else 's'}"
+            found = f"{count}, all skipped ({reasons})" if skipped else "none"
+            if any(decision.site.left and decision.note == decision.site.left for decision in skipped):
+                found += f"; name what is to be replaced all the same with {option('include', 'NAME')}"
             return f"expected a model with BatchNorm layers to replace, received {found}"
         return ""
 

@@ -1,6 +1,5 @@
 """A PyTorch module as an ONNX graph, and as a reference to hold that graph against."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from ...convert.targets import BatchRenorm
 from ...frameworks.example import Inputs
-from ...frameworks.torch import Probe, input_names, quiet
+from ...frameworks.torch import Probe, copied, input_names, quiet
 from ...layers.torch.switch_norm import CLOSED
 from ...patchers.torch.batch_norm import epsilon_of
 from ...patchers.torch.sites import MARK
@@ -32,9 +31,9 @@ def trace(model: nn.Module, example: Inputs, *, opset: int, dynamic: bool = Fals
     The model itself is left alone. Raises `UnsupportedError` if torch cannot export it.
     """
     with quiet():
-        copied = copy.deepcopy(model).cpu().eval().requires_grad_(False)
-    stand_ins = StandIns(copied)
-    probe = Probe(copied, example, before=stand_ins.calls.clear)
+        twin = copied(model).cpu().eval().requires_grad_(False)
+    stand_ins = StandIns(twin)
+    probe = Probe(twin, example, before=stand_ins.calls.clear)
     probe.eval()
     tensors = tuple(_at_least_two(torch.as_tensor(array).cpu()) for array in example.arrays.values())
     with stand_ins.looking():

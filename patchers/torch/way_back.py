@@ -20,7 +20,9 @@ from ...convert.recipe import Recipe
 from ...convert.state import BatchNormState
 from ...convert.targets import BatchNorm, BatchRenorm
 from ...errors import UnsupportedError, spoken
-from ...frameworks.torch import call, inference, named_layers, to_numpy, watching
+from ...frameworks.torch import call
+from ...frameworks.torch import copied as copied_module
+from ...frameworks.torch import inference, named_layers, to_numpy, watching
 from ...layers import torch as layers
 from ...layers.torch.channels_last import ChannelsLastBatchNorm
 from ...layers.torch.group_norm import _contiguous
@@ -162,8 +164,8 @@ def swaps_back(
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """Return a copy of ``model``."""
-    return copy.deepcopy(model)
+    """Return a copy of ``model``; raises `UnsupportedError` if none can be made."""
+    return copied_module(model)
 
 
 def around(model: nn.Module) -> AbstractContextManager[None]:

@@ -54,7 +54,6 @@ class ByImport(Detector):
 
     def reparameterize(self):
         """Fold."""
-        from .folding_helpers import fuse_conv_and_bn as fold  # noqa: F401
         from .folding_helpers import fuse_conv_and_bn
 
         return [fuse_conv_and_bn(self.conv, bn) for bn in [self.bn]]
