@@ -103,7 +103,9 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """Return a copy of ``model``; tensors that a forward has left in it, as weight_norm's hook does, lose their history.
+    """Return a copy of ``model``, where tensors that a forward has left in it have no history.
+
+    Those are what the hook of weight_norm computes, or an activation that is kept.
 
     Raises `UnsupportedError` that names a module with something that Python cannot copy.
     """
@@ -114,8 +116,8 @@ def copied(model: nn.Module) -> nn.Module:
     except (RuntimeError, TypeError, copy.Error) as error:
         name, module = _not_copied(model)
         raise UnsupportedError(
-            f"{name or 'the model'}: expected a module that Python can copy, received a {type(module).__name__} that it "
-            f"cannot ({error}); take that out, or patch the model itself"
+            f"{name or 'the model'}: expected a module that Python can copy, received a {type(module).__name__} that "
+            f"it cannot ({error}); take that out, or patch the model itself"
         ) from error
 
 

@@ -34,9 +34,9 @@ class Site:
     included by name. ``kind`` is the target kind of a site that has been replaced already. ``has_statistics`` is
     False where no running statistics exist, ``any_rank`` True where the layer does not tell how many dimensions it
     is for. ``read_by`` names code of the model that reads its running statistics, ``mode_set_by`` code that
-    puts BatchNorms in a mode by their class. ``front`` is the name of the linear
-    layer whose output this site alone reads, as a dry run saw it, and ``front_biased`` whether that has a bias; ""
-    where ``unequal`` says why there is none.
+    puts BatchNorms in a mode by their class, ``masked_by`` an argument of the example that tells of padding. ``front``
+    is the name of the linear layer whose output this site alone reads, as a dry run saw it, and ``front_biased``
+    whether that has a bias; "" where ``unequal`` says why there is none.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Site:
     any_rank: bool = False
     read_by: str = ""
     mode_set_by: str = ""
+    masked_by: str = ""
     front: str = ""
     front_biased: bool = False
     unequal: str = "no example shows what is in front"
@@ -323,6 +324,8 @@ def _decide_one(
         notes.append(
             f"{site.mode_set_by} sets the mode of BatchNorms by their class: set that of the replacement there"
         )
+    if site.masked_by and site.spatial and not isinstance(target, BatchRenorm):
+        notes.append(f"{site.masked_by} tells of padding, which a sample's statistics count: they vary with it")
     if isinstance(target, GroupNorm):
         elements = None if site.spatial is None else prod(site.spatial)
         try:

@@ -22,7 +22,7 @@ def channels_of(module: nn.Module) -> int:
 
 
 def epsilon_of(module: Any) -> float:
-    """Return what a norm adds to its variance; frozen BatchNorms that do not tell have PyTorch's 1e-5 in their forward."""
+    """Return what a norm adds to its variance: of frozen BatchNorms that do not tell, the 1e-5 in their forward."""
     if isinstance(module, RunningNorm):
         return float(vars(module)["epsilon" if "epsilon" in vars(module) else "eps"])
     return float(getattr(module, "eps", 1e-5))

@@ -1,6 +1,7 @@
 """Find the BatchNorms of a PyTorch module tree and judge what stands in the way of replacing each."""
 
 import functools
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -15,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...errors import InputError, UnsupportedError, spoken
 from ...frameworks.example import Inputs
-from ...frameworks.torch import call, inference, named_layers, watching
+from ...frameworks.torch import call, inference, input_names, named_layers, watching
 from ..plan import Site
 from .batch_norm import channels_of, is_frozen, overrides, rank_of
 from .callers import choosing_mode, folding
@@ -27,6 +28,7 @@ MARK = "_normswap"
 """Attribute of a replaced module that holds its target's kind."""
 
 _PARALLEL = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
+_PADDING = re.compile(r"mask|length|(^|_)lens?($|_)|padding", re.IGNORECASE)
 _QUANTIZED = ("torch.ao.nn.", "torch.nn.intrinsic", "torch.nn.qat", "torch.nn.quantized")
 
 
@@ -49,8 +51,11 @@ def find_sites(model: nn.Module, example: Any = None) -> tuple[list[nn.Module], 
     seen = _DryRun(modules, found) if example is None else _dry_run(model, modules, found, example)
     by_name = {name: modules[key] for key, group in names.items() for name in group}
     first = {key: group[0] for key, group in names.items()}
+    masked_by = "" if example is None else _mask_in(model, example)
     sites = [
-        replace(_judge(module, names[key], seen.shapes.get(key), by_name), **seen.front(key, first))
+        replace(
+            _judge(module, names[key], seen.shapes.get(key), by_name), masked_by=masked_by, **seen.front(key, first)
+        )
         for key, module in found.items()
     ]
     holders = list(found.values())
@@ -194,6 +199,16 @@ def _dry_run_on(
         raise InputError(f"expected an example the model accepts, received one on which it fails: {error}") from error
     fronts.ended()
     return seen
+
+
+def _mask_in(model: nn.Module, example: Any) -> str:
+    """Return the name of an input that masks others or gives their lengths, "" if there is none."""
+    inputs = Inputs.of(example)
+    for name, value in zip(input_names(model, inputs), inputs.arrays.values(), strict=False):
+        kind = str(value.dtype).removeprefix("torch.")
+        if (kind == "bool" and len(value.shape) > 1) or (_PADDING.search(name) and len(value.shape) < 4):
+            return name
+    return ""
 
 
 def _noise(value: Any) -> Any:

@@ -168,7 +168,7 @@ class Swap:
         found = [None if old.get(name) is None else now.get(name, old[name]) for name in _STATISTICS]
         found += [affine.get(name) for name in _AFFINE]
         mean, var, weight, bias = (None if tensor is None else tensor.to(x.device) for tensor in found)
-        return F.batch_norm(x, mean, var, weight, bias, mean is None, 0.0, epsilon_of(self.new))  # type: ignore[arg-type]
+        return F.batch_norm(x, mean, var, weight, bias, mean is None, 0.0, epsilon_of(self.new))
 
     def restore(self) -> None:
         """Put the BatchNorm back, with the hooks and the mode of the present."""

@@ -20,9 +20,8 @@ from ...convert.recipe import Recipe
 from ...convert.state import BatchNormState
 from ...convert.targets import BatchNorm, BatchRenorm
 from ...errors import UnsupportedError, spoken
-from ...frameworks.torch import call
+from ...frameworks.torch import call, inference, named_layers, to_numpy, watching
 from ...frameworks.torch import copied as copied_module
-from ...frameworks.torch import inference, named_layers, to_numpy, watching
 from ...layers import torch as layers
 from ...layers.torch.channels_last import ChannelsLastBatchNorm
 from ...layers.torch.group_norm import _contiguous

@@ -69,7 +69,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
     """Load ``state`` into ``model``; raises `InputError` that lists what is missing, unexpected or of another shape.
 
-    Where ``state`` does not tell the versions of the modules' classes, they are those of ``model``. A missing ``num_batches_tracked`` or ``temperature`` is no misfit: old and others' checkpoints lack them.
+    Where ``state`` does not tell the versions of the modules' classes, they are those of ``model``. A missing
+    ``num_batches_tracked`` or ``temperature`` is no misfit: old and others' checkpoints lack them.
     """
     own = model.state_dict()
     missing = [k for k in own if k not in state and not k.endswith(("num_batches_tracked", "temperature"))]

@@ -284,8 +284,8 @@ def test_a_frozen_batch_norm_that_tells_no_epsilon_has_the_default(images, targe
 def test_frozen_alone_names_the_way_to_replace_them():
     """Where all are skipped as frozen, the refusal says how to have them replaced."""
     message = (
-        "expected a model with BatchNorm layers to replace, received 1 BatchNorm, all skipped (frozen: a constant scale "
-        "and shift, which no batch can disturb); name what is to be replaced all the same with include='NAME'"
+        "expected a model with BatchNorm layers to replace, received 1 BatchNorm, all skipped (frozen: a constant "
+        "scale and shift, which no batch can disturb); name what is to be replaced all the same with include='NAME'"
     )
     with pytest.raises(UnsupportedError, match=exactly(message)):
         normswap.patch(nn.Sequential(DetrFrozenBatchNorm2d(3)), "gn")
