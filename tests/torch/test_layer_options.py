@@ -139,3 +139,11 @@ class TestBatchRenorm:
         """Limits that would turn the correction round are refused."""
         with pytest.raises(ValueError, match=f"^{message}$"):
             layers.BatchRenorm2d(3).set_limits(*limits)
+
+
+@pytest.mark.parametrize("include", [5, True])
+def test_patterns_are_texts(model, include):
+    """What is no pattern and no list of them is refused as such."""
+    message = f"expected a pattern or several, each a text, received {include}"
+    with pytest.raises(normswap.errors.InputError, match=exactly(message)):
+        normswap.plan(model, "gn", include=include)
