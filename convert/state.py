@@ -40,6 +40,8 @@ class BatchNormState:
                 found.append(f"{bad} non-finite values in {label}")
         if self.var is not None and (negative := int(np.count_nonzero(self.var < 0))):
             found.append(f"{negative} negative running variances")
-        if not self.eps > 0:
-            found.append(f"eps={self.eps} is not positive")
+        if not self.eps >= 0:
+            found.append(f"eps={self.eps} is negative")
+        if self.eps == 0 and self.var is not None and (constant := int(np.count_nonzero(self.var == 0))):
+            found.append(f"{constant} running variances of 0 with eps={self.eps}")
         return found

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..errors import UnsupportedError
 from .contract import Array, Arrays, Key
 from .detect import traced_shape
 from .example import Inputs
@@ -101,10 +102,50 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
     return restore
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """Return a copy of ``model``, where tensors that a forward has left in it have no history.
+
+    Those are what the hook of weight_norm computes, or an activation that is kept.
+
+    Raises `UnsupportedError` that names a module with something that Python cannot copy.
+    """
+    left = (tensor for module in model.modules() for tensor in _held(list(vars(module).values())))
+    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in left if not tensor.is_leaf}
+    try:
+        return copy.deepcopy(model, memo)
+    except (RuntimeError, TypeError, copy.Error) as error:
+        name, module = _not_copied(model)
+        raise UnsupportedError(
+            f"{name or 'the model'}: expected a module that Python can copy, received a {type(module).__name__} that "
+            f"it cannot ({error}); take that out, or patch the model itself"
+        ) from error
+
+
+def _held(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in an attribute: in containers, but not in modules."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _held(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _held(each)
+
+
+def _not_copied(model: nn.Module) -> tuple[str, nn.Module]:
+    """Return the last module, the innermost, that Python cannot copy."""
+    for name, module in reversed(list(model.named_modules())):
+        try:
+            copy.deepcopy(module)
+        except (RuntimeError, TypeError, copy.Error):
+            return name, module
+    return "", model
+
+
 def in_double(model: nn.Module) -> nn.Module:
     """Return a copy of ``model`` that computes in float64."""
     with quiet():
-        return copy.deepcopy(model).double()
+        return copied(model).double()
 
 
 def record(model: nn.Module, example: Inputs) -> tuple[Arrays, Arrays]:

@@ -48,7 +48,7 @@ def load(model: nn.Module, checkpoint: Checkpoint, eps: float | None, batches: i
 
 def _require_same_biases(model: nn.Module, state: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     """Raise `InputError` if biases alone tell that layers in front of norms were equalized otherwise than here."""
-    own = {name for name in model.state_dict() if not name.endswith("num_batches_tracked")}
+    own = {name for name in model.state_dict() if not name.endswith(("num_batches_tracked", "temperature"))}
     ours, theirs = own - set(state), set(state) - set(model.state_dict())
     fronts = {f"{module.__dict__[FRONT]}.bias" for module in model.modules() if FRONT in module.__dict__}
     linear = {f"{name}.bias" for name, module in model.named_modules() if getattr(module, "bias", module) is None}
@@ -88,7 +88,7 @@ def _converted(
     found = {name: modules[name] for name in dimensions_of(arrays) if type(modules.get(name)) in _SWITCH_NORMS}
     _require_same_dimensions(found, dimensions_of(arrays))
     _require_same_gates(found, own)
-    require_eps({name: (norm.eps, _EPS if eps is None else (eps,)) for name, norm in found.items()})
+    require_eps({name: (norm.epsilon, _EPS if eps is None else (eps,)) for name, norm in found.items()})
     # What was not converted stays the tensor it is: NumPy has not all of torch's dtypes.
     return {n: state[n] if array is arrays.get(n) else torch.from_numpy(array) for n, array in own.items()}
 

@@ -80,7 +80,7 @@ def _anchor(norm: Any, **options: Any) -> Any:
 
 
 def _let_constants_pass(hooks: Any) -> None:
-    """Let Opacus's check for buffers overlook anchored statistics.
+    """Let Opacus's check for buffers overlook anchored statistics and the temperature.
 
     It refuses every trainable layer with buffers, as these usually follow the data; these are constants.
     """
@@ -95,7 +95,7 @@ def _let_constants_pass(hooks: Any) -> None:
 
 @contextmanager
 def _without_constants(model: nn.Module) -> Iterator[None]:
-    anchored = [m for m in model.modules() if getattr(m, "batch_statistics", None) == "frozen"]
+    anchored = [m for m in model.modules() if getattr(m, "batch_statistics", None) in ("frozen", "none")]
     held = [norm._buffers for norm in anchored]
     for norm in anchored:
         norm._buffers = {}

@@ -15,7 +15,8 @@ from .arrays import Array, Parts, Shapes, expect_shapes, expect_values, require_
 _GATES = ("mean_weight", "var_weight")
 _RUNNING = ("running_mean", "running_var")
 _COUNTER = "num_batches_tracked"
-_PARTS = ("weight", "bias", *_GATES, *_RUNNING, _COUNTER)
+_TEMPERATURE = "temperature"
+_PARTS = ("weight", "bias", *_GATES, *_RUNNING, _COUNTER, _TEMPERATURE)
 _DIMENSIONS_OF_RANK = {2: 1, 4: 2, 5: 3}
 _ROUNDING = 1e-5
 """How far below 0, relative to E[x²], rounding alone can push the variance taken from float32 sums."""
@@ -63,7 +64,7 @@ def to_switchablenorms(state: Parts, *, dimensions: int | Mapping[str, int] = 2,
     """Return what `from_switchablenorms` was given, to the last bit, with ``prefix`` before every name.
 
     ``dimensions`` is 1, 2 or 3, for all layers or by layer name. A 1d layer's instance gate joins its layer gate:
-    on (N, C) input that is the same function.
+    on (N, C) input that is the same function. Their layers have no temperature: it goes into the logits.
 
     Raises `InputError` as `from_switchablenorms` does, and for a layer without dimensions.
 
@@ -97,7 +98,8 @@ def _convert(state: Parts, convert: Callable[[str, Parts], Parts], expected: str
         except InputError as error:
             problems.append(f"{_layer(stem)}: {error}")
         else:
-            result.pop(stem + _COUNTER, None)
+            for part in (_COUNTER, _TEMPERATURE):
+                result.pop(stem + part, None)
             result |= {stem + part: array for part, array in converted.items()}
     require_none(
         problems,
@@ -127,13 +129,22 @@ def _from_published(parts: Parts, batches: int | None) -> Parts:
 def _to_published(parts: Parts, dimensions: int | None) -> Parts:
     if dimensions is None or dimensions not in _DIMENSIONS_OF_RANK.values():
         raise InputError(f"`dimensions` is {dimensions} instead of 1, 2 or 3")
-    own = {part: array for part, array in parts.items() if part != _COUNTER}
+    own = {part: array for part, array in parts.items() if part not in (_COUNTER, _TEMPERATURE)}
+    if (temperature := float(parts.get(_TEMPERATURE, np.ones(())))) != 1:
+        own |= {gate: _tempered(own[gate], temperature) for gate in _GATES if gate in own}
     channels, moving = own["weight"].size if "weight" in own else 0, dimensions == 1 or _has_batch_gate(own)
     expect_shapes(own, _shapes(0, channels, moving))
     expect_values(own)
     if dimensions == 1:
         own |= {gate: _join_instance_gate(own[gate]) for gate in _GATES}
     return {part: own[part].reshape(shape) for part, shape in _shapes(dimensions, channels, moving).items()}
+
+
+def _tempered(logits: Array, temperature: float) -> Array:
+    """Return the logits that give at temperature 1 the gates that these give at another; 0 takes the largest alone."""
+    if temperature > 0:
+        return np.asarray(logits / temperature, logits.dtype)
+    return np.where(np.arange(logits.size) == logits.argmax(), 0, CLOSED_GATE).astype(logits.dtype)
 
 
 def _has_batch_gate(parts: Parts) -> bool:

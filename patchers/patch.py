@@ -207,6 +207,8 @@ def _resolved(target: str | Target | Recipe | Rules) -> Target | Recipe | Rules:
 
 def _several(patterns: Patterns) -> tuple[str, ...]:
     """Return one pattern, several or none as a tuple; raises `InputError` for what is no text."""
+    if not isinstance(patterns, Iterable | None):
+        raise InputError(f"expected a pattern or several, each a text, received {patterns!r}")
     found = (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
     if others := [each for each in found if not isinstance(each, str)]:
         raise InputError(f"expected a pattern or several, each a text, received {others[0]!r}")

@@ -33,9 +33,10 @@ class Site:
     ``obstacle`` says why this site cannot be replaced, "" where it can; ``left`` why it is left alone unless it is
     included by name. ``kind`` is the target kind of a site that has been replaced already. ``has_statistics`` is
     False where no running statistics exist, ``any_rank`` True where the layer does not tell how many dimensions it
-    is for. ``read_by`` names code of the model that reads its running statistics. ``front`` is the name of the linear
-    layer whose output this site alone reads, as a dry run saw it, and ``front_biased`` whether that has a bias; ""
-    where ``unequal`` says why there is none.
+    is for. ``read_by`` names code of the model that reads its running statistics, ``mode_set_by`` code that
+    puts BatchNorms in a mode by their class, ``masked_by`` an argument of the example that tells of padding. ``front``
+    is the name of the linear layer whose output this site alone reads, as a dry run saw it, and ``front_biased``
+    whether that has a bias; "" where ``unequal`` says why there is none.
     """
 
     name: str
@@ -49,6 +50,8 @@ class Site:
     has_statistics: bool = True
     any_rank: bool = False
     read_by: str = ""
+    mode_set_by: str = ""
+    masked_by: str = ""
     front: str = ""
     front_biased: bool = False
     unequal: str = "no example shows what is in front"
@@ -133,7 +136,10 @@ class Plan:
         if not self.having("replace") and not self.having("done"):
             skipped = self.having("skip")
             reasons = "; ".join(sorted({decision.note for decision in skipped}))
-            found = f"{len(skipped)} BatchNorms, all skipped ({reasons})" if skipped else "none"
+            count = f"{len(skipped)} BatchNorm{'' if len(skipped) == 1 else 's'}"
+            found = f"{count}, all skipped ({reasons})" if skipped else "none"
+            if any(decision.site.left and decision.note == decision.site.left for decision in skipped):
+                found += f"; name what is to be replaced all the same with {option('include', 'NAME')}"
             return f"expected a model with BatchNorm layers to replace, received {found}"
         return ""
 
@@ -313,6 +319,13 @@ def _decide_one(
     notes = [] if site.has_statistics else ["no running statistics: gamma and beta are copied, expect a large drift"]
     if site.read_by and not isinstance(target, BatchRenorm):
         notes.append(f"{site.read_by} reads running statistics: fuse or reparameterize before the patch, not after")
+    moves = isinstance(target, BatchRenorm) or (isinstance(target, SwitchNorm) and target.batch_statistics == "moving")
+    if site.mode_set_by and moves:
+        notes.append(
+            f"{site.mode_set_by} sets the mode of BatchNorms by their class: set that of the replacement there"
+        )
+    if site.masked_by and site.spatial and not isinstance(target, BatchRenorm):
+        notes.append(f"{site.masked_by} tells of padding, which a sample's statistics count: they vary with it")
     if isinstance(target, GroupNorm):
         elements = None if site.spatial is None else prod(site.spatial)
         try:

@@ -157,7 +157,8 @@ def test_gate_logits_invert_softmax(weights):
         ({"var": np.array([1.0, -1.0])}, "1 negative running variances"),
         ({"var": np.array([np.nan, np.inf])}, "2 non-finite values in var"),
         ({"gamma": np.array([np.nan, 1.0])}, "1 non-finite values in gamma"),
-        ({"eps": 0.0}, "eps=0.0 is not positive"),
+        ({"eps": -0.1}, "eps=-0.1 is negative"),
+        ({"eps": 0.0, "var": np.array([0.0, 1.0])}, "1 running variances of 0 with eps=0.0"),
     ],
 )
 def test_unusable_states_are_refused(changes, problem):

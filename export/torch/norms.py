@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...frameworks.torch import watching
 from ...layers.torch.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from ...layers.torch.switch_norm import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d
+from ...patchers.torch.batch_norm import epsilon_of
 from ..norms import BATCH, LAYER, Gates, Norm, amplification_of, three
 
 DOMAIN = "normswap"
@@ -79,7 +80,7 @@ def _norm(name: str, module: Any, seen: float | None) -> Norm:
         spatial=(),
         gamma=np.ones(channels) if module.weight is None else _double(module.weight),
         beta=np.zeros(channels) if module.bias is None else _double(module.bias),
-        eps=float(module.eps),
+        eps=epsilon_of(module),
         gates=_gates(module),
         mean=mean,
         var=var,

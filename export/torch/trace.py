@@ -1,6 +1,5 @@
 """A PyTorch module as an ONNX graph, and as a reference to hold that graph against."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 
 from ...convert.targets import BatchRenorm
 from ...frameworks.example import Inputs
-from ...frameworks.torch import Probe, input_names, quiet
+from ...frameworks.torch import Probe, copied, input_names, quiet
 from ...layers.torch.switch_norm import CLOSED
+from ...patchers.torch.batch_norm import epsilon_of
 from ...patchers.torch.sites import MARK
 from ..norms import STATISTICS
 from ..traced import Traced
@@ -31,9 +31,9 @@ def trace(model: nn.Module, example: Inputs, *, opset: int, dynamic: bool = Fals
     The model itself is left alone. Raises `UnsupportedError` if torch cannot export it.
     """
     with quiet():
-        copied = copy.deepcopy(model).cpu().eval().requires_grad_(False)
-    stand_ins = StandIns(copied)
-    probe = Probe(copied, example, before=stand_ins.calls.clear)
+        twin = copied(model).cpu().eval().requires_grad_(False)
+    stand_ins = StandIns(twin)
+    probe = Probe(twin, example, before=stand_ins.calls.clear)
     probe.eval()
     tensors = tuple(_at_least_two(torch.as_tensor(array).cpu()) for array in example.arrays.values())
     with stand_ins.looking():
@@ -77,7 +77,7 @@ def norm_facts(model: nn.Module) -> dict[str, dict[str, Any]]:
     facts: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
         if (kind := getattr(module, MARK, None)) is not None:
-            facts[name] = {"kind": kind, "eps": module.eps}
+            facts[name] = {"kind": kind, "eps": epsilon_of(module)}
             if isinstance(module, nn.GroupNorm):
                 facts[name]["groups"] = module.num_groups
             elif kind != BatchRenorm.kind:

@@ -18,8 +18,8 @@ class GateSchedule(Hook):
     .. math:: T_k = T_0\,(T_1/T_0)^{(k - f)/(n - 1 - f)}
 
     with f the steps held and n ``steps``. Step 0 divides the logits by the temperature they had before, and the end by
-    the last T, which changes no gate; then, with ``harden``, it gives each mix to its largest gate for good. Until then
-    a PyTorch state dict holds the logits without the temperature: a model loaded from one needs this hook to go on. ::
+    the last T, which changes no gate; then, with ``harden``, it gives each mix to its largest gate for good. The
+    temperature is in the state dict, so that a copy of the model computes what the model does. ::
 
         with GateSchedule(model, 1000, freeze=0.1, temperature=(1.0, 0.1), harden=True) as hook:
             ...

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..limits import Schedule, check_schedule, checked_limits, default_limits, limits_at
+from . import rerun
 from .norm import RunningNorm, as_tensor, constant, kept, move
 from .normalize import Backward, Small, normalize, square
 from .passes import Array
@@ -98,14 +99,17 @@ class _BatchRenorm(RunningNorm):
             return F.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
             )
-        if x.numel() // self.num_features * self._processes() < 2:
+        if (
+            x.numel() and x.numel() // self.num_features * self._processes() < 2
+        ):  # none: the batch is in other processes
             raise ValueError(
                 f"{self._label}: expected more than one value per channel in training, "
                 f"received shape={tuple(x.shape)}; use a larger batch, or eval()"
             )
-        if self.schedule is not None:
+        if self.schedule is not None and not rerun.again():
             self._follow(self.schedule)
-        return normalize(x, partial(self._mix, x.shape[2:].numel()), self.weight, self.bias)
+        mix = partial(self._mix, x.shape[2:].numel(), rerun.expected())
+        return normalize(x, mix, self.weight, self.bias)
 
     def _follow(self, schedule: Schedule) -> None:
         """Set the limits of this training call, and count it."""
@@ -115,21 +119,28 @@ class _BatchRenorm(RunningNorm):
         self.step.add_(1)
 
     def _mix(
-        self, count: int, small: Small, mean: Array, var: Array, weight: Tensor | None, bias: Tensor | None
+        self,
+        count: int,
+        rerun_expected: bool,
+        small: Small,
+        mean: Array,
+        var: Array,
+        weight: Tensor | None,
+        bias: Tensor | None,
     ) -> tuple[tuple[Array, Array, Array], Backward]:
         """Return how far the batch's mean lies below each own, scale and shift, and update the running statistics."""
         batch_mean, batch_var, through_batch = self._batch_moments(mean, var, count)
         sigma = small.library.sqrt(batch_var + self.eps)
         with torch.no_grad():
-            running_mean, running_var, r_max, d_max = (
-                kept(buffer, small) for buffer in (self.running_mean, self.running_var, self.r_max, self.d_max)
-            )
+            state = self._state(batch_mean, rerun_expected and not small.watched)
+            running_mean, running_var, r_max, d_max = (kept(each, small) for each in state)
             running_mean = small.per_channel(running_mean, mean)
             running_sigma = small.library.sqrt(small.per_channel(running_var, mean) + self.eps)
             r_max, d_max = small.array(r_max), small.array(d_max)
             r = (sigma / running_sigma).clip(1 / r_max, r_max)
             d = ((batch_mean - running_mean) / running_sigma).clip(-d_max, d_max)
-            self._move(batch_mean, sigma)
+            if self._moves():
+                self._move(batch_mean, sigma)
         r, d = constant(r), constant(d)
         gamma = 1.0 if weight is None else small.per_channel(weight, mean)
         beta = 0.0 if bias is None else small.per_channel(bias, mean)
@@ -143,8 +154,17 @@ class _BatchRenorm(RunningNorm):
 
         return (mean - batch_mean, scale, gamma * d + beta), backward
 
+    def _state(self, batch_mean: Array, rerun_expected: bool) -> tuple[Tensor, ...]:
+        """Return the running mean and variance and the limits: those of the first run where this is another."""
+        state = self.running_mean, self.running_var, self.r_max, self.d_max
+        if rerun_expected:
+            rerun.remember(self, as_tensor(batch_mean).flatten(), state)
+        return (rerun.recall(self, as_tensor(batch_mean).flatten()) or state) if rerun.again() else state
+
     def _move(self, mean: Array, sigma: Array) -> None:
         momentum = self._count_batch()
+        if self.momentum == 0:
+            return  # σ and back would round
         move(self.running_mean, mean, momentum)
         sigma = as_tensor(constant(sigma)).flatten()
         averaged = (self.running_var.to(sigma.dtype) + self.eps).sqrt_()

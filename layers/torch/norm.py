@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ...errors import UnsupportedError
+from . import rerun
 from .normalize import Small, square
 from .passes import Array
 
@@ -22,6 +23,9 @@ class RunningNorm(nn.Module):
 
     The attribute ``site`` is the layer's name in a patched model. Error messages begin with it, or without one with the
     class.
+
+    A forward that a backward pass runs again, as activation checkpointing does, computes what the first run did and
+    moves nothing. With the attribute ``track_running_stats`` set to False nothing moves either, as in a BatchNorm.
 
     With the attribute ``sync`` the batch statistics in training are those of all processes of ``process_group`` (None:
     the default group) together, each weighted by how many values it has, and gradients flow through them.
@@ -49,11 +53,12 @@ class RunningNorm(nn.Module):
             raise ValueError(f"expected `num_features` of at least 1, received num_features={num_features}")
         if momentum is not None and not 0 <= momentum <= 1:
             raise ValueError(f"expected `momentum` from 0 to 1 or None, received momentum={momentum}")
-        if not eps > 0:
-            raise ValueError(f"expected `eps` above 0, received eps={eps}")
+        if not eps >= 0:
+            raise ValueError(f"expected `eps` of at least 0, received eps={eps}")
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
+        self.track_running_stats = track
         self.site = ""
         self.sync = False
         self.process_group: Any = None
@@ -76,7 +81,18 @@ class RunningNorm(nn.Module):
             node: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), {})
             return node
         self._check(x)
-        return self._normalized(x)
+        return self._normalized(x) if x.numel() else self._of_nothing(x)
+
+    def _of_nothing(self, x: Tensor) -> Tensor:
+        """Return what is normalized of no value at all, as BatchNorm does: nothing, and no statistic moves.
+
+        The other processes wait for this one's share of the batch, which is none, and for a gradient of each parameter.
+        """
+        if self._takes_batch() and self._processes() > 1:
+            x = x + self._normalized(x.reshape(0, self.num_features, *[1] * (x.dim() - 2))).sum()
+        elif self._takes_batch() and self._moves():
+            self._count_batch()
+        return x + sum(parameter.sum() for parameter in self.parameters(recurse=False))
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Refuse `torch.jit.script`, which asks this of every module before it reads any code."""
@@ -88,9 +104,18 @@ class RunningNorm(nn.Module):
     def _normalized(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def _takes_batch(self) -> bool:
+        """Whether a call takes the statistics of its batch."""
+        return self.training
+
+    def _moves(self) -> bool:
+        """Whether a call that takes its batch's statistics moves the running ones, and is counted."""
+        return self.track_running_stats and not rerun.again()
+
     def extra_repr(self) -> str:
         """Return the arguments shown by ``print(module)``."""
-        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.weight is not None}"
+        eps = self.__dict__.get("epsilon", self.__dict__.get("eps"))
+        return f"{self.num_features}, eps={eps}, momentum={self.momentum}, affine={self.weight is not None}"
 
     def _check(self, x: Tensor) -> None:
         if x.dim() not in self.ranks:
@@ -100,8 +125,6 @@ class RunningNorm(nn.Module):
             raise ValueError(f"{self._label}: expected {self.num_features} channels, received shape={tuple(x.shape)}")
         if not x.is_floating_point():
             raise TypeError(f"{self._label}: expected a floating-point input, received dtype={x.dtype}; cast it first")
-        if x.numel() == 0:
-            raise ValueError(f"{self._label}: expected at least one value, received shape={tuple(x.shape)}")
 
     @property
     def _label(self) -> str:
@@ -119,11 +142,11 @@ class RunningNorm(nn.Module):
         over_processes, total = _as_it_is, mean.shape[0] * count
         if self._processes() > 1:
             over_processes = self._over_processes
-            total = over_processes(mean[:1, :1] * 0 + total)
-        batch_mean = over_processes(mean.sum(0, keepdims=True)) * (count / total)
+            total = over_processes(mean.sum(0, keepdims=True)[:, :1] * 0 + total)
+        batch_mean = over_processes(mean.sum(0, keepdims=True) * count) / total
         difference = mean - batch_mean
         weight = count / (total - correction)
-        batch_var = over_processes((var + square(difference)).sum(0, keepdims=True)) * weight
+        batch_var = over_processes((var + square(difference)).sum(0, keepdims=True) * count) / (total - correction)
 
         def backward(d_mean: Array, d_var: Array) -> tuple[Array, Array]:
             d_var = over_processes(d_var) * weight

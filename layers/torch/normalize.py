@@ -28,6 +28,11 @@ class Small(NamedTuple):
     dtype: torch.dtype
     array: Callable[[Tensor], Array]
 
+    @property
+    def watched(self) -> bool:
+        """Whether these are the plain operations that a tracer or a function transform is to see."""
+        return self.array is wide
+
     def per_channel(self, vector: Tensor, like: Array) -> Array:
         """Return a (C,) vector as an array that broadcasts along dimension 1 of ``like``."""
         return self.array(vector).reshape(1, -1, *[1] * (like.ndim - 2))

@@ -104,6 +104,8 @@ def _run(name: str, data: list[Tensor], small: list[Array], *, by_sample: bool =
     """
     x = data[-1]
     samples, channels = x.shape[:2]
+    if not samples:
+        return
     rows = x.is_contiguous()
     if rows:
         shape: tuple[int, ...] = (samples, channels, -1) if by_sample else (samples * channels, -1)

@@ -35,10 +35,10 @@ class _SwitchNorm(RunningNorm):
     inference. ``"frozen"`` takes the running ones always and never updates them: no sample sees another.
     ``"none"`` has two gates, instance and layer, and no running statistics.
 
-    ``zero_init`` starts γ at 0, for the last norm of a residual branch. The attribute ``temperature`` (1.0) divides the
-    logits before the softmax; 0 takes the largest gate alone. It is not in the state dict; `harden` takes the largest
-    gate for good. It may be a tensor, which a compiled layer reads anew at every call where a number is built in; that
-    has to be above 0.
+    ``zero_init`` starts γ at 0, for the last norm of a residual branch. The buffer ``temperature`` (1.0) divides the
+    logits before the softmax; 0 takes the largest gate alone. A number can be assigned to it, which a compiled layer
+    reads at the next call. It is in the state dict, so that averages of a model follow it; one without it loads, and
+    leaves it as it is. `harden` takes the largest gate for good.
 
     ``compat="switchablenorms"`` computes what switchablenorms/Switchable-Normalization does: the variance of a map is
     unbiased, and the layer's and batch's are mixed from it; for (N, C) input those over C and N are unbiased, and the
@@ -46,6 +46,8 @@ class _SwitchNorm(RunningNorm):
     variance 0; ``momentum`` is the weight of the old value. Its ``last_gamma`` is ``zero_init`` here and its
     ``using_bn=False`` is ``batch_statistics="none"``. ``momentum="auto"`` is 0.1, with compat theirs: 0.9 in 2d,
     0.997 in 1d and 3d. `normswap.interop.switchablenorms` reads and writes its checkpoints.
+
+    It cannot be folded as a BatchNorm can, so ``eps``, which code that does so reads, is called ``epsilon``.
 
     Statistics are computed in float32 for narrower inputs; output has the input's dtype and shape.
 
@@ -57,6 +59,8 @@ class _SwitchNorm(RunningNorm):
     """
 
     published_momentum: ClassVar[float]
+    epsilon: float
+    temperature: Tensor
 
     def __init__(
         self,
@@ -92,7 +96,7 @@ class _SwitchNorm(RunningNorm):
         )
         self.batch_statistics = batch_statistics
         self.compat = compat
-        self.temperature: float | Tensor = 1.0
+        self.register_buffer("temperature", torch.tensor(1.0, device=device))
         gates = 3 if track else 2
         self.mean_weight = nn.Parameter(torch.ones(gates, device=device, dtype=dtype))
         self.var_weight = nn.Parameter(torch.ones(gates, device=device, dtype=dtype))
@@ -110,11 +114,30 @@ class _SwitchNorm(RunningNorm):
         """Return the gates of the mean and of the variance, in the order instance, layer, batch."""
         return self._gates(self.mean_weight), self._gates(self.var_weight)
 
-    def _gates(self, logits: Tensor) -> Tensor:
+    def _gates(self, logits: Tensor, watched: bool = True) -> Tensor:
         logits = wide(logits)
-        if not isinstance(self.temperature, Tensor) and self.temperature == 0:
-            return F.one_hot(logits.argmax(), logits.numel()).to(logits.dtype)
-        return (logits / self.temperature).softmax(0)
+        if not watched and self.temperature.device.type == "cpu" and (number := float(self.temperature)):
+            return (logits / number).softmax(0)  # faster than what follows, which is the same
+        largest = torch.arange(logits.numel(), device=logits.device) == logits.argmax()
+        return torch.where(self.temperature > 0, (logits / self._divisor()).softmax(0), largest.to(logits.dtype))
+
+    def _divisor(self) -> Tensor:
+        return torch.where(self.temperature > 0, self.temperature, 1)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "temperature" and not isinstance(value, Tensor):
+            self.temperature.fill_(value)
+        else:
+            super().__setattr__("epsilon" if name == "eps" else name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "eps":  # which whoever folds a BatchNorm into a convolution reads
+            raise AttributeError(
+                f"{self._label}: expected a BatchNorm, which folds into the layer in front, received a "
+                f"{type(self).__name__}, which does not, as each sample has a share in its statistics; fuse the model "
+                "before the patch or not at all (ε is the attribute `epsilon`)"
+            )
+        return super().__getattr__(name)
 
     def harden(self) -> None:
         """Give each mix to its largest gate for good: that gate becomes 1 and the others 0, which export can fold."""
@@ -125,16 +148,21 @@ class _SwitchNorm(RunningNorm):
 
     def _normalized(self, x: Tensor) -> Tensor:
         parameters = self.weight, self.bias, self.mean_weight, self.var_weight
-        constant = x.dim() > 2 and self.compat is None and not (self.training and self.batch_statistics == "moving")
+        constant = x.dim() > 2 and self.compat is None and not self._takes_batch()
         if constant and inferring(x, *parameters):
             return self._infer(x)
         return normalize(x, partial(self._mix, x.shape[2:].numel()), *parameters)
 
+    def _takes_batch(self) -> bool:
+        return self.training and self.batch_statistics == "moving"
+
     def _infer(self, x: Tensor) -> Tensor:
         """Normalize maps with constant batch statistics and no gradient to come, in one pass through memory."""
-        gates = torch.stack([self._gates(logits.double()) for logits in (self.mean_weight, self.var_weight)])
+        gates = torch.stack(
+            [self._gates(logits.double(), watched=False) for logits in (self.mean_weight, self.var_weight)]
+        )
         fixed_mean = gates.new_zeros(self.num_features)
-        fixed_var = torch.full_like(fixed_mean, self.eps)
+        fixed_var = torch.full_like(fixed_mean, self.epsilon)
         if self.batch_statistics != "none":
             fixed_mean, fixed_var = (
                 gates[0, 2] * self.running_mean.double(),
@@ -147,13 +175,13 @@ class _SwitchNorm(RunningNorm):
 
     def _check(self, x: Tensor) -> None:
         super()._check(x)
-        if self.compat is None:
+        if self.compat is None or not x.numel():
             return
         if x.dim() > 2:
             counts = {"values per sample and channel": x.shape[2:].numel()}
         else:
             counts = {"channels": x.shape[1]}
-            if self.training and self.batch_statistics == "moving":
+            if self._takes_batch():
                 counts["samples in training"] = x.shape[0] * self._processes()
         for what, number in counts.items():
             if number < 2:
@@ -183,7 +211,9 @@ class _SwitchNorm(RunningNorm):
         layer_var = (var + square(above_layer)).mean(1, keepdims=True)
         if correction:
             layer_var = layer_var * unbias_layer
-        mean_gates, var_gates = (small.array(self._gates(logits.to(small.dtype))) for logits in gate_logits)
+        mean_gates, var_gates = (
+            small.array(self._gates(logits.to(small.dtype), small.watched)) for logits in gate_logits
+        )
         # A vector's own statistics are its layer's. Means are mixed as differences, which a large mean costs no digits.
         layer_gates = [gates[1] if maps else gates[0] + gates[1] for gates in (mean_gates, var_gates)]
         own_var = var if maps else layer_var
@@ -192,12 +222,12 @@ class _SwitchNorm(RunningNorm):
             mixed_var = mixed_var + var_gates[0] * var
         through_batch = None
         if self.batch_statistics == "none":
-            mixed_var = mixed_var + self.eps
+            mixed_var = mixed_var + self.epsilon
         else:
             batch_mean, batch_var, through_batch = self._batch_statistics(small, count, mean, var, correction)
             above_batch = mean - batch_mean
             away = away + mean_gates[2] * above_batch
-            mixed_var = mixed_var + (var_gates[2] * batch_var + self.eps)  # constant at inference
+            mixed_var = mixed_var + (var_gates[2] * batch_var + self.epsilon)  # constant at inference
         sigma = small.library.sqrt(mixed_var)
         gamma = 1.0 if weight is None else small.per_channel(weight, mean)
         beta = 0.0 if bias is None else small.per_channel(bias, mean)
@@ -232,18 +262,19 @@ class _SwitchNorm(RunningNorm):
     def _d_logits(self, small: Small, gates: Array, d_gates: list[Array]) -> Array:
         d_gates = small.library.stack(d_gates)
         # A one-hot gate gives 0.
-        return gates * (d_gates - (gates * d_gates).sum()) / (float(self.temperature) or 1.0)
+        return gates * (d_gates - (gates * d_gates).sum()) / small.array(self._divisor())
 
     def _batch_statistics(
         self, small: Small, count: int, mean: Array, var: Array, correction: int
     ) -> tuple[Array, Array, Callable[[Array, Array], tuple[Array, Array]] | None]:
-        if not self.training or self.batch_statistics == "frozen":
+        if not self._takes_batch():
             return small.per_channel(self.running_mean, mean), small.per_channel(self.running_var, mean), None
         batch_mean, batch_var, backward = self._batch_moments(mean, var, count, correction)
-        with torch.no_grad():
-            momentum = self._count_batch()
-            move(self.running_mean, batch_mean, momentum)
-            move(self.running_var, batch_var, momentum)
+        if self._moves():
+            with torch.no_grad():
+                momentum = self._count_batch()
+                move(self.running_mean, batch_mean, momentum)
+                move(self.running_var, batch_var, momentum)
         return batch_mean, batch_var, backward
 
     def _count_batch(self) -> float | Tensor:
@@ -259,6 +290,7 @@ class _SwitchNorm(RunningNorm):
                     f"received shape={tuple(state_dict[key].shape)}; give the layer the batch_statistics it was saved "
                     "with"
                 )
+        state_dict.setdefault(f"{prefix}temperature", self.temperature)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ...layers.torch.norm import RunningNorm
 from .subclasses import After, after, nothing_more
 
 _RANKS = {cls._check_input_dim: rank for rank, cls in enumerate((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), 1)}
@@ -18,6 +19,13 @@ def channels_of(module: nn.Module) -> int:
         if isinstance(channels := getattr(module, name, None), int):
             return channels
     return int(module.running_mean.numel())  # type: ignore[operator]
+
+
+def epsilon_of(module: Any) -> float:
+    """Return what a norm adds to its variance: of frozen BatchNorms that do not tell, the 1e-5 in their forward."""
+    if isinstance(module, RunningNorm):
+        return float(vars(module)["epsilon" if "epsilon" in vars(module) else "eps"])
+    return float(getattr(module, "eps", 1e-5))
 
 
 def rank_of(module: nn.Module, spatial: tuple[int, ...] | None) -> int | None:
@@ -40,7 +48,7 @@ def normalized(module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
     if added_by(module) is nothing_more:
         return output
     mean, var = module.running_mean, module.running_var
-    return F.batch_norm(x, mean, var, module.weight, module.bias, mean is None, 0.0, module.eps)  # type: ignore[arg-type]
+    return F.batch_norm(x, mean, var, module.weight, module.bias, mean is None, 0.0, epsilon_of(module))  # type: ignore[arg-type]
 
 
 def is_frozen(module: nn.Module) -> bool:

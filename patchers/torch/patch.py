@@ -1,6 +1,5 @@
 """Plan and replace the BatchNorms of a PyTorch module tree."""
 
-import copy
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...convert.recipe import Recipe, Rules
 from ...convert.targets import Mode, Target
-from ...frameworks.torch import named_layers
+from ...frameworks.torch import copied, named_layers
 from ..plan import Plan, Report, decide
 from ..swap import Swap as Change
 from ..swap import carry_out
@@ -55,7 +54,7 @@ def patch(
     Every replacement is built before the first is put in place; if anything fails, the model is as it was.
     """
     if not inplace:
-        model = copy.deepcopy(model)
+        model = copied(model)
     with lifted(model) as graphs, _collector_paused():
         found = _Found(model, example)
         decided = found.decide(target, include, exclude, where, mode, solve)
@@ -64,7 +63,7 @@ def patch(
     changed = {name for decision in decided.having("replace") for name in (decision.site.name, decision.front)}
     changes: list[Change] = [*(graph.of(changed) for graph in graphs), *swaps]
     with _collector_paused():
-        return carry_out(model, decided, changes, lambda: _batch_norms(model))
+        return carry_out(model, decided, changes, lambda: _batch_norms(model), copied=copied)
 
 
 class _Found:

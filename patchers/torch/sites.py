@@ -1,7 +1,7 @@
 """Find the BatchNorms of a PyTorch module tree and judge what stands in the way of replacing each."""
 
 import functools
-import inspect
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -16,9 +16,10 @@ from torch.overrides import TorchFunctionMode
 
 from ...errors import InputError, UnsupportedError, spoken
 from ...frameworks.example import Inputs
-from ...frameworks.torch import call, inference, named_layers, watching
+from ...frameworks.torch import call, inference, input_names, named_layers, watching
 from ..plan import Site
 from .batch_norm import channels_of, is_frozen, overrides, rank_of
+from .callers import choosing_mode, folding
 from .fronts import Fronts
 from .graphs import norms_of
 from .subclasses import after
@@ -27,8 +28,8 @@ MARK = "_normswap"
 """Attribute of a replaced module that holds its target's kind."""
 
 _PARALLEL = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
+_PADDING = re.compile(r"mask|length|(^|_)lens?($|_)|padding", re.IGNORECASE)
 _QUANTIZED = ("torch.ao.nn.", "torch.nn.intrinsic", "torch.nn.qat", "torch.nn.quantized")
-_FOLDS = {"running_mean", "running_var", "fuse_conv_bn_eval", "fuse_conv_bn_weights"}
 
 
 def find_sites(model: nn.Module, example: Any = None) -> tuple[list[nn.Module], list[Site]]:
@@ -50,8 +51,11 @@ def find_sites(model: nn.Module, example: Any = None) -> tuple[list[nn.Module], 
     seen = _DryRun(modules, found) if example is None else _dry_run(model, modules, found, example)
     by_name = {name: modules[key] for key, group in names.items() for name in group}
     first = {key: group[0] for key, group in names.items()}
+    masked_by = "" if example is None else _mask_in(model, example)
     sites = [
-        replace(_judge(module, names[key], seen.shapes.get(key), by_name), **seen.front(key, first))
+        replace(
+            _judge(module, names[key], seen.shapes.get(key), by_name), masked_by=masked_by, **seen.front(key, first)
+        )
         for key, module in found.items()
     ]
     holders = list(found.values())
@@ -83,7 +87,8 @@ def _judge(
             left = "part of a quantization-aware module"
         elif is_frozen(module):
             left = "frozen: a constant scale and shift, which no batch can disturb"
-    readers = (f"{name or 'the model'} ({folds})" for name, cls in above if (folds := _folds(cls)))
+    readers = (f"{name or 'the model'} ({folds})" for name, cls in above if (folds := folding(cls)))
+    freezers = (f"{name or 'the model'} ({trains})" for name, cls in above if (trains := choosing_mode(cls)))
     return Site(
         name=names[0],
         aliases=tuple(names[1:]),
@@ -93,6 +98,7 @@ def _judge(
         obstacle="" if MARK in module.__dict__ else _obstacle(module, left),
         left=left,
         read_by=next(readers, ""),
+        mode_set_by=next(freezers, ""),
         any_rank=rank_of(module, spatial) is None,
         kind=module.__dict__.get(MARK),
         has_statistics=getattr(module, "running_mean", None) is not None,
@@ -116,24 +122,11 @@ def _obstacle(module: nn.Module, left: str) -> str:
                 f"{owner.__name__} overrides {method}, which a replacement would lose: say what it adds with "
                 "normswap.register_batch_norm"
             )
-    for name in ("weight", "bias", "eps"):
+    for name in ("weight", "bias") if is_frozen(module) else ("weight", "bias", "eps"):
         if not hasattr(module, name):
             return f"it has no attribute {name}"
     if not {"weight", "bias"}.isdisjoint(module.__dict__):
         return "its weight or bias is computed by a hook: make it permanent first, as torch.nn.utils.prune.remove does"
-    return ""
-
-
-@functools.cache
-def _folds(cls: type) -> str:
-    """Return the name of a method of ``cls`` that reads running statistics, as those that fold a BatchNorm do."""
-    for base in cls.__mro__:
-        if base.__module__.startswith("torch.") or base is object:
-            continue
-        for name, value in vars(base).items():
-            code = getattr(inspect.unwrap(value), "__code__", None) if callable(value) else None
-            if code is not None and not _FOLDS.isdisjoint(code.co_names):
-                return f"{cls.__name__}.{name}"
     return ""
 
 
@@ -206,6 +199,16 @@ def _dry_run_on(
         raise InputError(f"expected an example the model accepts, received one on which it fails: {error}") from error
     fronts.ended()
     return seen
+
+
+def _mask_in(model: nn.Module, example: Any) -> str:
+    """Return the name of an input that masks others or gives their lengths, "" if there is none."""
+    inputs = Inputs.of(example)
+    for name, value in zip(input_names(model, inputs), inputs.arrays.values(), strict=False):
+        kind = str(value.dtype).removeprefix("torch.")
+        if (kind == "bool" and len(value.shape) > 1) or (_PADDING.search(name) and len(value.shape) < 4):
+            return name
+    return ""
 
 
 def _noise(value: Any) -> Any:

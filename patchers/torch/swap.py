@@ -25,7 +25,7 @@ from ...frameworks.torch import named_layers
 from ...layers import torch as layers
 from ...layers.torch.group_norm import guard
 from ..plan import Decision, Site
-from .batch_norm import added_by, channels_of, rank_of
+from .batch_norm import added_by, channels_of, epsilon_of, rank_of
 from .equalized import Absorbed, absorbed
 from .fronts import read_front
 from .sites import MARK
@@ -168,7 +168,7 @@ class Swap:
         found = [None if old.get(name) is None else now.get(name, old[name]) for name in _STATISTICS]
         found += [affine.get(name) for name in _AFFINE]
         mean, var, weight, bias = (None if tensor is None else tensor.to(x.device) for tensor in found)
-        return F.batch_norm(x, mean, var, weight, bias, mean is None, 0.0, self.new.eps)  # type: ignore[arg-type]
+        return F.batch_norm(x, mean, var, weight, bias, mean is None, 0.0, epsilon_of(self.new))
 
     def restore(self) -> None:
         """Put the BatchNorm back, with the hooks and the mode of the present."""
@@ -298,8 +298,10 @@ class _FromBatchNorm:
                 found |= {name: mean.new_tensor(getattr(self.target, name)) for name in ("r_max", "d_max")}
         else:
             with _naming(prefix.removesuffix(".")):
-                values = _carry(found, float(module.eps), mean.numel(), self.target, self.spatial)  # type: ignore[arg-type]
+                values = _carry(found, epsilon_of(module), mean.numel(), self.target, self.spatial)
             found |= {name: value.to(mean) for name, value in values.items()}
+            if "temperature" in own and own["temperature"].is_meta:
+                state[f"{prefix}temperature"] = mean.new_tensor(1.0)
         for name in _TENSORS | _SINCE_BATCH_NORM:
             state.pop(prefix + name, None)
             if own.get(name) is not None:
@@ -333,7 +335,7 @@ class _FrontFromBatchNorm:
         fits = not ours and tensors["running_mean"].shape == (channels_of(norm),)  # type: ignore[union-attr]
         if fits and weights["weight"].shape == layer._parameters["weight"].shape:  # type: ignore[union-attr]
             with _naming(f"{prefix}{self.norm}"):
-                batch_norm = _state(tensors, float(norm.eps), channels_of(norm))  # type: ignore[arg-type]
+                batch_norm = _state(tensors, epsilon_of(norm), channels_of(norm))
                 found = _equalized(batch_norm, target, self.decision, layer, True, weights)
             like: Any = weights["weight"]
             for name, value in absorbed(layer, {k: v for k, v in weights.items() if v is not None}, found).items():
@@ -384,7 +386,7 @@ def _build(module: nn.Module, target: Target, site: Site, like: Tensor | None) -
     """Return the replacement, with the BatchNorm's settings, statistics, and for BatchRenorm its γ and β."""
     floating = like is not None and like.is_floating_point()
     common: dict[str, Any] = {
-        "eps": module.eps,
+        "eps": epsilon_of(module),
         "device": None if like is None else like.device,
         "dtype": like.dtype if like is not None and floating else None,
     }
@@ -393,10 +395,9 @@ def _build(module: nn.Module, target: Target, site: Site, like: Tensor | None) -
         return nn.GroupNorm(target.groups, site.channels, **common)
     dimensions = rank_of(module, site.spatial)
     assert dimensions is not None  # an obstacle otherwise
-    common["momentum"] = getattr(module, "momentum", 0.1)
     new: nn.Module
     if isinstance(target, SwitchNorm):
-        common |= {} if target.compat is None else {"compat": target.compat, "momentum": "auto"}
+        common |= {} if target.compat is None else {"compat": target.compat}
         new = _SWITCH_NORMS[dimensions](site.channels, batch_statistics=target.batch_statistics, **common)
     else:
         assert isinstance(target, BatchRenorm)  # the way back has swaps of its own
@@ -405,9 +406,20 @@ def _build(module: nn.Module, target: Target, site: Site, like: Tensor | None) -
     for name, buffer in module._buffers.items():
         if name in new._buffers and buffer is not None:
             new._buffers[name] = buffer
+    _move_alike(new, module, target)
     if "process_group" in module.__dict__:
         new.sync, new.process_group = True, module.process_group
     return new
+
+
+def _move_alike(new: Any, module: Any, target: Target) -> None:
+    """Have the running statistics move as a BatchNorm's do, whatever has been set on it since it was made."""
+    if getattr(target, "compat", None) is None:
+        new.momentum = getattr(module, "momentum", 0.1)
+        if new.momentum is None and getattr(module, "num_batches_tracked", None) is None:
+            new.momentum = 0.0  # an average over a count that is not kept
+    if getattr(module, "running_mean", None) is not None:
+        new.track_running_stats = bool(getattr(module, "track_running_stats", True))
 
 
 def _carried(module: nn.Module, new: nn.Module, target: Target, site: Site) -> dict[str, Tensor]:
@@ -418,7 +430,7 @@ def _carried(module: nn.Module, new: nn.Module, target: Target, site: Site) -> d
     tensors = {name: getattr(module, name, None) for name in _TENSORS}
     if isinstance(target, BatchRenorm):  # what is no parameter is computed by a parametrization, or frozen
         return {name: value for name in _AFFINE if name not in own and (value := tensors[name]) is not None}
-    return _carry(tensors, float(module.eps), site.channels, target, site.spatial)  # type: ignore[arg-type]
+    return _carry(tensors, epsilon_of(module), site.channels, target, site.spatial)
 
 
 def _carry(
@@ -439,7 +451,7 @@ def read_state(layer: nn.Module) -> BatchNormState | None:
     if any(tensor.is_meta for tensor in _own_tensors(layer)):
         return None
     tensors = {name: getattr(layer, name, None) for name in (*_AFFINE, *_STATISTICS)}
-    return _state(tensors, float(layer.eps), channels_of(layer))  # type: ignore[arg-type]
+    return _state(tensors, epsilon_of(layer), channels_of(layer))
 
 
 def _state(tensors: Mapping[str, Tensor | None], eps: float, channels: int) -> BatchNormState:

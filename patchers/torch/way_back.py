@@ -21,12 +21,14 @@ from ...convert.state import BatchNormState
 from ...convert.targets import BatchNorm, BatchRenorm
 from ...errors import UnsupportedError, spoken
 from ...frameworks.torch import call, inference, named_layers, to_numpy, watching
+from ...frameworks.torch import copied as copied_module
 from ...layers import torch as layers
 from ...layers.torch.channels_last import ChannelsLastBatchNorm
 from ...layers.torch.group_norm import _contiguous
 from ...layers.torch.norm import RunningNorm
 from ..plan import Decision, Site
 from ..swap import Swap
+from .batch_norm import epsilon_of
 from .sites import MARK, find_sites
 from .swap import _become, _FromBatchNorm, read_state
 
@@ -99,7 +101,7 @@ def channel_axis(layer: nn.Module) -> int:
 
 def epsilon(layer: nn.Module) -> float:
     """Return what a norm adds to its variance."""
-    return float(layer.eps)  # type: ignore[arg-type]
+    return epsilon_of(layer)
 
 
 def exact_state(layer: nn.Module) -> BatchNormState | None:
@@ -161,8 +163,8 @@ def swaps_back(
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """Return a copy of ``model``."""
-    return copy.deepcopy(model)
+    """Return a copy of ``model``; raises `UnsupportedError` if none can be made."""
+    return copied_module(model)
 
 
 def around(model: nn.Module) -> AbstractContextManager[None]:

@@ -1,13 +1,15 @@
 """State dicts of PyTorch models: read without running code, and fitted with a list of what does not fit."""
 
+import json
 import pickle
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ...errors import InputError, UnsupportedError
@@ -17,6 +19,10 @@ from ..misfit import misfit
 PICKLE_SUFFIXES = (".pt", ".pth", ".th", ".bin")
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
+_VERSIONS = "versions"
+"""Where a file says which version of its class each module's tensors are of, as a state dict's ``_metadata`` does."""
+
+Versions = Mapping[str, Mapping[str, Any]]
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -31,7 +37,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     require_file(path)
     if path.suffix == ".safetensors":
         try:
-            return safetensors.torch.load_file(path)
+            with safe_open(path, "pt") as file:
+                told = (file.metadata() or {}).get(_VERSIONS)
+            return _versioned(safetensors.torch.load_file(path), None if told is None else _versions_in(told))
         except (SafetensorError, OSError) as error:
             raise InputError(f"expected weights in {path}, received a damaged file: {error}") from None
     if path.suffix not in PICKLE_SUFFIXES:
@@ -61,10 +69,11 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
     """Load ``state`` into ``model``; raises `InputError` that lists what is missing, unexpected or of another shape.
 
-    A missing ``num_batches_tracked`` is no misfit: old checkpoints lack it.
+    Where ``state`` does not tell the versions of the modules' classes, they are those of ``model``. A missing
+    ``num_batches_tracked`` or ``temperature`` is no misfit: old and others' checkpoints lack them.
     """
     own = model.state_dict()
-    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    missing = [k for k in own if k not in state and not k.endswith(("num_batches_tracked", "temperature"))]
     unexpected = [k for k in state if k not in own]
     shapes = [
         f"{k}: {tuple(own[k].shape)} in the model, {tuple(state[k].shape)} in the file"
@@ -73,12 +82,35 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], origin: str) 
     ]
     if missing or unexpected or shapes:
         raise misfit(origin, missing, unexpected, shapes, patched=_of_a_patched_model(missing, unexpected))
-    model.load_state_dict(state, strict=False)
+    versions = getattr(state, "_metadata", None)
+    model.load_state_dict(
+        _versioned(state, getattr(own, "_metadata", {}) if versions is None else versions), strict=False
+    )
 
 
 def write_state_dict(model: nn.Module, path: Path) -> None:
     """Write the model's state to a ``.safetensors`` file; tensors that share memory are written each for itself."""
-    safetensors.torch.save_file({k: v.detach().cpu().clone().contiguous() for k, v in model.state_dict().items()}, path)
+    state = model.state_dict()
+    told = {name: known["version"] for name, known in getattr(state, "_metadata", {}).items() if "version" in known}
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+    safetensors.torch.save_file(tensors, path, metadata={_VERSIONS: json.dumps(told)})
+
+
+def _versioned(state: Mapping[str, Tensor], versions: Versions | None) -> dict[str, Tensor]:
+    """Return a state dict that tells the versions of the modules' classes, which some need to be loaded."""
+    result: Any = OrderedDict(state)
+    if versions is not None:
+        result._metadata = OrderedDict(versions)
+    return result  # type: ignore[no-any-return]
+
+
+def _versions_in(text: str) -> Versions | None:
+    """Return the versions that a file tells; None for what is none of ours."""
+    try:
+        told = json.loads(text)
+    except ValueError:
+        return None
+    return {name: {"version": version} for name, version in told.items()} if isinstance(told, dict) else None
 
 
 def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
@@ -89,10 +121,15 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
         kind = type(content).__name__
         raise InputError(f"expected a state dict of tensors in {path}, received a {kind} with other content")
     state = {str(name): tensor for name, tensor in content.items()}
+    versions = getattr(content, "_metadata", None)
     for prefix in _PREFIXES:
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
+            if versions is not None:
+                versions = {
+                    f"{name}.".removeprefix(prefix).removesuffix("."): known for name, known in versions.items()
+                }
+    return _versioned(state, versions)
 
 
 def _of_a_patched_model(missing: list[str], unexpected: list[str]) -> bool:

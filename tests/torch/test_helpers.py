@@ -120,11 +120,37 @@ def work(rank, path, cases, results):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("first", [3, 5])
+def work_by_size(rank, path, layer, images, results):
+    """One of two processes, whose images have a size of their own."""
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    layer = convert_sync(copy.deepcopy(layer.train()))
+    layer(images[rank])
+    results[rank] = layer.running_mean, layer.running_var
+    dist.destroy_process_group()
+
+
+def test_processes_may_have_images_of_different_sizes(tmp_path):
+    """Each process's share of the batch statistics is weighted by how many values it has."""
+    torch.manual_seed(0)
+    images = [torch.randn(2, 4, 3, 5, dtype=torch.float64), torch.randn(3, 4, 2, 2, dtype=torch.float64) + 3]
+    layer = filled(SwitchNorm2d, 4, momentum=1.0, dtype=torch.float64)
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(work_by_size, (tmp_path / "rendezvous", layer, images, results), nprocs=2)
+        shares = [results[0], results[1]]
+
+    values = torch.cat([each.movedim(1, -1).flatten(0, 2) for each in images])
+    for mean, var in shares:
+        torch.testing.assert_close(mean, values.mean(0), atol=1e-10, rtol=1e-10)
+        torch.testing.assert_close(var, values.var(0, unbiased=False), atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("first", [3, 5, 6])
 def test_two_processes_are_one_on_the_whole_batch(first, tmp_path):
     """Outputs, gradients, running statistics and those re-estimated agree to 1e-10.
 
-    Shares may be uneven, and of two vectors each process may have one, which alone has no variance.
+    Shares may be uneven, one may have no sample, and of two vectors each process may have one, which alone has no
+    variance.
     """
     torch.manual_seed(0)
     x = torch.randn(6, 4, 3, 5, dtype=torch.float64) * 2 + 1
@@ -181,3 +207,14 @@ def test_a_training_gives_the_synchronization_back(monkeypatch):
         _ = 1 / 0
 
     assert [(layer.sync, layer.process_group) for layer in model] == [(True, group), (False, None)]
+
+
+def test_statistics_are_those_of_the_samples_there_are():
+    """A call without samples takes no part in what is re-estimated."""
+    x = torch.randn(6, 3, 4, 4)
+    layers = [filled(SwitchNorm2d, 3) for _ in range(2)]
+    for layer, batches in zip(layers, ([x], [x[:0], x, x[:0]]), strict=True):
+        update_statistics(layer, batches)
+
+    assert torch.equal(layers[0].running_mean, layers[1].running_mean)
+    assert torch.equal(layers[0].running_var, layers[1].running_var)

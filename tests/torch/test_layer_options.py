@@ -49,7 +49,7 @@ class TestSwitchNorm:
         layer = layers.SwitchNorm2d(5, batch_statistics="none")
 
         assert [gate.tolist() for gate in layer.gates()] == [[0.5, 0.5]] * 2
-        assert dict(layer.named_buffers()) == {}
+        assert [name for name, _ in layer.named_buffers()] == ["temperature"]
         assert torch.isfinite(layer(torch.randn(1, 5, 1, 1))).all()
 
     @pytest.mark.parametrize("strict", [True, False])
@@ -73,8 +73,8 @@ class TestSwitchNorm:
         """Constructor arguments are checked by name."""
         with pytest.raises(ValueError, match=r"^expected `num_features` of at least 1, received num_features=0$"):
             layers.SwitchNorm2d(0)
-        with pytest.raises(ValueError, match=r"^expected `eps` above 0, received eps=0$"):
-            layers.SwitchNorm2d(3, eps=0)
+        with pytest.raises(ValueError, match=r"^expected `eps` of at least 0, received eps=-1$"):
+            layers.SwitchNorm2d(3, eps=-1)
         message = "expected `batch_statistics` out of moving, frozen, none, received batch_statistics='off'"
         with pytest.raises(ValueError, match=f"^{message}$"):
             layers.SwitchNorm2d(3, batch_statistics="off")
@@ -139,3 +139,11 @@ class TestBatchRenorm:
         """Limits that would turn the correction round are refused."""
         with pytest.raises(ValueError, match=f"^{message}$"):
             layers.BatchRenorm2d(3).set_limits(*limits)
+
+
+@pytest.mark.parametrize("include", [5, True])
+def test_patterns_are_texts(model, include):
+    """What is no pattern and no list of them is refused as such."""
+    message = f"expected a pattern or several, each a text, received {include}"
+    with pytest.raises(normswap.errors.InputError, match=exactly(message)):
+        normswap.plan(model, "gn", include=include)

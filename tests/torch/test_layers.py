@@ -7,6 +7,7 @@ import pickle
 import onnxruntime
 import pytest
 import torch
+from torch import nn
 
 from normswap.layers import torch as layers
 
@@ -19,6 +20,7 @@ SHAPES = {
     "2d": (2, (4, 5, 3, 6)),
     "3d": (3, (3, 5, 2, 3, 4)),
 }
+BATCH_NORMS = {(2, 3): nn.BatchNorm1d, (4,): nn.BatchNorm2d, (5,): nn.BatchNorm3d}
 CASES = [
     pytest.param(getattr(layers, f"{name}{dimensions}d"), shape, id=f"{name} {label}")
     for label, (dimensions, shape) in SHAPES.items()
@@ -90,10 +92,29 @@ class TestLayer:
         torch.testing.assert_close(layer.running_mean, expected, atol=1e-5, rtol=1e-4)
         assert layer.num_batches_tracked == 3
 
+    @pytest.mark.parametrize("training", [True, False])
+    def test_nothing_in_nothing_out(self, cls, shape, training):
+        """Of no samples, and of samples without values, comes what a BatchNorm makes of them; no statistic moves."""
+        layer = filled(cls, shape[1]).train(training)
+        batch_norm = filled(BATCH_NORMS[layer.ranks], shape[1]).train(training)
+        before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+        for empty in [(0, *shape[1:])] + [(*shape[:-1], 0)] * (len(shape) > 2):
+            x = torch.randn(empty, requires_grad=True)
+            y = layer(x)
+            y.sum().backward()
+
+            assert (y.shape, y.dtype) == (batch_norm(x).shape, x.dtype)
+            assert x.grad.shape == empty
+            assert all(not parameter.grad.any() for parameter in layer.parameters())
+        assert layer.num_batches_tracked == batch_norm.num_batches_tracked
+        before["num_batches_tracked"] = batch_norm.num_batches_tracked
+        assert all(torch.equal(buffer, before[name]) for name, buffer in layer.named_buffers())
+        assert layer(torch.zeros((0, *shape[1:]), dtype=torch.half)).dtype is torch.half
+
     def test_wrong_inputs(self, cls, shape):
         """Rank, channels and dtype are checked before anything is computed, and the error names the layer."""
         layer, ranks = cls(shape[1]), {2: "2 or 3", 3: "2 or 3", 4: "4", 5: "5"}[len(shape)]
-        wrong, empty = (shape[0], 9, *shape[2:]), (0, *shape[1:])
+        wrong = (shape[0], 9, *shape[2:])
         for x, error, message in (
             (torch.zeros([1] * 6), ValueError, f"expected input of rank {ranks}, received shape=(1, 1, 1, 1, 1, 1)"),
             (torch.zeros(wrong), ValueError, f"expected {shape[1]} channels, received shape={wrong}"),
@@ -102,7 +123,6 @@ class TestLayer:
                 TypeError,
                 "expected a floating-point input, received dtype=torch.int64; cast it first",
             ),
-            (torch.zeros(empty), ValueError, f"expected at least one value, received shape={empty}"),
         ):
             layer.site = ""
             for name in (cls.__name__, "layer1.0.bn1"):

@@ -139,7 +139,7 @@ class TestSelection:
         ("build", "found"),
         [
             (lambda: nn.Conv2d(1, 1, 1), "none"),
-            (lambda: nn.BatchNorm2d(3), "1 BatchNorms, all skipped (not selected by `where`)"),
+            (lambda: nn.BatchNorm2d(3), "1 BatchNorm, all skipped (not selected by `where`)"),
         ],
     )
     def test_nothing_to_do(self, build, found):

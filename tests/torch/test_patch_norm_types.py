@@ -13,6 +13,7 @@ import normswap
 from normswap.errors import UnsupportedError
 from normswap.layers.torch import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d
 from normswap.patchers.torch import subclasses as registry
+from normswap.patchers.torch.batch_norm import epsilon_of
 
 from ..helpers import exactly, refusal
 from .models import TARGETS, FrozenBatchNorm2d, WithActivation, batch_norms, trained_
@@ -249,6 +250,45 @@ def test_frozen_batch_norm_is_replaced_if_included(images, target):
     report.undo()
     assert torch.equal(model(images), before)
     assert list(model.state_dict()) == keys
+
+
+class DetrFrozenBatchNorm2d(nn.Module):
+    """A frozen BatchNorm with its ε in the forward, as transformers' are."""
+
+    def __init__(self, channels):
+        super().__init__()
+        for name, value in (("weight", 1.5), ("bias", 0.5), ("running_mean", 0.3), ("running_var", 1e-5)):
+            self.register_buffer(name, torch.full((channels,), value))
+
+    def forward(self, x):
+        """Scale and shift."""
+        weight, bias, mean, var = (buffer.reshape(1, -1, 1, 1) for buffer in self.buffers())
+        return (x - mean) * (weight * (var + 1e-5).rsqrt()) + bias
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_frozen_batch_norm_that_tells_no_epsilon_has_the_default(images, target):
+    """What has no attribute ``eps`` has PyTorch's 1e-5 in its forward."""
+    model = nn.Sequential(DetrFrozenBatchNorm2d(3)).eval()
+    before = model(images)
+    report = normswap.patch(model, target, include="*", example=images)
+
+    assert epsilon_of(model[0]) == 1e-5
+    if target == "brn":
+        torch.testing.assert_close(model(images), before)
+    report.drift(images)
+    report.undo()
+    assert torch.equal(model(images), before)
+
+
+def test_frozen_alone_names_the_way_to_replace_them():
+    """Where all are skipped as frozen, the refusal says how to have them replaced."""
+    message = (
+        "expected a model with BatchNorm layers to replace, received 1 BatchNorm, all skipped (frozen: a constant "
+        "scale and shift, which no batch can disturb); name what is to be replaced all the same with include='NAME'"
+    )
+    with pytest.raises(UnsupportedError, match=exactly(message)):
+        normswap.patch(nn.Sequential(DetrFrozenBatchNorm2d(3)), "gn")
 
 
 def test_lazy_batch_norm_needs_a_forward_pass():

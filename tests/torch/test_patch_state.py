@@ -7,10 +7,13 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import normswap
 from normswap import BatchRenorm, GroupNorm, SwitchNorm
 from normswap.errors import InputError
+from normswap.finetune import GateSchedule, RenormLimits
+from normswap.patchers.torch.batch_norm import epsilon_of
 from normswap.sources.torch.state_dict import load_state_dict
 
 from .models import TARGETS, Residual, trained_
@@ -52,7 +55,7 @@ def test_a_layer_without_tensors_follows_the_model():
     model = nn.Sequential(nn.Conv2d(3, 4, 1, dtype=torch.float64), norm)
     normswap.patch(model, "sn")
 
-    assert {t.dtype for t in model.state_dict().values() if t.is_floating_point()} == {torch.float64}
+    assert {t.dtype for t in model.state_dict().values() if t.is_floating_point() and t.dim()} == {torch.float64}
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -223,7 +226,7 @@ def test_eps_is_carried(target):
     expected = model(x)
     normswap.patch(model, target)
 
-    assert model[0].eps == 0.1
+    assert epsilon_of(model[0]) == 0.1
     if target == "brn":
         torch.testing.assert_close(model(x), expected, atol=1e-6, rtol=0)
 
@@ -271,3 +274,143 @@ def test_attributes_people_set_are_kept(model):
     report.undo()
 
     assert model.bn.tag == "backbone"
+
+
+@pytest.mark.parametrize("target", ["sn", "brn"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"track_running_stats": False},
+        {"momentum": 0.0},
+        {"momentum": 1},
+        {"momentum": 1.5},
+        {"momentum": None, "num_batches_tracked": None},
+        {"momentum": torch.tensor(0.25)},
+        {"affine": False},
+    ],
+    ids=str,
+)
+def test_what_was_set_after_construction_counts(target, changes):
+    """Running statistics move as those of the BatchNorm do, by what its attributes say now."""
+    model = trained_(nn.Sequential(nn.BatchNorm2d(4)))
+    for name, value in changes.items():
+        setattr(model[0], name, value)
+    original, x = copy.deepcopy(model), torch.randn(6, 4, 5, 5)
+    normswap.patch(model, target)
+    if target == "brn":
+        torch.testing.assert_close(model(x), original(x))
+    for each in (model, original):
+        each.train()(x)
+
+    torch.testing.assert_close(model[0].running_mean, original[0].running_mean)
+    if target == "sn":  # biased, and of a BatchRenorm an average of deviations
+        wanted = original[0].running_var
+        moved = torch.var(x, (0, 2, 3), unbiased=True) - torch.var(x, (0, 2, 3), unbiased=False)
+        weight = float(model[0].momentum) if model[0].track_running_stats else 0.0
+        torch.testing.assert_close(model[0].running_var, wanted - weight * moved)
+    if "num_batches_tracked" not in changes:
+        assert model[0].num_batches_tracked == original[0].num_batches_tracked
+
+
+@pytest.mark.parametrize("target", ["sn", "brn"])
+def test_a_replacement_obeys_track_running_stats(model, images, target):
+    """Set to False on a replaced layer it keeps the running statistics where they are, as on a BatchNorm."""
+    normswap.patch(model, target)
+    before = copy.deepcopy(model.state_dict())
+    for module in model.modules():
+        if hasattr(module, "track_running_stats"):
+            module.track_running_stats = False
+    model.train()(images)
+
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("eps", [0.0, 0.1, torch.tensor(0.1)])
+def test_any_epsilon_that_a_batch_norm_takes_is_taken(target, eps):
+    """An ε of 0, and one that was set later, is the replacement's."""
+    model = trained_(nn.Sequential(nn.BatchNorm2d(4)))
+    model[0].eps = eps
+    original, x = copy.deepcopy(model), torch.randn(2, 4, 5, 5)
+    normswap.patch(model, target)
+
+    assert epsilon_of(model[0]) == float(eps)
+    assert model(x).isfinite().all()
+    if target == "brn":
+        torch.testing.assert_close(model(x), original(x))
+
+
+@pytest.mark.parametrize("target", ["sn", "brn"])
+def test_a_momentum_of_zero_moves_no_bit(target):
+    """A BatchNorm frozen by its momentum stays so to the last bit."""
+    model = trained_(nn.Sequential(nn.BatchNorm2d(64, momentum=0.0)))
+    before = copy.deepcopy(model.state_dict())
+    normswap.patch(model, target).model.train()(torch.randn(4, 64, 5, 5))
+
+    assert all(torch.equal(model[0]._buffers[name], before[f"0.{name}"]) for name in ("running_mean", "running_var"))
+
+
+def averaged(model):
+    """PyTorch's average, which has seen nothing before."""
+    copied = AveragedModel(model)
+    return copied, lambda: copied.update_parameters(model)
+
+
+def averaged_with_buffers(model):
+    """PyTorch's average, that of the buffers too."""
+    copied = AveragedModel(model, use_buffers=True)
+    return copied, lambda: copied.update_parameters(model)
+
+
+def state_averaged(model, decay=0.0):
+    """An average over the values of the state dict in their order, as timm's ModelEma takes it."""
+    copied = copy.deepcopy(model)
+
+    def update():
+        for ours, theirs in zip(copied.state_dict().values(), model.state_dict().values(), strict=True):
+            ours.copy_(decay * ours + (1.0 - decay) * theirs)
+
+    return copied, update
+
+
+def loaded(model):
+    """A copy that is given the state dict."""
+    copied = copy.deepcopy(model)
+    return copied, lambda: copied.load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize("copying", [averaged, averaged_with_buffers, state_averaged, loaded])
+@pytest.mark.parametrize(
+    ("target", "hook"),
+    [
+        ("sn", lambda model: GateSchedule(model, 4, temperature=(1.0, 0.02))),
+        ("brn", lambda model: RenormLimits(model, 4)),
+    ],
+)
+def test_copies_agree_with_a_model_under_a_hook(model, images, target, hook, copying):
+    """A copy made before a schedule began computes, brought up to date, what the model does."""
+    normswap.patch(model, target)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("mean_weight", "var_weight")):
+            parameter.data = torch.tensor([0.0, 0.1, 0.2])
+    copied, update = copying(model)
+    with hook(model) as schedule:
+        schedule.on_step(2)
+        update()
+        for each in (model, copied):
+            each.train()
+
+        torch.testing.assert_close(copied(images), model(images))
+
+
+def test_copies_have_the_temperature(model, images):
+    """deepcopy and pickle take it along, and a state dict from before it was one of its entries leaves it alone."""
+    normswap.patch(model, "sn")
+    model.bn.temperature = 0.1
+    expected = model(images)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(twin(images), expected)
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("temperature")}
+    model.load_state_dict(state, strict=True)
+
+    torch.testing.assert_close(model(images), expected)

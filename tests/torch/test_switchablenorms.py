@@ -266,7 +266,7 @@ def published_state(block):
     """A state dict for ``block`` as the published code saves it from DataParallel."""
     state = {}
     for name, tensor in block.state_dict().items():
-        if name.endswith("num_batches_tracked"):
+        if name.endswith(("num_batches_tracked", "temperature")):
             continue
         values = torch.rand_like(tensor) + 0.1
         if name.endswith((".weight", ".bias")) and "sn" in name:
@@ -287,6 +287,22 @@ def test_a_published_state_dict_loads_and_maps_back():
 
     assert block(torch.randn(2, 4, 5, 5)).isfinite().all()
     assert bits(back) == bits(saved)
+
+
+@pytest.mark.parametrize("temperature", [0.25, 0.0])
+def test_a_temperature_goes_into_the_logits(temperature):
+    """Their layers have none, so what is written for them has the gates of the moment."""
+    block = Block()
+    for norm in (block.sn1, block.sn2):
+        norm.mean_weight.data.uniform_(-1, 1)
+        norm.var_weight.data.uniform_(-1, 1)
+        norm.temperature = temperature
+    theirs = to_switchablenorms({name: tensor.numpy() for name, tensor in block.state_dict().items()})
+
+    assert not any(name.endswith("temperature") for name in theirs)
+    for name, norm in (("sn1", block.sn1), ("sn2", block.sn2)):
+        for part, gates in zip(("mean_weight", "var_weight"), norm.gates(), strict=True):
+            torch.testing.assert_close(torch.from_numpy(theirs[f"{name}.{part}"]).softmax(0), gates)
 
 
 def test_a_published_1d_layer_computes_its_formula():

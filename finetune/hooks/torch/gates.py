@@ -15,7 +15,6 @@ class Gates:
         self._holds, self._tempers = held, tempered
         self._held = False
         self._handles: list[RemovableHandle] = []
-        self._temperatures: dict[Any, Tensor] = {}
 
     def open(self) -> None:
         """Let the gates be held and tempered; what they compute stays."""
@@ -25,12 +24,13 @@ class Gates:
             if gates.requires_grad:
                 self._handles.append(gates.register_hook(self._pass))
                 self._handles.append(gates.register_post_accumulate_grad_hook(self._drop))
-        for layer in self.layers if self._tempers else ():
-            if layer.temperature == 0:  # in a tensor it has to be above
+        for layer in self._tempered():
+            if layer.temperature == 0:
                 layer.harden()
                 layer.temperature = 1.0
-            layer.temperature = torch.tensor(float(layer.temperature))  # a tensor, which compiled code reads anew
-            self._temperatures[layer] = layer.temperature
+
+    def _tempered(self) -> list[Any]:
+        return self.layers if self._tempers else []
 
     def _pass(self, gradient: Tensor) -> Tensor:
         return torch.zeros_like(gradient) if self._held else gradient
@@ -45,21 +45,19 @@ class Gates:
 
     def temper(self, temperature: float) -> None:
         """Set the temperature."""
-        for each in self._temperatures.values():
-            each.fill_(temperature)
+        for layer in self._tempered():
+            layer.temperature = temperature
 
     def fold(self) -> None:
         """Leave the temperature in the logits, which changes no gate."""
-        for layer, temperature in self._temperatures.items():
+        for layer in self._tempered():
             with torch.no_grad():
-                layer.mean_weight.div_(temperature)
-                layer.var_weight.div_(temperature)
-            temperature.fill_(1.0)
+                layer.mean_weight.div_(layer.temperature)
+                layer.var_weight.div_(layer.temperature)
+            layer.temperature = 1.0
 
     def close(self) -> None:
         """Leave plain gates of the same values."""
         while self._handles:
             self._handles.pop().remove()
         self.fold()
-        while self._temperatures:
-            self._temperatures.popitem()[0].temperature = 1.0

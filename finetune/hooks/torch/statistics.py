@@ -36,7 +36,10 @@ def update_statistics(model: nn.Module, batches: Iterable[Any]) -> Callable[[], 
         rows = exact(inputs[0].detach().movedim(1, -1).flatten(0, -2))
         mean, batch = rows.mean(0), Moments()
         for count, *moments in _of_all_processes(m, len(rows), mean, (rows - mean).square().mean(0)):
-            batch.merge(count, *(part.cpu().numpy() for part in moments))
+            if count:
+                batch.merge(count, *(part.cpu().numpy() for part in moments))
+        if not batch.count:
+            return  # a call without samples, as of a detector that proposes none
         seen[m].merge(batch.count, batch.mean, batch.var)
         _set_statistics(m, batch)  # so that it normalizes by this batch
 

@@ -1,0 +1,61 @@
+"""A forward that is run again within a backward pass, as activation checkpointing does: it sees what the first saw.
+
+The first run moves running statistics and counts steps; the second must find the same values and leave them alone. So
+a call whose activations may not be kept (no gradient is recorded, or hooks take what is saved for backward) has what
+it reads and changes remembered outside of the layer, and within a backward pass it is looked up by the batch's mean.
+"""
+
+from collections import deque
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+LONGEST = 128
+"""Calls of a layer that may wait for their backward pass at once: microbatches of a pipeline, steps of a recurrence."""
+
+ALIKE = 1e-3
+"""How far, as a share, the batch mean of a call that is run again may be from the first run's."""
+
+_Call = tuple[Tensor, tuple[Tensor, ...]]
+_calls: WeakKeyDictionary[nn.Module, deque[_Call]] = WeakKeyDictionary()
+
+
+def again() -> bool:
+    """Whether this call is made within a backward pass."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def expected() -> bool:
+    """Whether a call made now may be run again: its activations may not be kept."""
+    if torch.compiler.is_compiling() or again():
+        return False
+    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def remember(layer: nn.Module, key: Tensor, state: tuple[Tensor, ...]) -> None:
+    """Remember what a layer's call with this batch mean sees."""
+    copied = tuple(tensor.detach().clone() for tensor in state)
+    _calls.setdefault(layer, deque(maxlen=LONGEST)).append((key.detach().clone(), copied))
+
+
+def recall(layer: nn.Module, key: Tensor) -> tuple[Tensor, ...] | None:
+    """Return what the call with this batch mean saw, of several alike the latest; None if nothing is remembered.
+
+    Raises `RuntimeError` if the call is none of those that are.
+    """
+    calls = _calls.get(layer)
+    if not calls:
+        return None
+
+    def distance(call: _Call) -> float:
+        return float((call[0] - key.to(call[0])).abs().sum())
+
+    found = min(reversed(calls), key=distance)
+    if distance(found) > ALIKE * float(key.abs().sum()):
+        name = getattr(layer, "site", "") or type(layer).__name__
+        raise RuntimeError(
+            f"{name}: expected a forward pass within a backward pass to repeat one of the last {LONGEST} of this layer, "
+            "received another input; checkpoint fewer calls at a time, or leave this layer out of the checkpoint"
+        )
+    return found[1]
