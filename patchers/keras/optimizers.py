@@ -11,22 +11,20 @@ from typing import Any
 import keras
 import numpy as np
 
-from ...frameworks.keras import distinct_layers
-
 
 class Optimizers:
-    """The optimizers that the models within ``model`` hold, as they are before a change of its variables."""
+    """The optimizers that models hold, as they are before a change of ``layers``, which are all that those have."""
 
-    def __init__(self, model: keras.Layer) -> None:
-        self._model = model
+    def __init__(self, layers: Sequence[keras.Layer]) -> None:
+        self._layers = layers
         self._found: list[tuple[keras.Model, Any]] = []
-        for each in distinct_layers(model):
+        for each in layers:
             for held in vars(each).values() if isinstance(each, keras.Model) else ():
                 if isinstance(held, keras.optimizers.Optimizer) and held.built:
                     self._found.append((each, held))
         self._before = [_ids(each.trainable_variables) for each, _ in self._found]
         averaging = any(_averages(optimizer) for _, optimizer in self._found)
-        weights = model.trainable_variables if averaging else []
+        weights = [v for layer in layers for v in layer._trainable_variables] if averaging else []
         self._values = {id(weight): (weight, np.array(keras.ops.convert_to_numpy(weight))) for weight in weights}
 
     def extend(self) -> None:
@@ -44,7 +42,7 @@ class Optimizers:
     def _part(self, known: Sequence[Any]) -> list[Any]:
         """Return what an optimizer of a part of the model is for now: new variables are those of a layer it knows."""
         ids = set(_ids(known))
-        owns = [layer._trainable_variables for layer in distinct_layers(self._model)]
+        owns = [layer._trainable_variables for layer in self._layers]
         held = {id(variable) for own in owns for variable in own}
         new = [v for own in owns if ids.intersection(_ids(own)) for v in own if id(v) not in ids]
         gone = {id(v) for v in known if id(v) not in held and id(v) in self._once_held}

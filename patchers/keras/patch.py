@@ -19,6 +19,7 @@ from ...errors import InputError, UnsupportedError
 from ...frameworks.keras import distinct_layers, named_layers
 from ..plan import Plan, Report, Site, decide, equalizes
 from ..swap import carry_out
+from .around import models_around
 from .equalized import BIASED, Absorbed
 from .fronts import Fronts, channels_of, read_front
 from .loading import keep_whole
@@ -59,8 +60,8 @@ def patch(
     """Replace the BatchNorms of ``model`` by ``target`` and return the report.
 
     Every replacement is built before the first is put in place; if anything fails, the model is as it was. A
-    compiled model stays compiled: its traced functions are dropped, and an optimizer that had been built goes on with
-    the new variables too.
+    compiled model, and one around it, stays compiled: its traced functions are dropped, and an optimizer that had been
+    built goes on with the new variables too.
     """
     if not inplace:
         model = _copy(model)
@@ -179,15 +180,18 @@ def _copy(model: keras.Layer) -> keras.Layer:
 
 @contextmanager
 def _retraced(model: keras.Layer) -> Iterator[None]:
-    """Run a body that changes variables, then have every model within trace and optimize the new ones."""
-    optimizers = Optimizers(model)
+    """Run a body that changes variables, then have every model within and around trace and optimize the new ones."""
+    models = [model, *models_around(model)]
+    layers = list({id(layer): layer for each in models for layer in distinct_layers(each)}.values())
+    optimizers = Optimizers(layers)
     yield
-    for each in distinct_layers(model):
-        if isinstance(each, keras.Model):
-            each.train_function = each.test_function = each.predict_function = None
+    for layer in layers:
+        if isinstance(layer, keras.Model):
+            layer.train_function = layer.test_function = layer.predict_function = None
     optimizers.extend()
-    for layer in distinct_layers(model):
+    for layer in layers:
         if hasattr(layer, "_track_variables"):  # the torch backend lists variables once more
             layer._track_variables()
-    keep_rebuildable(model)
-    keep_whole(model)
+    for each in models:
+        keep_rebuildable(each)
+        keep_whole(each)
