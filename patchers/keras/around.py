@@ -17,5 +17,5 @@ def models_around(model: keras.Layer) -> list[keras.Model]:
     known, shared = set(map(id, within)), {id(layer) for layer in within if layer is model or layer.weights}
     # The type is asked, since a proxy's `isinstance` may load what it stands for.
     alive = [each for each in gc.get_objects() if issubclass(type(each), keras.Model) and id(each) not in known]
-    built = [each for each in alive if "_layers" in vars(each)]  # else its constructor is still to begin
+    built = [each for each in alive if vars(each).get("built")]  # else it has compiled nothing, and may be half made
     return [each for each in built if shared.intersection(map(id, distinct_layers(each)))]

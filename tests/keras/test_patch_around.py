@@ -77,3 +77,12 @@ def test_models_beside_are_left_alone(make):
     around = classifier(backbone)
     assert models_around(backbone) == [around]
     assert models_around(beside) == []
+
+
+def test_a_model_that_was_never_finished_is_no_hindrance(make):
+    """A model whose constructor raised, and which something still holds, is passed over."""
+    half = Wrapper.__new__(Wrapper)
+    backbone = make("functional")
+    around = classifier(backbone)
+    assert models_around(backbone) == [around]
+    assert "built" not in vars(half)
