@@ -32,10 +32,11 @@ class Site:
     ``spatial`` is the shape behind the channels as a dry run saw it: () for (N, C) input, None without a dry run.
     ``obstacle`` says why this site cannot be replaced, "" where it can; ``left`` why it is left alone unless it is
     included by name. ``kind`` is the target kind of a site that has been replaced already. ``has_statistics`` is
-    False where no running statistics exist, ``any_rank`` True where the layer does not tell how many dimensions it
-    is for. ``by_the_batch`` says that code gives it ``training=True`` at inference too. ``read_by`` names code of the model that reads its running statistics. ``front`` is the name of the linear
-    layer whose output this site alone reads, as a dry run saw it, and ``front_biased`` whether that has a bias; ""
-    where ``unequal`` says why there is none.
+    False where no running statistics exist, ``any_rank`` True where the layer does not tell how many dimensions it is
+    for. ``by_the_batch`` says that code gives it ``training=True`` at inference too. ``read_by`` names code of the
+    model that reads its running statistics. ``front`` is the name of the linear layer whose output this site alone
+    reads, as a dry run saw it, and ``front_biased`` whether that has a bias; "" where ``unequal`` says why there is
+    none.
     """
 
     name: str
