@@ -33,10 +33,10 @@ class Site:
     ``obstacle`` says why this site cannot be replaced, "" where it can; ``left`` why it is left alone unless it is
     included by name. ``kind`` is the target kind of a site that has been replaced already. ``has_statistics`` is
     False where no running statistics exist, ``any_rank`` True where the layer does not tell how many dimensions it is
-    for. ``by_the_batch`` says that code gives it ``training=True`` at inference too. ``read_by`` names code of the
-    model that reads its running statistics. ``front`` is the name of the linear layer whose output this site alone
-    reads, as a dry run saw it, and ``front_biased`` whether that has a bias; "" where ``unequal`` says why there is
-    none.
+    for. ``by_the_batch`` says that code gives it ``training=True`` at inference too. ``masked`` says that a mask
+    arrives. ``read_by`` names code of the model that reads its running statistics. ``front`` is the name of the
+    linear layer whose output this site alone reads, as a dry run saw it, and ``front_biased`` whether that has a
+    bias; "" where ``unequal`` says why there is none.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Site:
     has_statistics: bool = True
     any_rank: bool = False
     by_the_batch: bool = False
+    masked: bool = False
     read_by: str = ""
     front: str = ""
     front_biased: bool = False
@@ -315,6 +316,8 @@ def _decide_one(
     notes = [] if site.has_statistics else ["no running statistics: gamma and beta are copied, expect a large drift"]
     if site.by_the_batch:
         notes.append("called with training=True: batch statistics at inference, the answer depends on the batch")
+    if site.masked and not isinstance(target, BatchRenorm):
+        notes.append("a mask arrives: its statistics of a sample take in what that leaves out; use brn, or pad nothing")
     if site.read_by and not isinstance(target, BatchRenorm):
         notes.append(f"{site.read_by} reads running statistics: fuse or reparameterize before the patch, not after")
     if isinstance(target, GroupNorm):

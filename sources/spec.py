@@ -41,8 +41,8 @@ def load_source(spec: str, *, pretrained: bool = True, trust: bool = False) -> A
             return builder(kind, name, FORMS)()
     if (Path(spec) / "saved_model.pb").is_file():
         raise InputError(
-            f"expected a model as {FORMS}, received the SavedModel {spec}, a graph that has no layers any more; save the "
-            "model that it was exported from as .keras"
+            f"expected a model as {FORMS}, received the SavedModel {spec}, a graph that has no layers any more; save "
+            "the model that it was exported from as .keras"
         )
     raise InputError(f"expected a model as {FORMS}, received model={spec}")
 

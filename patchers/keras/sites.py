@@ -32,9 +32,10 @@ def find_sites(model: keras.Layer, example: Any = None) -> tuple[list[keras.Laye
             names.setdefault(id(layer), []).append(name)
             found[id(layer)] = layer
     by_the_batch = {key for key, layer in found.items() if _drawn_for_training(layer)}
+    masked: set[int] = set()
     seen: dict[int, Shape] = {}
     if example is not None:
-        with _noting_training(found, by_the_batch):
+        with _noting(found, by_the_batch, masked):
             seen = _dry_run(model, found, example)
     sites = []
     for key, layer in found.items():
@@ -49,6 +50,7 @@ def find_sites(model: keras.Layer, example: Any = None) -> tuple[list[keras.Laye
                 obstacle=_obstacle(layer, shape),
                 kind=_kind(layer),
                 by_the_batch=key in by_the_batch and layer.trainable,
+                masked=key in masked,
             )
         )
     return list(found.values()), sites
@@ -76,14 +78,16 @@ def _drawn_for_training(layer: keras.Layer) -> bool:
 
 
 @contextmanager
-def _noting_training(layers: Mapping[int, keras.Layer], given: set[int]) -> Iterator[None]:
-    """Add to ``given`` those of the layers that are called with ``training=True`` within the context."""
+def _noting(layers: Mapping[int, keras.Layer], trained: set[int], masked: set[int]) -> Iterator[None]:
+    """Note which of the layers are called with ``training=True``, and which with a mask, within the context."""
 
     def spy(key: int, run: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(run)
         def call(inputs: Any, *args: Any, **kwargs: Any) -> Any:
             if kwargs.get("training") is True:
-                given.add(key)
+                trained.add(key)
+            if kwargs.get("mask") is not None:
+                masked.add(key)
             return run(inputs, *args, **kwargs)
 
         return call

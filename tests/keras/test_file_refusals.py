@@ -57,8 +57,8 @@ def test_a_saved_model_is_told_from_a_typing_error(tmp_path):
     """A SavedModel folder is named as what it is, with the way out."""
     (tmp_path / "saved_model.pb").touch()
     message = (
-        f"expected a model as {FORMS}, received the SavedModel {tmp_path}, a graph that has no layers any more; save the "
-        "model that it was exported from as .keras"
+        f"expected a model as {FORMS}, received the SavedModel {tmp_path}, a graph that has no layers any more; save "
+        "the model that it was exported from as .keras"
     )
     with pytest.raises(InputError, match=exactly(message)):
         load_source(str(tmp_path))
