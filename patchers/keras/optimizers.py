@@ -11,6 +11,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from .strategy import beside
+
 
 class Optimizers:
     """The optimizers that models hold, as they are before a change of ``layers``, which are all that those have."""
@@ -59,7 +61,8 @@ def _rebuild(optimizer: Any, variables: Sequence[Any]) -> None:
     try:
         for part in parts:
             part.forget()
-        optimizer.build(list(variables))
+        with beside(optimizer.variables):
+            optimizer.build(list(variables))
         for part in parts:
             part.remember()
     except BaseException:
