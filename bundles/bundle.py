@@ -265,7 +265,7 @@ def _load_keras(
             if recipe is not None:
                 from ..patchers.keras.saving import mark
 
-                mark(model, recipe)
+                recipe = mark(model, recipe)
             return model, recipe
     if preprocessing is not None and not model.built:
         model(get_framework(model).zeros(model, preprocessing.shape), training=False)

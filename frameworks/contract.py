@@ -23,7 +23,7 @@ class Framework(Protocol):
         """Call ``model`` on an example, arrays as its own tensors where it computes; in Keras as at inference."""
 
     def inference(self, model: Any, *, compiled: bool = True) -> AbstractContextManager[None]:
-        """Let ``model`` compute as at inference within the context, without gradients.
+        """Let ``model`` compute as at inference within the context, without gradients, and leave its state be.
 
         With ``compiled=False`` it runs as it is written even where it is compiled, for watchers to see its layers.
         """

@@ -4,6 +4,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import partial, wraps
 from typing import Any
 
@@ -52,8 +53,42 @@ def call(model: keras.Layer, example: Any) -> Any:
     return model(*args, **kwargs, training=False)
 
 
-def inference(model: keras.Layer, *, compiled: bool = True) -> AbstractContextManager[None]:
-    """Run the body without gradients; `call` is at inference anyway, and layers that are called run as written."""
+_LOOKED_AT: ContextVar[frozenset[int]] = ContextVar("looked_at", default=frozenset())
+"""The models within `inference`."""
+
+
+@contextmanager
+def inference(model: keras.Layer, *, compiled: bool = True) -> Iterator[None]:
+    """Run the body without gradients, then give the model back what its calls have moved: statistics and states.
+
+    A call at inference moves those of a norm that is given ``training=True`` by code, of a stateful recurrent layer and
+    of a layer that counts. Random states come back at the end of the outermost context for a model, so that within it
+    two calls differ where the model is random. Layers that are called run as written in any case.
+    """
+    looked_at = _LOOKED_AT.get()
+    kept = _moving(model, random=id(model) not in looked_at)
+    before = [(variable, np.array(keras.ops.convert_to_numpy(variable))) for variable in kept]
+    token = _LOOKED_AT.set(looked_at | {id(model)})
+    try:
+        with _without_gradients():
+            yield
+    finally:
+        _LOOKED_AT.reset(token)
+        for variable, value in before:
+            if not np.array_equal(keras.ops.convert_to_numpy(variable), value):
+                variable.assign(value)
+
+
+def _moving(model: keras.Layer, *, random: bool) -> list[Any]:
+    """Return the variables that a call may move: all but those that are learned, and random states if they count."""
+    layers = distinct_layers(model)
+    learned = {id(variable) for layer in layers for variable in layer._trainable_variables}
+    seeds = {id(variable) for layer in layers for variable in layer.non_trainable_variables}
+    seeds -= {id(variable) for layer in layers for variable in layer.weights}
+    return [v for v in model.variables if id(v) not in learned and (random or id(v) not in seeds)]
+
+
+def _without_gradients() -> AbstractContextManager[None]:
     if keras.backend.backend() == "torch":
         import torch
 
@@ -171,7 +206,7 @@ def record(model: keras.Layer, example: Inputs) -> tuple[Arrays, Arrays]:
     its file does.
     """
     interface = Interface(model, example)
-    with single_precision(model), recording(model) as returned:
+    with inference(model), single_precision(model), recording(model) as returned:
         result = interface.call(interface.tensors())
     outputs = named_outputs(result, model, taken=interface.names)
     sites = {site: tensor for site, tensor in returned.items() if not is_symbolic(tensor)}

@@ -32,11 +32,12 @@ class Site:
     ``spatial`` is the shape behind the channels as a dry run saw it: () for (N, C) input, None without a dry run.
     ``obstacle`` says why this site cannot be replaced, "" where it can; ``left`` why it is left alone unless it is
     included by name. ``kind`` is the target kind of a site that has been replaced already. ``has_statistics`` is
-    False where no running statistics exist, ``any_rank`` True where the layer does not tell how many dimensions it
-    is for. ``read_by`` names code of the model that reads its running statistics, ``mode_set_by`` code that
-    puts BatchNorms in a mode by their class, ``masked_by`` an argument of the example that tells of padding. ``front``
-    is the name of the linear layer whose output this site alone reads, as a dry run saw it, and ``front_biased``
-    whether that has a bias; "" where ``unequal`` says why there is none.
+    False where no running statistics exist, ``any_rank`` True where the layer does not tell how many dimensions it is
+    for. ``by_the_batch`` says that code gives it ``training=True`` at inference too. ``read_by`` names code of the
+    model that reads its running statistics, ``mode_set_by`` code that puts BatchNorms in a mode by their class,
+    ``masked_by`` what of the example tells of padding. ``front`` is the name of the linear layer whose output this site
+    alone reads, as a dry run saw it, and ``front_biased`` whether that has a bias; "" where ``unequal`` says why there
+    is none.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Site:
     kind: str | None = None
     has_statistics: bool = True
     any_rank: bool = False
+    by_the_batch: bool = False
     read_by: str = ""
     mode_set_by: str = ""
     masked_by: str = ""
@@ -317,6 +319,8 @@ def _decide_one(
         return Decision(site, "refuse", target, note)
     groups = None
     notes = [] if site.has_statistics else ["no running statistics: gamma and beta are copied, expect a large drift"]
+    if site.by_the_batch:
+        notes.append("called with training=True: batch statistics at inference, the answer depends on the batch")
     if site.read_by and not isinstance(target, BatchRenorm):
         notes.append(f"{site.read_by} reads running statistics: fuse or reparameterize before the patch, not after")
     moves = isinstance(target, BatchRenorm) or (isinstance(target, SwitchNorm) and target.batch_statistics == "moving")
@@ -325,7 +329,9 @@ def _decide_one(
             f"{site.mode_set_by} sets the mode of BatchNorms by their class: set that of the replacement there"
         )
     if site.masked_by and site.spatial and not isinstance(target, BatchRenorm):
-        notes.append(f"{site.masked_by} tells of padding, which a sample's statistics count: they vary with it")
+        notes.append(
+            f"{site.masked_by} tells of padding, which a sample's statistics count too: use brn, or pad nothing"
+        )
     if isinstance(target, GroupNorm):
         elements = None if site.spatial is None else prod(site.spatial)
         try:

@@ -39,6 +39,11 @@ def load_source(spec: str, *, pretrained: bool = True, trust: bool = False) -> A
     if kind and name:
         with names_of_a_fresh_process():
             return builder(kind, name, FORMS)()
+    if (Path(spec) / "saved_model.pb").is_file():
+        raise InputError(
+            f"expected a model as {FORMS}, received the SavedModel {spec}, a graph that has no layers any more; save "
+            "the model that it was exported from as .keras"
+        )
     raise InputError(f"expected a model as {FORMS}, received model={spec}")
 
 

@@ -142,8 +142,10 @@ def collect(
             reference.notes.append("one height and width only: of those tried the model takes no second")
         for count, scale, size in zip(batch_sizes, cycle(SCALES), cycle(sizes), strict=False):
             arrays = _draw(rng, inputs, count, size, scale)
-            batch = Batch(scale, arrays, *run(arrays))
-            if not reference.batches and (problem := _random_problem(batch.outputs, run(arrays)[0])):
+            with framework.inference(model):  # what is random goes on from one run to the next
+                batch = Batch(scale, arrays, *run(arrays))
+                problem = None if reference.batches else _random_problem(batch.outputs, run(arrays)[0])
+            if problem is not None:
                 reference.problems.append(problem)
                 return reference
             if scale == 1 or not batch.infinite:

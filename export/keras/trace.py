@@ -15,6 +15,7 @@ from ...frameworks.keras import (
     Interface,
     Specs,
     distinct_layers,
+    inference,
     is_mixed,
     named_layers,
     named_outputs,
@@ -65,7 +66,7 @@ def trace(model: Any, example: Inputs, *, opset: int, dynamic: bool = False) -> 
     names: list[str] = []
     sites: list[str] = []
 
-    def inference(*tensors: Any) -> list[Any]:
+    def run(*tensors: Any) -> list[Any]:
         def within(tensor: Any) -> bool:  # not within the body of a loop, which TensorFlow makes a graph of its own
             return getattr(tensor, "graph", None) is getattr(tensors[0], "graph", None)
 
@@ -77,10 +78,10 @@ def trace(model: Any, example: Inputs, *, opset: int, dynamic: bool = False) -> 
         marked = [mark(tensor, number) for number, tensor in enumerate(own.values(), len(stand_ins.calls))]
         return [*outputs.values(), probe(marked)]
 
-    with single_precision(model):
+    with inference(model), single_precision(model):
         with stand_ins.looking():
             inputs.call(inputs.tensors())
-        converted = converter.convert(inference, model, inputs.specs, lambda: [*names, unique("probe", names)], opset)
+        converted = converter.convert(run, model, inputs.specs, lambda: [*names, unique("probe", names)], opset)
     found = marks(converted.graph)
     norms = {found[number]: norm for number, norm in enumerate(stand_ins.calls) if number in found}
     write_gemms(converted)

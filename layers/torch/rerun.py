@@ -55,7 +55,7 @@ def recall(layer: nn.Module, key: Tensor) -> tuple[Tensor, ...] | None:
     if distance(found) > ALIKE * float(key.abs().sum()):
         name = getattr(layer, "site", "") or type(layer).__name__
         raise RuntimeError(
-            f"{name}: expected a forward pass within a backward pass to repeat one of the last {LONGEST} of this layer, "
-            "received another input; checkpoint fewer calls at a time, or leave this layer out of the checkpoint"
+            f"{name}: expected a forward pass within a backward pass to repeat one of the last {LONGEST} of this "
+            "layer, received another input; checkpoint fewer calls at a time, or leave this layer out of the checkpoint"
         )
     return found[1]

@@ -8,6 +8,7 @@ import numpy as np
 
 from ...convert.equalize import Equalized
 from .fronts import _weight_name, channels_of, scaled
+from .strategy import beside
 
 BIASED = "_normswap_bias"
 """Attribute of a layer that has got a bias which its constructor's arguments may not tell of."""
@@ -76,7 +77,7 @@ def _add_bias(layer: keras.Layer, variable: Any = None) -> None:
         if variable is not None:
             layer._track_variable(variable)
         else:
-            with layer._open_name_scope():
+            with layer._open_name_scope(), beside([weight]):
                 variable = layer.add_weight(name="bias", shape=(channels,), initializer="zeros", dtype=kind, **settings)
         layer.bias, layer.use_bias = variable, True
     finally:

@@ -5,7 +5,6 @@ layers and custom code that holds the layer work on without being rebuilt, in mo
 """
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,10 +19,12 @@ from ...errors import InputError, UnsupportedError
 from ...frameworks.keras import distinct_layers, named_layers
 from ..plan import Plan, Report, Site, decide, equalizes
 from ..swap import carry_out
+from .around import models_around
 from .equalized import BIASED, Absorbed
 from .fronts import Fronts, channels_of, read_front
 from .loading import keep_whole
 from .names import alike, fronts_of, renamed
+from .optimizers import Optimizers
 from .saving import keep_rebuildable
 from .sites import find_sites
 from .swap import FRONT, MARK, read_state, swaps_for
@@ -59,8 +60,8 @@ def patch(
     """Replace the BatchNorms of ``model`` by ``target`` and return the report.
 
     Every replacement is built before the first is put in place; if anything fails, the model is as it was. A
-    compiled model stays compiled: its traced functions are dropped, and an optimizer that had been built is
-    rebuilt for the new variables, with its step and the state of those that remain.
+    compiled model, and one around it, stays compiled: its traced functions are dropped, and an optimizer that had been
+    built goes on with the new variables too.
     """
     if not inplace:
         model = _copy(model)
@@ -179,30 +180,18 @@ def _copy(model: keras.Layer) -> keras.Layer:
 
 @contextmanager
 def _retraced(model: keras.Layer) -> Iterator[None]:
-    """Run a body that changes variables, then have every model within trace and optimize the new ones."""
-    models = [layer for layer in distinct_layers(model) if isinstance(layer, keras.Model)]
-    before = [list(map(id, each.trainable_variables)) for each in models]
+    """Run a body that changes variables, then have every model within and around trace and optimize the new ones."""
+    models = [model, *models_around(model)]
+    layers = list({id(layer): layer for each in models for layer in distinct_layers(each)}.values())
+    optimizers = Optimizers(layers)
     yield
-    for each, ids in zip(models, before, strict=True):
-        each.train_function = each.test_function = each.predict_function = None
-        optimizer, variables = getattr(each, "optimizer", None), each.trainable_variables
-        if optimizer is not None and optimizer.built and list(map(id, variables)) != ids:
-            _renew(optimizer, variables)
-    for layer in distinct_layers(model):
+    for layer in layers:
+        if isinstance(layer, keras.Model):
+            layer.train_function = layer.test_function = layer.predict_function = None
+    optimizers.extend()
+    for layer in layers:
         if hasattr(layer, "_track_variables"):  # the torch backend lists variables once more
             layer._track_variables()
-    keep_rebuildable(model)
-    keep_whole(model)
-
-
-def _renew(optimizer: Any, variables: list[Any]) -> None:
-    """Rebuild an optimizer for ``variables``, keeping the object, its step and the state of those it knows."""
-    new = type(optimizer).from_config(optimizer.get_config())
-    new.build(variables)
-    paths = Counter(variable.path for variable in optimizer.variables)
-    old = {variable.path: variable for variable in optimizer.variables if paths[variable.path] == 1}
-    for variable in new.variables:
-        if variable.path in old and variable.shape == old[variable.path].shape:
-            variable.assign(old[variable.path].numpy())
-    optimizer.__dict__.clear()
-    optimizer.__dict__.update(new.__dict__)
+    for each in models:
+        keep_rebuildable(each)
+        keep_whole(each)

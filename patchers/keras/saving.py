@@ -5,7 +5,8 @@ again, and linear layers without the bias that equalizing gave them, and the sav
 changes are in such a layer, its class is therefore a subclass that saves them too and makes them when it is loaded.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -31,13 +32,18 @@ def keep_rebuildable(model: keras.Layer) -> None:
             layer.__class__ = _rebuilding(cls) if changed else cls
 
 
-def mark(model: keras.Layer, recipe: Recipe) -> None:
+def mark(model: keras.Layer, recipe: Recipe) -> Recipe:
     """Mark the replaced layers of a loaded model, since a GroupNorm does not tell that it was a BatchNorm.
 
-    Raises `InputError` if a layer of the recipe is not there or is a BatchNorm again.
+    Returns the recipe with the names that the layers have in this model. Raises `InputError` if a layer of the recipe
+    is not there or is a BatchNorm again.
     """
-    found = dict(named_layers(model))
-    for choice in recipe.choices:
+    found, new = dict(named_layers(model)), _present_names(model)
+    choices = [
+        replace(each, name=new.get(each.name, each.name), front=new.get(each.front, each.front))
+        for each in recipe.choices
+    ]
+    for choice in choices:
         layer = found.get(choice.name)
         if isinstance(layer, BatchNorm) and choice.target.kind == "bn":
             continue  # a layer like any other
@@ -49,6 +55,20 @@ def mark(model: keras.Layer, recipe: Recipe) -> None:
         layer.__dict__[MARK] = choice.target.kind
         layer.__dict__.update({FRONT: choice.front} if choice.front else {})
     keep_whole(model)
+    return replace(recipe, choices=tuple(choices))
+
+
+def _present_names(model: keras.Layer) -> dict[str, str]:
+    """Return for every layer that a class has built again, by its name when it was saved, the name that it has."""
+    present = {id(layer): name for name, layer in reversed(list(named_layers(model)))}
+    names: dict[str, str] = {}
+    for name, layer in named_layers(model):
+        if isinstance(layer, Rebuilt):
+            inner: Any = layer
+            prefix = "" if layer is model else f"{name}/"
+            for saved, below in inner._saved_names().items():
+                names.setdefault(f"{prefix}{saved}", present[id(below)])
+    return names
 
 
 class Rebuilt:
@@ -75,6 +95,7 @@ class Rebuilt:
             "layer": {"module": cls.__module__, "class_name": cls.__name__, "registered_name": name, "config": config},
             "replaced": {name: [each.__dict__[MARK], _serialized(each)] for name, each in replaced.items()},
             "biased": biased,
+            "places": {name: list(place) for name, place, _ in _placed(layer)},
         }
 
     @staticmethod
@@ -83,6 +104,7 @@ class Rebuilt:
         layer = keras.saving.deserialize_keras_object(config["layer"])
         cls: Any = type(layer)
         layer.__dict__["_replaced"], layer.__dict__["_biased"] = config["replaced"], config.get("biased", [])
+        layer.__dict__["_places"] = config.get("places", {})
         layer.__class__ = _rebuilding(cls)
         layer._put_back()
         return layer
@@ -92,8 +114,18 @@ class Rebuilt:
         self._put_back()
         super().load_own_variables(store)  # type: ignore[misc]
 
+    def _saved_names(self) -> dict[str, keras.Layer]:
+        """Return the layers below, as far as they are built, by the names they had when this one was saved.
+
+        Keras numbers the layers that it names itself through all models of a process, so that they have other names
+        now; what stays is which layer of its parent each one is.
+        """
+        layer: Any = self
+        places = {tuple(place): name for name, place in self.__dict__.get("_places", {}).items()}
+        return {places.get(place, name): below for name, place, below in _placed(layer)}
+
     def _put_back(self) -> None:
-        found = dict(named_layers(self))
+        found = self._saved_names()
         for name in self.__dict__.get("_biased", []):
             layer: Any = found.get(name) if name else self
             if layer is not None and channels_of(layer) and layer.bias is None:
@@ -102,6 +134,18 @@ class Rebuilt:
             layer = found.get(name)
             if isinstance(layer, BatchNorm) and build_shape(layer) is not None:
                 Swap(layer, name, keras.saving.deserialize_keras_object(config), kind, {}).apply()
+
+
+def _placed(layer: keras.Layer) -> Iterator[tuple[str, tuple[int, ...], keras.Layer]]:
+    """Yield every layer below with its name and its place, which is a number in each layer on the way to it."""
+    for (name, below), place in zip(list(named_layers(layer))[1:], _ways(layer), strict=True):
+        yield name, place, below
+
+
+def _ways(layer: Any, way: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
+    for number, child in enumerate(layer._layers):
+        yield (*way, number)
+        yield from _ways(child, (*way, number))
 
 
 @cache

@@ -1,13 +1,15 @@
 """Find the BatchNorms of a Keras model and judge what stands in the way of replacing each."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial, wraps
 from typing import Any
 
 import keras
 
 from ...convert.targets import BatchRenorm, SwitchNorm
 from ...errors import InputError, spoken
-from ...frameworks.keras import Shape, build_shape, call, distinct_layers, inference, named_layers, watching
+from ...frameworks.keras import Shape, build_shape, call, distinct_layers, inference, named_layers, override, watching
 from ...layers import keras as layers
 from ..plan import Site
 from .swap import MARK, BatchNorm
@@ -29,7 +31,12 @@ def find_sites(model: keras.Layer, example: Any = None) -> tuple[list[keras.Laye
         if isinstance(layer, BatchNorm) or _kind(layer) is not None:
             names.setdefault(id(layer), []).append(name)
             found[id(layer)] = layer
-    seen = {} if example is None else _dry_run(model, found, example)
+    by_the_batch = {key for key, layer in found.items() if _drawn_for_training(layer)}
+    masked: set[int] = set()
+    seen: dict[int, Shape] = {}
+    if example is not None:
+        with _noting(found, by_the_batch, masked):
+            seen = _dry_run(model, found, example)
     sites = []
     for key, layer in found.items():
         shape = build_shape(layer)
@@ -42,6 +49,8 @@ def find_sites(model: keras.Layer, example: Any = None) -> tuple[list[keras.Laye
                 spatial=_spatial(seen.get(key, shape), layer.axis),
                 obstacle=_obstacle(layer, shape),
                 kind=_kind(layer),
+                by_the_batch=key in by_the_batch and layer.trainable,
+                masked_by="a mask" if key in masked else "",
             )
         )
     return list(found.values()), sites
@@ -61,6 +70,32 @@ def _obstacle(layer: keras.Layer, shape: Shape | None) -> str:
     if layer.axis % len(shape) == 0:
         return f"it normalizes along the batch (axis={layer.axis})"
     return ""
+
+
+def _drawn_for_training(layer: keras.Layer) -> bool:
+    """Return whether a graph gives a layer ``training=True``."""
+    return any(node.arguments.kwargs.get("training") is True for node in layer._inbound_nodes)
+
+
+@contextmanager
+def _noting(layers: Mapping[int, keras.Layer], trained: set[int], masked: set[int]) -> Iterator[None]:
+    """Note which of the layers are called with ``training=True``, and which with a mask, within the context."""
+
+    def spy(key: int, run: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(run)
+        def call(inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("training") is True:
+                trained.add(key)
+            if kwargs.get("mask") is not None:
+                masked.add(key)
+            return run(inputs, *args, **kwargs)
+
+        return call
+
+    with ExitStack() as stack:
+        for key, layer in layers.items():
+            stack.callback(override(layer, "call", partial(spy, key)))
+        yield
 
 
 def _spatial(shape: Shape | None, axis: int) -> tuple[int, ...] | None:

@@ -21,6 +21,7 @@ from ...layers.keras.statistics import wide
 from ..plan import Decision
 from .equalized import Absorbed
 from .fronts import channels_of, read_front
+from .strategy import beside
 
 MARK = "_normswap"
 """Attribute of a replaced layer that holds its target's kind."""
@@ -239,7 +240,8 @@ def _build(new: keras.Layer, layer: keras.Layer) -> None:
         return variable
 
     new.__dict__["add_weight"] = add_weight
-    new.build(build_shape(layer))
+    with beside(layer.variables):
+        new.build(build_shape(layer))
     del new.__dict__["add_weight"]
 
 

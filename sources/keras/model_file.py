@@ -22,7 +22,21 @@ def read_model(path: Path) -> Any:
     try:
         return keras.models.load_model(path, compile=False)
     except Exception as error:
-        raise InputError(f"expected a Keras model in {path}, received a file Keras refuses: {reason(error)}") from error
+        said = reason(error)
+        message = (
+            f"expected a Keras model in {path}, received a file Keras refuses: {said.rstrip('.')}{_way_out(path, said)}"
+        )
+        raise InputError(message) from error
+
+
+def _way_out(path: Path, said: str) -> str:
+    """Return what to do about code of the user's that a file needs, and that is not imported or not trusted."""
+    code = f"give file.py:callable in its place, a function that returns keras.models.load_model({path.name!r}"
+    if "safe_mode" in said or "enable_unsafe_deserialization" in said:
+        return f"; {code}, safe_mode=False), if you trust the file"
+    if "Could not locate" in said or "Unknown layer" in said:
+        return f"; {code}) and the file imports or defines the class"
+    return ""
 
 
 def import_keras() -> Any:
@@ -63,5 +77,6 @@ def reason(error: Exception) -> str:
     """Return what Keras says is wrong, and in which layer, without the configurations it quotes around that."""
     where, _, cause = str(error).strip().rpartition("Exception encountered: ")
     name = re.search(r"""'name': '([^']*)'""", where[where.rfind("config=") :]) if where else None
+    cause = cause.partition(" Full object config: ")[0]  # pages of it
     lines = cause.strip().splitlines() or [type(error).__name__]
     return f"layer {name[1]}: {lines[0]}" if name else lines[0]

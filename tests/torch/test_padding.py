@@ -22,7 +22,7 @@ class Speech(nn.Module):
 
 
 FRAMES = torch.randn(2, 4, 9)
-NOTE = "{} tells of padding, which a sample's statistics count: they vary with it"
+NOTE = "{} tells of padding, which a sample's statistics count too: use brn, or pad nothing"
 
 
 @pytest.mark.parametrize("target", ["sn", "gn"])

@@ -17,7 +17,7 @@ from ....convert.gates import softmax
 from ....convert.state import Array, BatchNormState
 from ....convert.targets import BatchRenorm, GroupNorm, SwitchNorm
 from ....errors import InputError
-from ....frameworks.keras import call, distinct_layers, named_layers, to_numpy
+from ....frameworks.keras import call, distinct_layers, inference, named_layers, to_numpy
 from ....frameworks.names import first_names
 from ....layers.keras import SwitchNormalization
 from ....patchers.keras.equalized import absorbed
@@ -125,7 +125,8 @@ def set_affine(layer: keras.Layer, gamma: Array, beta: Array) -> None:
 
 def outputs(model: keras.Layer, batch: Any) -> list[NDArray[Any]]:
     """Return what the model returns at inference, array by array."""
-    found = [to_numpy(y) for y in keras.tree.flatten(call(model, batch)) if hasattr(y, "dtype")]
+    with inference(model):
+        found = [to_numpy(y) for y in keras.tree.flatten(call(model, batch)) if hasattr(y, "dtype")]
     return [y for y in found if np.issubdtype(y.dtype, np.floating)]
 
 
