@@ -166,9 +166,8 @@ def plot(networks: list[dict[str, Any]], path: Path) -> None:
             if (row := rows.get(target)) is None:
                 continue
             found = [getattr(row, field) for field in METHODS.values()]
-            shares = [
-                100 * mean(each if isinstance(each, list) else [each or 0]) / network["batch_norm"] for each in found
-            ]
+            tops = [mean(each) if isinstance(each, list) and each else each or 0.0 for each in found]
+            shares = [100 * top / network["batch_norm"] for top in tops]
             bars = axes.bar(np.arange(len(METHODS)) + 0.27 * (number - 1), shares, 0.25, color=colour, label=target)
             axes.bar_label(bars, fmt="{:.0f}", fontsize=6)
         axes.axhline(100, color="black", linestyle="--", linewidth=1)

@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from normswap.layers.torch import BatchRenorm2d, SwitchNorm2d
 
+from ..helpers import exactly
+
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True])
 
 
@@ -109,3 +111,21 @@ def test_under_distributed_data_parallel(reentrant, tmp_path):
         same(kept, plain)
     finally:
         dist.destroy_process_group()
+
+
+def test_a_pass_that_repeats_none_is_refused():
+    """A second run on another input would get a statistic of a call that it is not, so it is refused by name."""
+    layer, calls = BatchRenorm2d(4).train(), []
+    layer.site = "stem.1"
+
+    def changing(x):
+        calls.append(x)
+        return layer(x + 10 * len(calls))
+
+    y = checkpoint(changing, torch.randn(3, 4, 5, 5, requires_grad=True), use_reentrant=False)
+    message = (
+        "stem.1: expected a forward pass within a backward pass to repeat one of the last 128 of this layer, received "
+        "another input; checkpoint fewer calls at a time, or leave this layer out of the checkpoint"
+    )
+    with pytest.raises(RuntimeError, match=exactly(message)):
+        y.sum().backward()
