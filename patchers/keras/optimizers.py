@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
+from keras import ops
 import numpy as np
 
 from .strategy import beside
@@ -39,7 +40,7 @@ class Optimizers:
             for variable, average in _averages(optimizer):
                 weight, value = self._values.get(id(variable), (variable, None))
                 if value is None or not np.array_equal(keras.ops.convert_to_numpy(weight), value):
-                    average.assign(variable)
+                    average.assign(ops.copy(variable))  # on JAX two variables may not share memory
 
     def _part(self, known: Sequence[Any]) -> list[Any]:
         """Return what an optimizer of a part of the model is for now: new variables are those of a layer it knows."""

@@ -117,7 +117,7 @@ def test_a_report_or_the_original(net, inputs):
 def test_a_calibrated_patch_can_be_undone(net, inputs, monkeypatch):
     """`undo` brings every bit back after a calibration, refitted layers too."""
     monkeypatch.setattr(refit, "WORTH", 0.0)
-    monkeypatch.setattr(refit, "STEP", 0.05)
+    monkeypatch.setattr(refit, "TRIED", ((0.1, 0.05),))
     before = copy.deepcopy(net.get_weights())
     report = patch(net, GroupNorm(groups=4), example=inputs[0])
     calibrate(report, inputs)
