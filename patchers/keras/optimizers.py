@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
-from keras import ops
 import numpy as np
+from keras import ops
 
 from .strategy import beside
 
