@@ -38,7 +38,7 @@ class StandIns:
 
         def note(name: str, x: Tensor, output: Any) -> None:
             module: Any = self._norms[name]
-            found = amplification_of(_double(x), _groups(module), module.eps)
+            found = amplification_of(_double(x), _groups(module), epsilon_of(module))
             self._seen[name] = max(self._seen.get(name, 0.0), found)
 
         plain = {name: module for name, module in self._norms.items() if _statistics(module)[0] is None}
