@@ -162,13 +162,13 @@ def plot(networks: list[dict[str, Any]], path: Path) -> None:
     panels = figure.subplots(1, len(networks), sharey=True, squeeze=False)[0]
     for axes, network in zip(panels, networks, strict=True):
         rows = {row["target"]: Row(**row) for row in network["rows"]}
-        for number, (target, colour) in enumerate(zip(DRAWN, ("#0072B2", "#D55E00", "#999999"), strict=True)):
+        for place, (target, colour) in enumerate(zip(DRAWN, ("#0072B2", "#D55E00", "#999999"), strict=True)):
             if (row := rows.get(target)) is None:
                 continue
-            found = [getattr(row, field) for field in METHODS.values()]
-            tops = [mean(each) if isinstance(each, list) and each else each or 0.0 for each in found]
-            shares = [100 * top / network["batch_norm"] for top in tops]
-            bars = axes.bar(np.arange(len(METHODS)) + 0.27 * (number - 1), shares, 0.25, color=colour, label=target)
+            tops = [getattr(row, field) for field in METHODS.values()]
+            measured = [number for number, top in enumerate(tops) if top not in (None, [])]
+            shares = [100 * float(np.mean(tops[number])) / network["batch_norm"] for number in measured]
+            bars = axes.bar(np.array(measured) + 0.27 * (place - 1), shares, 0.25, color=colour, label=target)
             axes.bar_label(bars, fmt="{:.0f}", fontsize=6)
         axes.axhline(100, color="black", linestyle="--", linewidth=1)
         axes.set_xticks(range(len(METHODS)), METHODS, rotation=30, ha="right")
