@@ -57,6 +57,14 @@ class Front:
     bias: Array | None = None
 
 
+def by_groups(gain: Array, groups: int) -> Array:
+    """Return gains (C, K) to the K inputs that each of ``groups`` reads as gains (C, groups·K) to all inputs."""
+    outputs, inputs = gain.shape
+    found = np.zeros((outputs, groups, inputs))
+    found[np.arange(outputs), np.arange(outputs) // (outputs // groups)] = gain
+    return found.reshape(outputs, -1)
+
+
 @dataclass(frozen=True)
 class Equalized:
     r"""What one norm and the layer in front of it become.

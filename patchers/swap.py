@@ -12,6 +12,13 @@ from .measured_drift import Drift, Swapped, drift_from_original
 from .plan import Plan, Report
 
 
+def become(layer: Any, cls: type[Any], contents: Mapping[str, Any]) -> None:
+    """Make of an object one of another class with these contents."""
+    layer.__dict__.clear()
+    layer.__dict__.update(contents)
+    layer.__class__ = cls
+
+
 class Swap(Swapped, Protocol):
     """One site's replacement, built and ready, in place of the BatchNorm called ``name``."""
 

@@ -208,7 +208,7 @@ def kept(buffer: Tensor, small: Small) -> Tensor:
     A compiler makes anew in the backward pass what is cheap to make, from a buffer that has moved by then; torch's
     inductor does so without a word. It keeps the results of reductions.
     """
-    return buffer.expand(8, *buffer.shape).amax(0) if small.library is torch else buffer
+    return buffer.expand(8, *buffer.shape).amax(0) if small.watched else buffer
 
 
 def as_tensor(value: Array) -> Tensor:

@@ -19,7 +19,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from ...convert.equalize import Front
+from ...convert.equalize import Front, by_groups
 from ...convert.state import Array
 from ...frameworks.example import Inputs
 from ...frameworks.keras import call, inference, input_shapes, override, to_numpy
@@ -439,6 +439,13 @@ def by_channel(layer: keras.Layer, weight: Any) -> Array:
     return found
 
 
+def front_weights(layer: keras.Layer) -> tuple[Array, Array | None]:
+    """Return the weights (C, K) of a layer in front, a row for each output channel, and its bias, in float64."""
+    weight = by_channel(layer, getattr(layer, _weight_name(layer)))
+    bias = None if layer.bias is None else np.asarray(to_numpy(layer.bias), np.float64)
+    return weight.reshape(len(weight), -1), bias
+
+
 def read_front(layer: keras.Layer, state: Mapping[str, Any] | None = None) -> Front:
     """Return what equalizing needs of a linear layer, or of such weights as it might have."""
 
@@ -458,11 +465,7 @@ def read_front(layer: keras.Layer, state: Mapping[str, Any] | None = None) -> Fr
     constant = weight.sum(axis=0).T
     if isinstance(layer, _SEPARABLE):
         constant = constant @ _spread(read("depthwise_kernel"))
-    groups = int(layer.groups) if isinstance(layer, _CONVOLUTIONS) else 1
-    outputs, inputs = constant.shape
-    gain = np.zeros((outputs, groups, inputs))
-    gain[np.arange(outputs), np.arange(outputs) // (outputs // groups)] = constant
-    return Front(gain=gain.reshape(outputs, -1), norms=norms, bias=read("bias"))
+    return Front(gain=by_groups(constant, groups_of(layer)), norms=norms, bias=read("bias"))
 
 
 def _spread(weight: Any) -> Any:

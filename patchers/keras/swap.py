@@ -19,6 +19,7 @@ from ...frameworks.keras import build_shape, named_layers, overriding
 from ...layers import keras as layers
 from ...layers.keras.statistics import wide
 from ..plan import Decision
+from ..swap import become
 from .equalized import Absorbed
 from .fronts import channels_of, read_front
 from .strategy import beside
@@ -85,7 +86,7 @@ class Swap:
         kept = {key: value for key, value in old.items() if key in _KEPT}
         extras = {key: value for key, value in old.items() if key not in _own_attributes()}
         marks = {MARK: self.kind, **({FRONT: self.front.name} if self.front else {})}
-        _become(self.layer, type(self.new), {**extras, **new, **kept, **marks})
+        become(self.layer, type(self.new), {**extras, **new, **kept, **marks})
         if self.kind == GroupNorm.kind:
             self._take_batch_norm_arguments()
         self.written = self.layer.get_weights()
@@ -153,14 +154,7 @@ class Swap:
         for node, arguments in self.old_arguments:
             node.arguments = arguments
         kept = {key: value for key, value in self.layer.__dict__.items() if key in _KEPT}
-        _become(self.layer, self.old_class, {**self.old_contents, **kept})
-
-
-def _become(layer: keras.Layer, cls: type[keras.Layer], contents: dict[str, Any]) -> None:
-    """Make of an object one of another class with these contents."""
-    layer.__dict__.clear()
-    layer.__dict__.update(contents)
-    layer.__class__ = cls
+        become(self.layer, self.old_class, {**self.old_contents, **kept})
 
 
 def swaps_for(

@@ -20,11 +20,11 @@ from ...errors import spoken
 from ...frameworks.keras import build_shape, named_layers, override, overriding, to_numpy
 from ...layers import keras as layers
 from ..plan import Decision, Site
-from ..swap import Swap
+from ..swap import Swap, become
 from .names import renamed
 from .patch import _copy, _retraced
 from .sites import _dry_run, _spatial, find_sites
-from .swap import _KEPT, _REBOUND, FRONT, MARK, _become, _build, read_state
+from .swap import _KEPT, _REBOUND, FRONT, MARK, _build, read_state
 from .swap import BatchNorm as BatchNormLayer
 
 _NORMS = (
@@ -183,7 +183,7 @@ class _Back:
         old, new = self.old_contents, {k: v for k, v in self.new.__dict__.items() if k not in _REBOUND}
         kept = {key: value for key, value in old.items() if key in _KEPT}
         extras = {key: value for key, value in old.items() if key not in self.own_attributes}
-        _become(self.layer, type(self.new), {**extras, **new, **kept})
+        become(self.layer, type(self.new), {**extras, **new, **kept})
         self.written = self.layer.get_weights()
 
     def trained(self) -> bool:
@@ -204,7 +204,7 @@ class _Back:
     def restore(self) -> None:
         """Put the norm back."""
         kept = {key: value for key, value in self.layer.__dict__.items() if key in _KEPT}
-        _become(self.layer, self.old_class, {**self.old_contents, **kept})
+        become(self.layer, self.old_class, {**self.old_contents, **kept})
         _write(self.layer, self.before)
 
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ...convert.equalize import Front
+from ...convert.equalize import Front, by_groups
 from ...convert.state import Array
 from .linears import kept_calls
 
@@ -268,18 +268,20 @@ def by_channel(layer: nn.Module, weight: Tensor) -> Array:
     return weight.reshape(weight.shape[0], weight.shape[1], -1).numpy()
 
 
+def front_weights(layer: nn.Module) -> tuple[Array, Array | None]:
+    """Return the weights (C, K) of a layer in front, a row for each output channel, and its bias, in float64."""
+    weight = by_channel(layer, layer.weight)  # type: ignore[arg-type]
+    bias = None if layer.bias is None else layer.bias.detach().double().cpu().numpy()  # type: ignore[operator]
+    return weight.reshape(len(weight), -1), bias
+
+
 def read_front(layer: nn.Module, state: Mapping[str, Tensor | None] | None = None) -> Front:
     """Return what equalizing needs of a linear layer, or of such weights as it might have."""
     values = layer._parameters if state is None else state
     bias = values.get("bias")
     weight = by_channel(layer, values["weight"])  # type: ignore[arg-type]
-    groups = groups_of(layer)
-    constant = weight.sum(axis=2)
-    gain = np.zeros((len(weight), groups, constant.shape[1]))
-    of_group = np.arange(len(weight)) // (len(weight) // groups)
-    gain[np.arange(len(weight)), of_group] = constant
     return Front(
-        gain=gain.reshape(len(weight), -1),
+        gain=by_groups(weight.sum(axis=2), groups_of(layer)),
         norms=np.sqrt(np.square(weight).sum(axis=(1, 2))),
         bias=None if bias is None else bias.detach().double().cpu().numpy(),
     )

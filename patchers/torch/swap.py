@@ -25,6 +25,7 @@ from ...frameworks.torch import named_layers
 from ...layers import torch as layers
 from ...layers.torch.group_norm import guard
 from ..plan import Decision, Site
+from ..swap import become
 from .batch_norm import added_by, channels_of, epsilon_of, rank_of
 from .equalized import Absorbed, absorbed
 from .fronts import read_front
@@ -115,7 +116,7 @@ class Swap:
         with torch.no_grad():
             for parameter, value, _ in self.values:
                 parameter.copy_(value)
-        _become(self.module, type(self.new), self._contents())
+        become(self.module, type(self.new), self._contents())
         hook = self.module.register_load_state_dict_pre_hook(self.loaded)  # type: ignore[no-untyped-call]
         self.handles.append(hook)
         if self.above is not None:
@@ -185,7 +186,7 @@ class Swap:
             shared = now["_buffers"].get(name) if self.found is None else None  # has moved and learned with the model
             if buffer is not None:
                 old["_buffers"][name] = self._moved(buffer) if shared is None else shared
-        _become(self.module, self.old_class, old)
+        become(self.module, self.old_class, old)
 
     def _moved(self, buffer: Tensor) -> Tensor:
         """Take a buffer that the replacement had no use for to where the model has gone since."""
@@ -215,13 +216,6 @@ class Swap:
             tensor = contents["_parameters"].get(name, contents["_buffers"].get(name))
             if tensor is not None:
                 yield name, tensor
-
-
-def _become(module: nn.Module, cls: type[nn.Module], contents: dict[str, Any]) -> None:
-    """Make of an object one of another class with these contents."""
-    module.__dict__.clear()
-    module.__dict__.update(contents)
-    module.__class__ = cls
 
 
 def swaps_for(

@@ -27,10 +27,10 @@ from ...layers.torch.channels_last import ChannelsLastBatchNorm
 from ...layers.torch.group_norm import _contiguous
 from ...layers.torch.norm import RunningNorm
 from ..plan import Decision, Site
-from ..swap import Swap
+from ..swap import Swap, become
 from .batch_norm import epsilon_of
 from .sites import MARK, find_sites
-from .swap import _become, _FromBatchNorm, read_state
+from .swap import _FromBatchNorm, read_state
 
 _BATCH_NORMS: dict[int, type[nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d]] = {
     1: nn.BatchNorm1d,
@@ -227,7 +227,7 @@ class _Back:
         }
         kept = {key: value for key, value in old.items() if key in _HOOKS_AND_MODE}
         persistence = {"_non_persistent_buffers_set": set(old["_non_persistent_buffers_set"])}
-        _become(self.module, type(self.new), {**extras, **new, **kept, **merged, **persistence})
+        become(self.module, type(self.new), {**extras, **new, **kept, **merged, **persistence})
         self.written = {name: tensor.detach().clone() for name, tensor in self._own()}
 
     def trained(self) -> bool:
@@ -266,7 +266,7 @@ class _Back:
             hooks.update(removed)
         self.hooks.clear()
         old |= {key: value for key, value in now.items() if key in _HOOKS_AND_MODE}
-        _become(self.module, self.old_class, old)
+        become(self.module, self.old_class, old)
 
     def _without_hooks_of_ours(self) -> None:
         """Take away what a BatchNorm's replacement was given: it would carry over what is loaded into a BatchNorm."""

@@ -28,10 +28,12 @@ from ....patchers.keras.fronts import (
     _obstacle,
     _variables,
     _weight_name,
-    by_channel,
     channels_of,
     groups_of,
     read_front,
+)
+from ....patchers.keras.fronts import (
+    front_weights as front_weights,  # of the contract
 )
 from ....patchers.keras.swap import FRONT, MARK, BatchNorm, read_state
 from ..contract import Solvable
@@ -90,13 +92,6 @@ def moments(layer: keras.Layer, x: Any, state: BatchNormState) -> tuple[Array, A
 def spatial(layer: keras.Layer, x: Any) -> tuple[int, ...]:
     """Return the sizes of a BatchNorm's input but batch and channels."""
     return tuple(int(size) for i, size in enumerate(x.shape) if i not in (0, layer.axis % len(x.shape)))
-
-
-def front_weights(layer: keras.Layer) -> tuple[Array, Array | None]:
-    """Return the weights (C, K) of a layer in front, a row for each output channel, and its bias, in float64."""
-    (weight,) = (value for name, value in _weights(layer).items() if name != "bias")
-    rows = by_channel(layer, weight)
-    return rows.reshape(len(rows), -1), None if layer.bias is None else np.asarray(layer.bias.numpy(), np.float64)
 
 
 def write(site: Solvable, found: Equalized) -> None:

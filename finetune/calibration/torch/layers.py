@@ -23,7 +23,8 @@ from ....frameworks.names import first_names
 from ....frameworks.torch import call, inference, named_layers, to_numpy
 from ....patchers.torch.batch_norm import is_frozen
 from ....patchers.torch.equalized import absorbed
-from ....patchers.torch.fronts import by_channel, groups_of, read_front
+from ....patchers.torch.fronts import front_weights as front_weights  # of the contract
+from ....patchers.torch.fronts import groups_of, read_front
 from ....patchers.torch.sites import MARK
 from ....patchers.torch.swap import FRONT, read_state
 from ..contract import Solvable
@@ -81,13 +82,6 @@ def moments(layer: nn.Module, x: Tensor, state: BatchNormState) -> tuple[Array, 
 def spatial(layer: nn.Module, x: Tensor) -> tuple[int, ...]:
     """Return the sizes of a BatchNorm's input but batch and channels."""
     return tuple(x.shape[2:])
-
-
-def front_weights(layer: nn.Module) -> tuple[Array, Array | None]:
-    """Return the weights (C, K) of a layer in front, a row for each output channel, and its bias, in float64."""
-    weight = by_channel(layer, layer.weight)  # type: ignore[arg-type]
-    bias = None if layer.bias is None else layer.bias.detach().double().cpu().numpy()  # type: ignore[operator]
-    return weight.reshape(len(weight), -1), bias
 
 
 def write(site: Solvable, found: Equalized) -> None:

@@ -12,7 +12,7 @@ from ....convert.equalize import affine_since
 from ....errors import InputError, UnsupportedError
 from ....frameworks.keras import named_layers, override
 from ....layers.keras.statistics import wide
-from ....patchers.keras.fronts import _weight_name, by_channel, channels_of, read_front
+from ....patchers.keras.fronts import channels_of, front_weights
 from ....patchers.keras.swap import FRONT, BatchNorm, read_state
 from .layers import replaced
 from .tracing import retrace, share
@@ -30,7 +30,7 @@ class Mix:
             None if part is None else ops.convert_to_numpy(part) for part in parts
         )
         self._model, self._layer, self._axis, self._epsilon = model, layer, norm.axis, norm.epsilon
-        self._affine = None if fronts is None else affine_since(read_state(norm), *map(_weights, reversed(fronts)))
+        self._affine = None if fronts is None else affine_since(read_state(norm), *map(front_weights, reversed(fronts)))
         self._share = share("a blend", 0.0)
         self._undo = ExitStack()
 
@@ -95,13 +95,8 @@ def _fronts(
     if front is None:
         return None
     pair = mine.get(front), known.get(front)
-    if not all(map(channels_of, pair)) or _weights(pair[0])[0].shape != _weights(pair[1])[0].shape:
+    if not all(map(channels_of, pair)) or front_weights(pair[0])[0].shape != front_weights(pair[1])[0].shape:
         raise InputError(
             f"expected a reference with the layer {front} that is equalized for {name}, received one without it"
         )
     return pair
-
-
-def _weights(layer: keras.Layer) -> tuple[Any, Any]:
-    weights = by_channel(layer, getattr(layer, _weight_name(layer)))
-    return weights.reshape(len(weights), -1), read_front(layer).bias

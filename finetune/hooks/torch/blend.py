@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from ....convert.equalize import affine_since
 from ....errors import InputError, UnsupportedError
 from ....frameworks.torch import named_layers
-from ....patchers.torch.fronts import by_channel, read_front
+from ....patchers.torch.fronts import front_weights
 from ....patchers.torch.patch import layers_by_name
 from ....patchers.torch.sites import MARK
 from ....patchers.torch.swap import FRONT, read_state
@@ -31,7 +31,7 @@ class Mix:
         state = None if fronts is None else read_state(norm)
         self._affine = None
         if state is not None and fronts is not None:  # in front is what has taken a scale and a shift since
-            self._affine = affine_since(state, *map(_weights, reversed(fronts)))
+            self._affine = affine_since(state, *map(front_weights, reversed(fronts)))
         self._share = torch.zeros(())  # a tensor, which compiled code reads anew
         self._handle: RemovableHandle | None = None
 
@@ -98,8 +98,3 @@ def _fronts(
             f"expected a reference with the layer {front} that is equalized for {name}, received one without it"
         )
     return pair  # type: ignore[return-value]
-
-
-def _weights(layer: nn.Module) -> tuple[Any, Any]:
-    weights = by_channel(layer, layer.weight)  # type: ignore[arg-type]
-    return weights.reshape(len(weights), -1), read_front(layer).bias
