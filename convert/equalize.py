@@ -174,10 +174,11 @@ def _key(*parts: Any) -> bytes:
     def add(part: Any) -> None:
         if isinstance(part, np.ndarray):
             digest.update(np.ascontiguousarray(part).tobytes())
-        elif isinstance(part, BatchNormState | Front):
+        if isinstance(part, BatchNormState | Front):
             for each in vars(part).values():
                 add(each)
-        digest.update(repr(getattr(part, "shape", part) if not isinstance(part, Front) else "").encode())
+        else:
+            digest.update(repr(getattr(part, "shape", part)).encode())
 
     for part in parts:
         add(part)
