@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.preprocessing import Preprocessing, preprocessing_of
-from ..errors import InputError, UnsupportedError, UsageError, named, option
+from ..errors import InputError, UsageError, named, option
 from ..frameworks.detect import framework_of, get_framework
 from . import bundle as bundles
 from .manifest import is_bundle, is_unfinished
@@ -134,13 +134,7 @@ class Opened:
         )
 
     def _built_again(self) -> Any:
-        twin = load_model(self.spec, pretrained=False, trust=self.options.trust)
-        if twin is self.model:
-            raise UnsupportedError(
-                f"expected a source that builds a model each time it is called, received {self.spec}, which returns "
-                "the same one again"
-            )
-        return twin
+        return load_model(self.spec, pretrained=False, trust=self.options.trust)
 
 
 def _is_bundle(spec: str) -> bool:

@@ -71,6 +71,18 @@ class TestModels:
         with pytest.raises(InputError, match="received code that fails: ZeroDivisionError"):
             load_model(f"{tmp_path}/bad.py:f")
 
+    def test_the_same_model_again(self, tmp_path, monkeypatch):
+        """A callable that returns what it returned before is refused: that may be patched or trained by now."""
+        (tmp_path / "holding.py").write_text("from torch import nn\n\nMODEL = nn.ReLU()\n\ndef same(): return MODEL\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        load_model("holding:same")
+        message = (
+            "expected a source that builds a model each time it is called, received holding:same, which returns the "
+            "same one again; have it build the model, or return a copy of it"
+        )
+        with pytest.raises(UnsupportedError, match=exactly(message)):
+            load_model("holding:same")
+
     def test_something_that_is_not_a_model(self, network):
         """A name that is no callable, and a callable that returns no model, are refused."""
         with pytest.raises(InputError, match="^expected a callable number in .*, received 3$"):
