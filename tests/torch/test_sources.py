@@ -1,7 +1,10 @@
 """Where models and data come from and bundles go: what is read, and what is refused unread."""
 
+import importlib
+import inspect
 import os
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,6 +123,80 @@ class TestModels:
         assert relative_spec(spec, tmp_path / "bundles" / "b") == "../../code/net.py:build"
         assert absolute_spec("../../code/net.py:build", tmp_path / "bundles" / "b") == spec
         assert relative_spec("timm:resnet18", tmp_path) == absolute_spec("timm:resnet18", tmp_path) == "timm:resnet18"
+
+
+PARTS = """
+from helper import WIDTH, Block
+from parts.deep import Deep
+from torch import nn
+
+class Net(nn.Sequential):
+    class Inner(nn.Identity):
+        pass
+
+def build():
+    from lazy import Last
+    return Net(nn.BatchNorm2d(WIDTH), Block(), Deep(), Net.Inner(), Last()).eval()
+"""
+OTHER = "from torch import nn\n\nWIDTH = {}\n\nclass {}(nn.Identity):\n    pass\n"
+DEEP = "from .wide import WIDTH, Wide\n\nclass Deep(Wide):\n    width = WIDTH\n"
+
+
+class TestFilesOfOneName:
+    """Files of several folders, each with its own modules beside it, of the same names."""
+
+    @pytest.fixture
+    def folders(self, tmp_path):
+        """Two folders with such files, whose widths are 2 and 5."""
+        for name, width in (("a", 2), ("b", 5)):
+            (folder := tmp_path / name).joinpath("parts").mkdir(parents=True)
+            (folder / "network.py").write_text(PARTS)
+            (folder / "helper.py").write_text(OTHER.format(width, "Block"))
+            (folder / "lazy.py").write_text(OTHER.format(width, "Last"))
+            (folder / "parts" / "__init__.py").write_text("")
+            (folder / "parts" / "wide.py").write_text(OTHER.format(width, "Wide"))
+            (folder / "parts" / "deep.py").write_text(DEEP)
+        return [tmp_path / name for name in "ab"]
+
+    @pytest.fixture(autouse=True)
+    def _forgotten(self, monkeypatch):
+        """Leave no module of these tests to others, and none of theirs to these."""
+        for name in {"network", "helper", "lazy"} & sys.modules.keys():
+            monkeypatch.delitem(sys.modules, name)
+        before = set(sys.modules)
+        yield
+        for name in set(sys.modules) - before:
+            del sys.modules[name]
+
+    def test_each_has_its_own_modules(self, folders):
+        """Those imported by the file, by its callable and by a package beside it, whichever comes first and again."""
+        path = [*sys.path]
+        for number in (0, 1, 0, 1):
+            model = load_model(f"{folders[number]}/network.py:build")
+
+            assert (model[0].num_features, model[2].width) == ((2, 2), (5, 5))[number]
+            assert [inspect.getfile(type(layer)) for layer in model[1:]] == [
+                str(folders[number] / name) for name in ("helper.py", "parts/deep.py", "network.py", "lazy.py")
+            ]
+        assert sys.path == path
+
+    def test_their_classes_are_pickled(self, folders):
+        """Each model comes back as what it was."""
+        models = [load_model(f"{folder}/network.py:build") for folder in folders]
+        for model in models:
+            found = pickle.loads(pickle.dumps(model))
+
+            assert [type(layer) for layer in (found, *found)] == [type(layer) for layer in (model, *model)]
+
+    def test_the_names_of_who_was_first(self, folders, monkeypatch):
+        """The modules of a program that runs stay what they are."""
+        monkeypatch.syspath_prepend(folders[0])
+        helper = importlib.import_module("helper")
+        model = load_model(f"{folders[1]}/network.py:build")
+
+        assert model[0].num_features == 5
+        assert importlib.import_module("helper") is helper
+        assert type(helper.Block()).__module__ == "helper"
 
 
 class Evil:
