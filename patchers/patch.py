@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from ..convert.recipe import Recipe, Rules
 from ..convert.targets import Target, as_mode, as_target
-from ..errors import InputError, UsageError
+from ..errors import UsageError
+from ..frameworks.several import texts
 from . import way_back
 from .contract import norm_patcher_of, patcher_of
 from .plan import Plan, Report
@@ -82,7 +83,7 @@ def plans(
     """Return what `plan` decides for each of ``targets``, on one look at the model."""
     model = as_module(model)
     resolved = [_resolved(target) for target in targets]
-    chosen: dict[str, Any] = {"include": _several(include), "exclude": _several(exclude), "where": where}
+    chosen = _chosen(include, exclude, where)
     mode = as_mode(equalize)
     back = [way_back.is_way_back(each) for each in resolved]
     if any(back):
@@ -136,7 +137,7 @@ def patch(
         exclude: Leave layers alone whose name fits a pattern; as ``include``, None for none.
         where: A function of layer and name, asked last: a layer is left for which it returns False.
         data: For ``"bn"``: batches of inputs as the model takes them, without labels; 256 images are good. They are
-            iterated over two or three times; an iterator is held in memory.
+            iterated over two or three times; an iterator is held in memory, and an array is one batch.
         inplace: False leaves ``model`` as it is and patches a copy, ``report.model``.
         equalize: Whether the linear layer in front of a norm by a sample's statistics takes a scale and a shift per
             channel, with which those statistics vary little: that keeps most of the function. It needs an example,
@@ -179,7 +180,7 @@ def patch(
     Normalization"; Ioffe, "Batch Renormalization"; Wu and He, "Group Normalization".
     """
     model, resolved, mode = as_module(model), _resolved(target), as_mode(equalize)
-    chosen: dict[str, Any] = {"include": _several(include), "exclude": _several(exclude), "where": where}
+    chosen = _chosen(include, exclude, where)
     if way_back.is_way_back(resolved):
         model = model if inplace else norm_patcher_of(model).copied(model)
         return way_back.patch(model, resolved, data, example=example, **chosen)
@@ -201,15 +202,9 @@ def as_module(model: Any) -> Any:
     return programs.as_module(model)
 
 
+def _chosen(include: Patterns, exclude: Patterns, where: Callable[[Any, str], bool] | None) -> dict[str, Any]:
+    return {"include": texts(include, "a pattern"), "exclude": texts(exclude, "a pattern"), "where": where}
+
+
 def _resolved(target: str | Target | Recipe | Rules) -> Target | Recipe | Rules:
     return target if isinstance(target, Recipe | Rules) else as_target(target)
-
-
-def _several(patterns: Patterns) -> tuple[str, ...]:
-    """Return one pattern, several or none as a tuple; raises `InputError` for what is no text."""
-    if not isinstance(patterns, Iterable | None):
-        raise InputError(f"expected a pattern or several, each a text, received {patterns!r}")
-    found = (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
-    if others := [each for each in found if not isinstance(each, str)]:
-        raise InputError(f"expected a pattern or several, each a text, received {others[0]!r}")
-    return found

@@ -13,6 +13,7 @@ from ...convert.equalize import Equalized, equalize, error_of, factor_since
 from ...convert.samples import Samples, kept_aside
 from ...data.dataset import Data
 from ...errors import InputError, NormswapWarning, UnsupportedError, VerificationError, option
+from ...frameworks import several
 from ...frameworks.detect import get_framework
 from ...frameworks.example import Inputs
 from ...patchers.contract import patcher_of
@@ -63,7 +64,7 @@ def calibrate(
         model: The report of `patch`, or the patched model, which is changed. It has not been trained since the patch.
         original: The model before the patch; beside a report, which knows that, the batches.
         batches: Inputs as the model takes them, without labels, 16 or more of them together; a few hundred do. They are
-            iterated over several times; an iterator is held in memory.
+            iterated over several times; an iterator is held in memory, and an array is one batch.
         refit: False leaves all layers alone that the patch did.
         advance: Told after each batch how many the original has seen.
 
@@ -143,7 +144,7 @@ class _Calibration:
         self.sites = self.adapter.site_layers(model)
         if not self.sites:
             raise UnsupportedError("expected a patched model to calibrate, received one without replaced layers")
-        self.batches = list(batches) if isinstance(batches, Iterator) else batches
+        self.batches = several.batches(batches)
         self.known = dict(get_framework(original).named_layers(original))
         if missing := [name for name in self.sites if name not in self.known]:
             raise InputError(

@@ -10,6 +10,7 @@ from torch import nn
 import normswap
 from normswap import GroupNorm
 from normswap.errors import InputError, UnsupportedError, VerificationError, command_line
+from normswap.finetune import update_statistics
 from normswap.finetune.calibration import refit
 from normswap.finetune.calibration.calibrate import calibrate
 from normswap.finetune.calibration.least_squares import LinearFit, Moments
@@ -134,6 +135,30 @@ def test_batches_may_be_any_iterable(model, inputs):
 
     assert torch.equal(found[0], found[1])
     torch.testing.assert_close(found[0], found[2], rtol=1e-3, atol=1e-4)
+
+
+def test_an_array_is_one_batch(model, inputs):
+    """It is not its samples, wherever batches are taken."""
+    x = torch.cat(inputs)
+    found = []
+    for batches in ([x], x, x.numpy()):
+        report = normswap.patch(copy.deepcopy(model), "gn")
+        residuals = normswap.calibrate(report, batches)
+        update_statistics(original := copy.deepcopy(model), batches)
+        drops = normswap.patch(report.model, "bn", data=batches).drops
+        found.append((residuals, original.state_dict()["bn.running_var"].tolist(), drops))
+
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("batches", [None, 3, "images.npz"])
+def test_what_has_no_batches(model, batches):
+    """It is refused by name."""
+    report = normswap.patch(copy.deepcopy(model), "gn")
+    message = f"expected batches of inputs as the model takes them, received {batches!r}"
+    for take in (normswap.calibrate, lambda report, given: update_statistics(model, given)):
+        with pytest.raises(InputError, match=exactly(message)):
+            take(report, batches)
 
 
 def test_a_compiled_model(model, inputs):
