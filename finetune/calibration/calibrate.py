@@ -58,6 +58,7 @@ def calibrate(
     as far as it brings the model's output nearer on the inputs kept aside. Frozen, shared and very wide layers
     stay, and such as compute something else than their weights times their input.
 
+    What ends it early, an error or Ctrl-C, leaves the model as it was.
     It takes time linear in the depth and the number of inputs, and holds two numbers a layer, channel and input.
 
     Args:
@@ -93,11 +94,16 @@ def calibrate(
         )
     if report is not None:
         model, original, batches = report.model, report.original(), original
-    with patcher_of(original).layers_by_name(original):
-        run = _Calibration(model, original, batches, advance)
-        residuals = run.solve()
-        changes = run.refit() if refit else []
-        residuals.append(Residual("output", run.before, run.drift()))
+    restore = get_framework(model).snapshot(model)
+    try:
+        with patcher_of(original).layers_by_name(original):
+            run = _Calibration(model, original, batches, advance)
+            residuals = run.solve()
+            changes = run.refit() if refit else []
+            residuals.append(Residual("output", run.before, run.drift()))
+    except BaseException:
+        restore()
+        raise
     if report is not None:
         report.calibrated(run.found, changes)
     return residuals

@@ -151,6 +151,39 @@ def test_an_array_is_one_batch(model, inputs):
     assert found[0] == found[1] == found[2]
 
 
+def test_what_ends_it_early_leaves_the_model(model, inputs):
+    """Whenever that comes, also after the norms are solved, and the patch can still be undone."""
+    before = copy.deepcopy(model.state_dict())
+
+    class Ending:
+        """Batches that end with an exception after so many."""
+
+        def __init__(self, left):
+            self.left = left
+
+        def __iter__(self):
+            for batch in inputs:
+                self.left -= 1
+                if not self.left:
+                    raise KeyboardInterrupt
+                yield batch
+
+    for left in range(1, 12):
+        report = normswap.patch(model, "gn", example=inputs[0])
+        patched = copy.deepcopy(model.state_dict())
+        batches = Ending(left)
+        try:
+            normswap.calibrate(report, batches)
+        except KeyboardInterrupt:
+            pass
+        else:
+            break
+        assert all(torch.equal(value, patched[name]) for name, value in model.state_dict().items())
+        report.undo()
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert left > 4
+
+
 @pytest.mark.parametrize("batches", [None, 3, "images.npz"])
 def test_what_has_no_batches(model, batches):
     """It is refused by name."""
