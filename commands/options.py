@@ -46,6 +46,8 @@ def model_options(*without: str) -> Callable[[Any], Any]:
         def call(**options: Any) -> Any:
             from ..bundles.opening import ModelOptions
 
+            if given("input_shape") != given("size"):
+                decide(options, "input_shape", "size")
             known = ModelOptions(**{name: options.pop(name) for name in names})
             return function(known=known, **options)
 
@@ -63,6 +65,19 @@ def read_from(model: str, *paths: str | Path | None) -> list[str | Path]:
 def given(name: str) -> bool:
     """Return whether an option stands on the command line."""
     return click.get_current_context().get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
+def decide(options: dict[str, Any], one: str, other: str) -> None:
+    """Of two options that exclude each other take the one on the command line, whatever a file says of the other.
+
+    Raises a usage error if both are there.
+    """
+    here = [name for name in (one, other) if given(name)]
+    if len(here) == 2:
+        flags = [f"--{name.replace('_', '-')}" for name in (one, other)]
+        raise click.UsageError(f"expected one of {flags[0]} and {flags[1]}")
+    if here:
+        options[one if here == [other] else other] = None
 
 
 def require_none(names: list[str], expected: str) -> None:

@@ -91,6 +91,7 @@ def patch(
       normswap patch net-gn-tuned --to bn --calibrate images -o net-bn
     """
     from ..bundles.manifest import require_replaceable
+    from ..convert.recipe import Recipe
     from ..patchers import patch as patchers
     from ..patchers.table import plan_table
     from ..patchers.way_back import is_way_back
@@ -103,13 +104,15 @@ def patch(
         require_none(["calibration_size", "refit"], "--calibrate DATA beside what is said of it")
     if equalize and no_equalize:
         raise click.UsageError("expected one of --equalize and --no-equalize")
+    if target in ("brn", "bn"):
+        require_none(["equalize", "no_equalize"], f"no word on layers in front, which --to {target} leaves as they are")
     wanted = _target(target, groups, start, batch_statistics) if target else _recipe(recipe)
     if output is not None:
         require_replaceable(output, overwrite=overwrite)
     opened, patched_weights = _opened(model, known)
     selection: dict[str, Any] = {"include": include, "exclude": exclude, "example": opened.example}
     # The weights of a patched network know nothing of layers in front, unless they are said to.
-    plain = no_equalize or (patched_weights is not None and equalize is None)
+    plain = no_equalize or (patched_weights is not None and equalize is None and not isinstance(wanted, Recipe))
     selection["equalize"] = False if plain else equalize or True
     if dry_run:
         plan = patchers.plan(opened.model, wanted, **selection)

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from ..convert.recipe import Recipe, Rules
-from ..convert.targets import Target, as_mode, as_target
-from ..errors import UsageError
+from ..convert.targets import Mode, Target, as_mode, as_target
+from ..errors import UsageError, option, spoken
 from ..frameworks.several import texts
 from . import way_back
 from .contract import norm_patcher_of, patcher_of
@@ -84,7 +84,7 @@ def plans(
     model = as_module(model)
     resolved = [_resolved(target) for target in targets]
     chosen = _chosen(include, exclude, where)
-    mode = as_mode(equalize)
+    mode = _mode(equalize, resolved)
     back = [way_back.is_way_back(each) for each in resolved]
     if any(back):
         return [
@@ -142,7 +142,8 @@ def patch(
         equalize: Whether the linear layer in front of a norm by a sample's statistics takes a scale and a shift per
             channel, with which those statistics vary little: that keeps most of the function. It needs an example,
             which shows what nothing else reads, and may give the layer a bias, a new parameter. ``"scale"`` adds none
-            and keeps less, False leaves all other layers alone. A recipe says it itself.
+            and keeps less, False leaves all other layers alone. A recipe says it itself, and
+            stands alone.
 
     Returns:
         The `Report`: ``model``, ``replaced``, ``skipped``, ``recipe``, ``drift(example)``, ``undo()``.
@@ -153,7 +154,7 @@ def patch(
         UnsupportedError: If a selected layer cannot be replaced, or there is none; each is named with the reason.
         InputError: For a target, pattern, recipe or example that does not fit the model, and data that are too few, not
             finite or all the same.
-        UsageError: Without ``data`` where they are needed, and with them where they are not read.
+        UsageError: Without ``data`` where they are needed, and with them or ``equalize`` where they are not read.
 
     Example:
         >>> import normswap, torch
@@ -179,7 +180,8 @@ def patch(
     Source: the algebra is in docs/design.md; Luo et al., "Differentiable Learning-to-Normalize via Switchable
     Normalization"; Ioffe, "Batch Renormalization"; Wu and He, "Group Normalization".
     """
-    model, resolved, mode = as_module(model), _resolved(target), as_mode(equalize)
+    model, resolved = as_module(model), _resolved(target)
+    mode = _mode(equalize, [resolved])
     chosen = _chosen(include, exclude, where)
     if way_back.is_way_back(resolved):
         model = model if inplace else norm_patcher_of(model).copied(model)
@@ -204,6 +206,18 @@ def as_module(model: Any) -> Any:
 
 def _chosen(include: Patterns, exclude: Patterns, where: Callable[[Any, str], bool] | None) -> dict[str, Any]:
     return {"include": texts(include, "a pattern"), "exclude": texts(exclude, "a pattern"), "where": where}
+
+
+def _mode(equalize: Equalize, targets: Sequence[Target | Recipe | Rules]) -> Mode | None:
+    """Return what ``equalize`` stands for; raises `UsageError` beside a recipe, which tells that itself."""
+    mode = as_mode(equalize)
+    if mode != "full" and any(isinstance(target, Recipe) for target in targets):
+        given = option("equalize", equalize) if equalize else spoken("--no-equalize", "equalize=False")
+        raise UsageError(
+            f"expected a recipe alone, which tells what layers in front of norms take, received {given} beside it; "
+            "leave that out"
+        )
+    return mode
 
 
 def _resolved(target: str | Target | Recipe | Rules) -> Target | Recipe | Rules:

@@ -85,6 +85,10 @@ class TestSettings:
                 "expected `none`, or `flip` and one of `crop` and `resized-crop` joined by commas, received "
                 "augment=['flip']",
             ),
+            (
+                {"stages": "norm,all", "train": "norm"},
+                "expected one of `stages` and `train`, received stages='norm,all' and train='norm'",
+            ),
             ({"limits": "wide"}, "expected `limits` out of paper, pretrained, sigmoid, received 'wide'"),
         ],
     )

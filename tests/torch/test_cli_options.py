@@ -124,6 +124,28 @@ WEIGHTS = ["--weights", "net.pth"]
             "expected a recipe that says what layers become, received --groups, --start",
         ),
         (
+            ["patch", "net.py:build", "--recipe", "gn/normswap.json", "--no-equalize", "-o", "new"],
+            "expected a recipe alone, which tells what layers in front of norms take, received --no-equalize beside "
+            "it; leave that out",
+        ),
+        (
+            ["patch", "net.py:build", "--recipe", "gn/normswap.json", "--equalize", "scale", "-o", "new"],
+            "expected a recipe alone, which tells what layers in front of norms take, received --equalize scale beside "
+            "it; leave that out",
+        ),
+        (
+            ["patch", "net.py:build", "--to", "brn", "--equalize", "scale", "-o", "new"],
+            "expected no word on layers in front, which --to brn leaves as they are, received --equalize",
+        ),
+        (
+            ["patch", "gn", "--to", "bn", "--calibrate", "data.npz", "--no-equalize", "-o", "new"],
+            "expected no word on layers in front, which --to bn leaves as they are, received --no-equalize",
+        ),
+        (
+            ["finetune", "gn", "--data", "data.npz", "--resume", "--overwrite", "-o", "new"],
+            "expected one of --resume and --overwrite, received both",
+        ),
+        (
             ["export", "net.py:build", *SHAPE, "--latency", "-o", "new"],
             "expected a bundle saved with its original beside --latency, received net.py:build",
         ),
