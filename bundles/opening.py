@@ -5,8 +5,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..data.preprocessing import Preprocessing, preprocessing_of
-from ..errors import InputError, UsageError, named, option
+from ..errors import InputError, UnsupportedError, UsageError, named, option
 from ..frameworks.detect import framework_of, get_framework
 from . import bundle as bundles
 from .manifest import is_bundle, is_unfinished
@@ -122,6 +124,17 @@ class Opened:
         twin.set_weights(self.model.get_weights())
         return twin
 
+    def draws_weights(self) -> bool:
+        """Return whether its source builds a model of other weights each time, so that elsewhere it is another one."""
+        if self.bundle is not None or self.options.weights is not None:
+            return False
+        try:
+            twin = load_model(self.spec, trust=self.options.trust)
+        except UnsupportedError:  # one and the same each time
+            return False
+        pairs = zip(self._weights(self.model), self._weights(twin), strict=True)
+        return any(not np.array_equal(one, other, equal_nan=True) for one, other in pairs)
+
     def save(self, report: Any, directory: Path, *, original: Any, overwrite: bool) -> None:
         """Write what became of the model as a bundle, which knows where it came from; raises as `bundle.save`."""
         bundles.save(
@@ -132,6 +145,11 @@ class Opened:
             preprocessing=self.preprocessing,
             overwrite=overwrite,
         )
+
+    def _weights(self, model: Any) -> list[Any]:
+        if self.framework == "keras":
+            return model.get_weights()  # type: ignore[no-any-return]
+        return [get_framework(model).to_numpy(value) for value in model.state_dict().values()]
 
     def _built_again(self) -> Any:
         return load_model(self.spec, pretrained=False, trust=self.options.trust)
