@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ..bundles.opening import ModelOptions, Opened
     from ..convert.recipe import Recipe, Rules
     from ..convert.targets import Target
+    from ..finetune.calibration.calibrate import Residuals
 
 
 _TO = "What BatchNorms become; bn: other norms become BatchNorms, with --calibrate."
@@ -158,11 +159,15 @@ def patch(
             )
         result["weights"] = _load_patched(opened, wanted, patched_weights)
     if calibrate is not None:
-        result["calibration"] = _calibrate(opened, original, calibrate, calibration_size, refit)
+        found = _calibrate(opened, original, calibrate, calibration_size, refit)
+        result |= {"calibration": [vars(residual) for residual in found], "not_refitted": dict(found.left)}
     if (images := calibrate if data is None else data) is not None:
         result["drift"] = _drift(opened, original, result["replaced"], images)
     opened.save(report, output, original=original, overwrite=overwrite)
-    told = [report.summary, *([result["weights"]] if patched_weights else []), f"bundle written to {output}"]
+    told = [report.summary, *([result["weights"]] if patched_weights else [])]
+    if left := result.get("not_refitted"):
+        told.append(f"{len(left)} layer{'' if len(left) == 1 else 's'} not refitted (first: {_first(left)})")
+    told.append(f"bundle written to {output}")
     title = "; ".join(told)
     text = plan_table(title, report.plan.decisions, result.get("drift", ()), every=every)
     show(as_json, result, text, _next(output, known))
@@ -249,15 +254,19 @@ def _next(output: Path, known: "ModelOptions") -> list[str]:
     ]
 
 
-def _calibrate(opened: "Opened", original: Any, spec: str, count: int, refit: bool) -> list[dict[str, Any]]:
+def _first(left: dict[str, str]) -> str:
+    name, why = next(iter(left.items()))
+    return f"{name}, since {why}"
+
+
+def _calibrate(opened: "Opened", original: Any, spec: str, count: int, refit: bool) -> "Residuals":
     from ..data.dataset import open_data
     from ..finetune.calibration.calibrate import calibrate, sample
 
     data = open_data(spec, opened.require_preprocessing(), labelled=False)
     batches = sample(data, count)
     with progress("calibrating", len(batches)) as advance:
-        found = calibrate(opened.model, original, batches, refit=refit, advance=advance)
-    return [vars(residual) for residual in found]
+        return calibrate(opened.model, original, batches, refit=refit, advance=advance)
 
 
 def _drift(opened: "Opened", original: Any, names: list[str], spec: str) -> list[dict[str, Any]]:

@@ -40,9 +40,20 @@ class Residual:
     after: float
 
 
+class Residuals(list[Residual]):
+    """What calibration came to, layer by layer.
+
+    ``left`` says by name why convolutions and dense layers were not refitted; it is empty where none was to be.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left: Mapping[str, str] = {}
+
+
 def calibrate(
     model: Any, original: Any, batches: Any = None, *, refit: bool = True, advance: Advance = lambda done: None
-) -> list[Residual]:
+) -> Residuals:
     r"""Bring a patched model nearer to the model before the patch, on unlabelled inputs.
 
     Called as ``calibrate(report, batches)``, with what `patch` returned, or ``calibrate(model, original, batches)``.
@@ -70,7 +81,8 @@ def calibrate(
         advance: Told after each batch how many the original has seen.
 
     Returns:
-        The `Residual` of each replaced layer, and of the model's output.
+        The `Residual` of each replaced layer, and of the model's output, as `Residuals`, whose ``left`` says which
+        convolutions and dense layers were not refitted, and why.
 
     Raises:
         UnsupportedError: If the model has no replaced layers, or was trained since the patch.
@@ -99,7 +111,7 @@ def calibrate(
         with patcher_of(original).layers_by_name(original):
             run = _Calibration(model, original, batches, advance)
             residuals = run.solve()
-            changes = run.refit() if refit else []
+            changes, residuals.left = run.refit() if refit else ([], {})
             residuals.append(Residual("output", run.before, run.drift()))
     except BaseException:
         restore()
@@ -212,9 +224,9 @@ class _Calibration:
             message = f"expected inputs the model accepts, received a batch on which it fails: {error}"
             raise InputError(message) from error
 
-    def solve(self) -> list[Residual]:
+    def solve(self) -> Residuals:
         """Solve every site, and return how far each was and is from the original on the inputs kept aside."""
-        residuals = []
+        residuals = Residuals()
         presents = {name: self._present(site) for name, site in self.solvable.items()}  # before anything changes
         for name, samples in self.samples.items():
             site, present = self.solvable[name], presents[name]
@@ -268,8 +280,8 @@ class _Calibration:
             scale += sum(float(np.square(y).sum()) for y in wanted)
         return float(np.sqrt(distance / scale)) if scale > 0 else 0.0
 
-    def refit(self) -> list[Refitted]:
-        """Refit the layers whose weights may change, as far as that brings the model nearer."""
+    def refit(self) -> tuple[list[Refitted], dict[str, str]]:
+        """Refit the layers whose weights may change, as far as that helps; return what did, and why others may not."""
         layers = self.adapter.linear_layers(self.model)
         fitting = list(_first(self.batches, self.count - kept_aside(self.count)))
         return refitted(self.adapter, self.model, self.original, layers, self.found, self.solvable, fitting, self.drift)

@@ -14,7 +14,14 @@ from normswap.finetune import update_statistics
 from normswap.finetune.calibration import refit
 from normswap.finetune.calibration.calibrate import calibrate
 from normswap.finetune.calibration.least_squares import LinearFit, Moments
-from normswap.finetune.calibration.torch.layers import get_weights, linear_layers, picked, rows, set_weights
+from normswap.finetune.calibration.torch.layers import (
+    get_weights,
+    left_layers,
+    linear_layers,
+    picked,
+    rows,
+    set_weights,
+)
 
 from ..helpers import exactly
 from .models import trained_
@@ -266,7 +273,21 @@ def test_layers_that_are_refitted():
     model["frozen_bias"].bias.requires_grad_(False)
     model["tied_bias"].bias = model["frozen"].bias
 
+    model["wide"] = nn.Linear(8192, 1)
+    model["computed"] = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    shared = "its parameters are those of another layer, too"
+
     assert list(linear_layers(model)) == ["conv", "grouped", "mine", "head"]
+    assert left_layers(model) == {
+        "frozen": shared,
+        "tied": shared,
+        "twin": shared,
+        "frozen_bias": "it is frozen",
+        "tied_bias": shared,
+        "turned": "it is a transposed convolution",
+        "wide": "each of its outputs has 8192 inputs, too many",
+        "computed": "its weight is computed, by a parametrization or a hook",
+    }
 
 
 class Standardized(nn.Conv2d):
@@ -300,7 +321,10 @@ def test_classes_that_compute_more_are_left(inputs, monkeypatch):
     original = copy.deepcopy(model)
     x = inputs[0]
     assert rows(model[0], x, model[0](x), 5) is None
-    calibrate(normswap.patch(model, "gn", example=x), inputs)
+    model[4].turned = nn.ConvTranspose2d(3, 3, 3)
+    residuals = calibrate(normswap.patch(model, "gn", example=x), inputs)
+    more = "it computes something else than its weights times its input"
+    assert residuals.left == {"4.turned": "it is a transposed convolution", "0": more, "3": more, "5": more}
 
     left = [
         now is not None and torch.equal(now, was) for now, was in zip(*map(_weights, (model, original)), strict=True)
