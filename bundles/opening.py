@@ -10,6 +10,7 @@ import numpy as np
 from ..data.preprocessing import Preprocessing, preprocessing_of
 from ..errors import InputError, UnsupportedError, UsageError, named, option
 from ..frameworks.detect import framework_of, get_framework
+from ..sources.spec import PROGRAM_SUFFIX
 from . import bundle as bundles
 from .manifest import is_bundle, is_unfinished
 from .source import load_model
@@ -64,6 +65,11 @@ def reads(spec: str) -> list[str]:
 def require_read(options: ModelOptions, *specs: str) -> None:
     """Raise `UsageError` if an option says something that none of the models has a use for."""
     read = {name for spec in specs for name in reads(spec)}
+    if options.trust and not any(_is_bundle(spec) or spec.endswith(PROGRAM_SUFFIX) for spec in specs):
+        raise UsageError(
+            f"expected a {PROGRAM_SUFFIX} file, or a bundle, for {option('trust')}, received {' and '.join(specs)}; "
+            "leave that out"
+        )
     if unread := [name for name in options.given() if name not in (*read, "trust")]:
         models = " and ".join(f"{'the bundle' if _is_bundle(spec) else 'the ONNX file'} {spec}" for spec in specs)
         flags = ", ".join(map(named, unread))

@@ -1,7 +1,6 @@
 """The command that trains a patched model: finetune."""
 
 import json
-import math
 import tomllib
 import warnings
 from contextlib import nullcontext
@@ -14,7 +13,7 @@ import click
 
 from ..console import option_set, progress, show
 from ..errors import InputError, NormswapWarning
-from .options import command, decide, given, json_option, model_options, overwrite_option
+from .options import command, decide, given, json_option, model_options, overwrite_option, positive
 
 if TYPE_CHECKING:
     from ..bundles.bundle import Bundle
@@ -80,12 +79,6 @@ def _as_text(value: Any) -> Any:
     return ",".join(map(str, value)) if isinstance(value, list) else value
 
 
-def _positive(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
-    if value is not None and not 0 < value < math.inf:
-        raise click.BadParameter(f"expected a finite number above 0, received {value}")
-    return value
-
-
 def _batch_size(context: click.Context, parameter: click.Parameter, value: str) -> int | str:
     if value == "auto":
         return value
@@ -124,14 +117,14 @@ what_learns = option_set(
 )
 how_it_learns = option_set(
     option("--steps", type=int, help="Training steps; default 100."),
-    option("--epochs", type=float, callback=_positive, help="Passes over the data, instead of --steps."),
+    option("--epochs", type=float, callback=positive, help="Passes over the data, instead of --steps."),
     option(
         "--batch-size",
         default="64",
         callback=_batch_size,
         help="Images at a time over all processes, or auto for what memory allows.",
     ),
-    option("--accumulate", default=1, callback=_positive, help="Batches to a step."),
+    option("--accumulate", default=1, callback=positive, help="Batches to a step."),
     option(
         "--lr",
         type=float,

@@ -1,5 +1,6 @@
 """Options that several commands take, and how a command tells what to type next."""
 
+import math
 import shlex
 from collections.abc import Callable
 from functools import wraps
@@ -60,6 +61,13 @@ def read_from(model: str, *paths: str | Path | None) -> list[str | Path]:
     """Return the paths a command reads: that in MODEL, which may be ``file.py:callable``, and others it is given."""
     file, _, _ = model.rpartition(":")
     return [file if file.endswith(".py") else model, *(path for path in paths if path is not None)]
+
+
+def positive(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    """Read a finite number above 0."""
+    if value is not None and not 0 < value < math.inf:
+        raise click.BadParameter(f"expected a finite number above 0, received {value}")
+    return value
 
 
 def given(name: str) -> bool:

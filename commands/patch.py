@@ -15,6 +15,7 @@ from .options import (
     json_option,
     model_options,
     overwrite_option,
+    positive,
     require_none,
     short_name,
     typed,
@@ -47,7 +48,7 @@ _TO = "What BatchNorms become; bn: other norms become BatchNorms, with --calibra
 @click.option("--recipe", type=Path, help="Rules by name, depth or stage, or the output of --dry-run --json.")
 @click.option("--data", metavar="DATA", help="Measure the drift on 16 images; labels are not used.")
 @click.option("--calibrate", metavar="DATA", help="Re-solve layers, or fit --to bn, on images; labels are not used.")
-@click.option("--calibration-size", default=256, show_default=True, help="Number of images --calibrate uses.")
+@click.option("--calibration-size", default=256, show_default=True, callback=positive, help="Images --calibrate uses.")
 @click.option(
     "--equalize",
     type=click.Choice(["full", "scale"]),

@@ -124,6 +124,22 @@ WEIGHTS = ["--weights", "net.pth"]
             "expected a recipe that says what layers become, received --groups, --start",
         ),
         (
+            ["patch", "net.py:build", "--to", "gn", "--trust", "-o", "new"],
+            "expected a .pt2 file, or a bundle, for --trust, received net.py:build; leave that out",
+        ),
+        (
+            ["evaluate", "gn.onnx", "--against", "net.py:build", "--trust", "--data", "data.npz"],
+            "expected a .pt2 file, or a bundle, for --trust, received gn.onnx and net.py:build; leave that out",
+        ),
+        (
+            ["evaluate", "gn.onnx", "--batch-size", "0", "--data", "data.npz"],
+            "Invalid value for '--batch-size': expected a finite number above 0, received 0",
+        ),
+        (
+            ["patch", "net.py:build", "--to", "gn", "--calibrate", "data.npz", "--calibration-size", "-3", "-o", "new"],
+            "Invalid value for '--calibration-size': expected a finite number above 0, received -3",
+        ),
+        (
             ["patch", "net.py:build", "--recipe", "gn/normswap.json", "--no-equalize", "-o", "new"],
             "expected a recipe alone, which tells what layers in front of norms take, received --no-equalize beside "
             "it; leave that out",
