@@ -73,7 +73,7 @@ def _modules_of(folder: Path) -> Iterator[None]:
     their classes is pickled.
     """
     own = {module.name for module in pkgutil.iter_modules([str(folder)])}
-    taken = {name for name in own & sys.modules.keys() if _is_elsewhere(name, folder)}
+    taken = {name for name in own & sys.modules.keys() if is_elsewhere(name, folder)}
     others = _without(taken)
     sys.modules.update({name: module for name, module in _second.get(folder, {}).items() if _top(name) in taken})
     sys.path.insert(0, str(folder))
@@ -91,15 +91,14 @@ def _modules_of(folder: Path) -> Iterator[None]:
                 sys.modules[module.__name__] = module
 
 
-def _is_elsewhere(name: str, folder: Path) -> bool:
-    """Return whether a module is of another folder, and neither of a library nor the program that runs."""
+def is_elsewhere(name: str, folder: Path) -> bool:
+    """Return whether an imported module is of another folder, and neither of a library nor the program that runs."""
     module = sys.modules[name]
-    places = [getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), None)]
-    libraries = name in sys.stdlib_module_names or name in ("__main__", __name__.partition(".")[0])
-    if libraries or places == [None]:
+    place = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), None)
+    if place is None or _top(name) in {*sys.stdlib_module_names, "__main__", _top(__name__)}:
         return False
-    place = Path(str(places[0])).resolve()
-    return not place.is_relative_to(folder) and not {"site-packages", "dist-packages"} & {*place.parts}
+    path = Path(place).resolve()
+    return not path.is_relative_to(folder) and not {"site-packages", "dist-packages"} & {*path.parts}
 
 
 def _without(names: set[str]) -> dict[str, ModuleType]:
