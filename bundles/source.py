@@ -9,7 +9,9 @@ from ..sources.spec import load_source
 from ..sources.weights import load_weights
 
 
-def load_model(spec: str, weights: str | Path | None = None, *, pretrained: bool = True, trust: bool = False) -> Any:
+def load_model(
+    spec: str | Path, weights: str | Path | None = None, *, pretrained: bool = True, trust: bool = False
+) -> Any:
     """Return the model that a name, a callable or a file stands for, ready to be patched, trained and exported.
 
     Args:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from ..convert.recipe import Recipe, Rules
 from ..convert.targets import Mode, Target, as_mode, as_target
-from ..errors import UsageError, option, spoken
+from ..errors import InputError, UsageError, option, spoken
 from ..frameworks.several import texts
 from . import way_back
 from .contract import norm_patcher_of, patcher_of
@@ -205,6 +205,8 @@ def as_module(model: Any) -> Any:
 
 
 def _chosen(include: Patterns, exclude: Patterns, where: Callable[[Any, str], bool] | None) -> dict[str, Any]:
+    if where is not None and not callable(where):
+        raise InputError(f"expected `where` as a function of layer and name, or None, received where={where!r}")
     return {"include": texts(include, "a pattern"), "exclude": texts(exclude, "a pattern"), "where": where}
 
 

@@ -21,7 +21,7 @@ _returned: WeakValueDictionary[int, Any] = WeakValueDictionary()
 """What callables have returned, which may be patched by now."""
 
 
-def load_source(spec: str, *, pretrained: bool = True, trust: bool = False) -> Any:
+def load_source(spec: str | os.PathLike[str], *, pretrained: bool = True, trust: bool = False) -> Any:
     """Return what ``spec`` names: a module, a Keras model, or for a ``.pt2`` file a `torch.export.ExportedProgram`.
 
     ``pretrained=False`` builds a zoo's architecture without fetching its weights. A callable is Python code and
@@ -31,6 +31,9 @@ def load_source(spec: str, *, pretrained: bool = True, trust: bool = False) -> A
     Raises `InputError` if there is no such model or it is not trusted, `UnsupportedError` for a callable that returns
     the same model again, `MissingDependencyError` if the zoo's package is not installed.
     """
+    if not isinstance(spec, str | os.PathLike):
+        raise InputError(f"expected a model as {FORMS}, received model={spec!r}")
+    spec = os.fspath(spec)
     kind, _, name = spec.partition(":")
     if kind in ZOOS and name:
         with names_of_a_fresh_process():

@@ -164,6 +164,13 @@ class TestSelection:
         assert not model.bn._forward_pre_hooks
 
 
+def test_what_is_no_function(model):
+    """It is refused before any layer is asked for."""
+    message = "expected `where` as a function of layer and name, or None, received where='stem'"
+    with pytest.raises(InputError, match=exactly(message)):
+        normswap.plan(model, "gn", where="stem")
+
+
 class TestRecipe:
     @pytest.mark.parametrize("target", [*TARGETS, SwitchNorm("even", "none"), BatchRenorm(2, 1)])
     def test_replay_is_bit_equal(self, model, images, target):

@@ -61,6 +61,9 @@ class TestModels:
             ("os:nothing", "expected a callable nothing in os, received None"),
             ("gone.py:f", "expected a file at gone.py, received nothing there"),
             ("gone.keras", "expected a file at gone.keras, received nothing there"),
+            (Path("gone.keras"), "expected a file at gone.keras, received nothing there"),
+            (None, "expected a model as timm:NAME, .*, received model=None$"),
+            (["a.keras"], r"expected a model as timm:NAME, .*, received model=\['a.keras'\]$"),
         ],
     )
     def test_what_is_no_model(self, spec, message):
