@@ -253,10 +253,11 @@ def _load_keras(
     is returned with this model's names.
     """
     if model is None:
-        from ..sources.keras.model_file import read_model
+        from ..sources.keras.model_file import read_model, registered_by
 
         try:
-            model = read_model(path)
+            with registered_by(source):
+                model = read_model(path)
         except InputError:
             if source is None:
                 raise

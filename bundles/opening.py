@@ -5,9 +5,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..data.preprocessing import Preprocessing, preprocessing_of
 from ..errors import InputError, UnsupportedError, UsageError, named, option
 from ..frameworks.detect import framework_of, get_framework
+from ..sources.spec import PROGRAM_SUFFIX
 from . import bundle as bundles
 from .manifest import is_bundle, is_unfinished
 from .source import load_model
@@ -62,6 +65,11 @@ def reads(spec: str) -> list[str]:
 def require_read(options: ModelOptions, *specs: str) -> None:
     """Raise `UsageError` if an option says something that none of the models has a use for."""
     read = {name for spec in specs for name in reads(spec)}
+    if options.trust and not any(_is_bundle(spec) or spec.endswith(PROGRAM_SUFFIX) for spec in specs):
+        raise UsageError(
+            f"expected a {PROGRAM_SUFFIX} file, or a bundle, for {option('trust')}, received {' and '.join(specs)}; "
+            "leave that out"
+        )
     if unread := [name for name in options.given() if name not in (*read, "trust")]:
         models = " and ".join(f"{'the bundle' if _is_bundle(spec) else 'the ONNX file'} {spec}" for spec in specs)
         flags = ", ".join(map(named, unread))
@@ -122,6 +130,17 @@ class Opened:
         twin.set_weights(self.model.get_weights())
         return twin
 
+    def draws_weights(self) -> bool:
+        """Return whether its source builds a model of other weights each time, so that elsewhere it is another one."""
+        if self.bundle is not None or self.options.weights is not None:
+            return False
+        try:
+            twin = load_model(self.spec, trust=self.options.trust)
+        except UnsupportedError:  # one and the same each time
+            return False
+        pairs = zip(self._weights(self.model), self._weights(twin), strict=True)
+        return any(not np.array_equal(one, other, equal_nan=True) for one, other in pairs)
+
     def save(self, report: Any, directory: Path, *, original: Any, overwrite: bool) -> None:
         """Write what became of the model as a bundle, which knows where it came from; raises as `bundle.save`."""
         bundles.save(
@@ -133,14 +152,13 @@ class Opened:
             overwrite=overwrite,
         )
 
+    def _weights(self, model: Any) -> list[Any]:
+        if self.framework == "keras":
+            return model.get_weights()  # type: ignore[no-any-return]
+        return [get_framework(model).to_numpy(value) for value in model.state_dict().values()]
+
     def _built_again(self) -> Any:
-        twin = load_model(self.spec, pretrained=False, trust=self.options.trust)
-        if twin is self.model:
-            raise UnsupportedError(
-                f"expected a source that builds a model each time it is called, received {self.spec}, which returns "
-                "the same one again"
-            )
-        return twin
+        return load_model(self.spec, pretrained=False, trust=self.options.trust)
 
 
 def _is_bundle(spec: str) -> bool:

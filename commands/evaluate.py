@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..console import progress, show
-from .options import json_option, model_options
+from .options import json_option, model_options, positive
 
 if TYPE_CHECKING:
     from ..bundles.opening import ModelOptions
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.option("--data", required=True, help="Labelled images.")
 @click.option("--against", help="Model or bundle to compare with: its accuracy, and how often both say the same.")
-@click.option("--batch-size", default=250, show_default=True)
+@click.option("--batch-size", default=250, show_default=True, callback=positive)
 @model_options()
 @json_option
 def evaluate(model: str, data: str, against: str | None, batch_size: int, known: "ModelOptions", as_json: bool) -> None:

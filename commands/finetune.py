@@ -1,7 +1,6 @@
 """The command that trains a patched model: finetune."""
 
 import json
-import math
 import tomllib
 import warnings
 from contextlib import nullcontext
@@ -14,7 +13,7 @@ import click
 
 from ..console import option_set, progress, show
 from ..errors import InputError, NormswapWarning
-from .options import command, given, json_option, model_options, overwrite_option
+from .options import command, decide, given, json_option, model_options, overwrite_option, positive
 
 if TYPE_CHECKING:
     from ..bundles.bundle import Bundle
@@ -35,12 +34,18 @@ _TYPES: dict[str, tuple[set[type], str]] = {
 _TEXT = {str, int, float}, "text or a number"
 _LISTS = {"stages", "augment", "input_shape", "size", "mean", "std"}
 
+_EXCLUSIVE = (("steps", "epochs"), ("stages", "train"), ("teacher", "distill"))
+_SAYS_NOTHING = {"stages": "", "train": "all", "teacher": "original", "distill": False}
+"""What an option in a file may be beside the one that excludes it, as a run's run.toml has both of some."""
+
 _NEEDS = {
     "temperature": "a teacher",
     "features": "a teacher",
     "gate_lr": "layers with gates",
     "harden": "layers with gates",
     "limits": "BRN layers",
+    "early_stop": "a teacher and --eval-data",
+    "calibration_size": "a stage calibrate",
 }
 """What has to be there for an option to have an effect."""
 
@@ -72,12 +77,6 @@ def _read_config(context: click.Context, parameter: click.Parameter, path: Path 
 
 def _as_text(value: Any) -> Any:
     return ",".join(map(str, value)) if isinstance(value, list) else value
-
-
-def _positive(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
-    if value is not None and not 0 < value < math.inf:
-        raise click.BadParameter(f"expected a finite number above 0, received {value}")
-    return value
 
 
 def _batch_size(context: click.Context, parameter: click.Parameter, value: str) -> int | str:
@@ -118,14 +117,14 @@ what_learns = option_set(
 )
 how_it_learns = option_set(
     option("--steps", type=int, help="Training steps; default 100."),
-    option("--epochs", type=float, callback=_positive, help="Passes over the data, instead of --steps."),
+    option("--epochs", type=float, callback=positive, help="Passes over the data, instead of --steps."),
     option(
         "--batch-size",
         default="64",
         callback=_batch_size,
         help="Images at a time over all processes, or auto for what memory allows.",
     ),
-    option("--accumulate", default=1, callback=_positive, help="Batches to a step."),
+    option("--accumulate", default=1, callback=positive, help="Batches to a step."),
     option(
         "--lr",
         type=float,
@@ -219,10 +218,9 @@ def finetune(bundle: str, output: Path, known: "ModelOptions", **options: Any) -
     from ..finetune.run import run
     from ..finetune.run.contract import trainer_of
 
-    _require_one(options, "steps", "epochs")
-    _decide(options, "steps", "epochs")
-    _decide(options, "stages", "train")
-    _decide(options, "teacher", "distill")
+    for pair in _EXCLUSIVE:
+        _require_one(options, *pair)
+        decide(options, *pair)
     _require_outside(output, options)
     opened = Opened(bundle, known, need_bundle=True)
     assert opened.bundle is not None
@@ -234,9 +232,9 @@ def finetune(bundle: str, output: Path, known: "ModelOptions", **options: Any) -
     eval_data = None if options["eval_data"] is None else open_data(options["eval_data"], preprocessing)
     trainer = trainer_of(opened.model)
     leads = trainer.processes()[0] == 0
-    if leads:
-        _warn_of_no_effect(options, opened.bundle)
     settings = _settings(options, opened.bundle, trainer, data, output)
+    if leads:
+        _warn_of_no_effect(options, opened.bundle, calibrates=settings.plan()[0])
     if options["batch_size"] == "auto":
         click.echo(f"--batch-size auto: {settings.batch_size} images", err=True)
     told = {name: options[name] for name in ("data", "eval_data")}
@@ -265,20 +263,12 @@ def finetune(bundle: str, output: Path, known: "ModelOptions", **options: Any) -
 
 def _require_one(options: dict[str, Any], one: str, other: str) -> None:
     """Raise `UsageError` if a file has two options that exclude each other, and the command line none of them."""
-    if None not in (options[one], options[other]) and not (given(one) or given(other)):
+    said = [options[name] not in (None, _SAYS_NOTHING.get(name)) for name in (one, other)]
+    if all(said) and not (given(one) or given(other)):
         raise click.UsageError(
             f"expected one of {one} and {other} in the file of --config, received {one}={options[one]} and "
             f"{other}={options[other]}; leave one out, or give one on the command line"
         )
-
-
-def _decide(options: dict[str, Any], one: str, other: str) -> None:
-    """Of two options that exclude each other take the one on the command line, whatever a file says of the other."""
-    here = [name for name in (one, other) if given(name)]
-    if len(here) == 2:
-        raise click.UsageError(f"expected one of --{one} and --{other}")
-    if here:
-        options[one if here == [other] else other] = None
 
 
 def _next(output: Path, known: "ModelOptions") -> list[str]:
@@ -301,13 +291,15 @@ def _require_outside(output: Path, options: dict[str, Any]) -> None:
             )
 
 
-def _warn_of_no_effect(options: dict[str, Any], bundle: "Bundle") -> None:
+def _warn_of_no_effect(options: dict[str, Any], bundle: "Bundle", *, calibrates: bool) -> None:
     """Warn of options on the command line that change nothing for this model, learning from what it does."""
     kinds = {choice.target.kind for choice in bundle.recipe.choices}
     there = {
         "a teacher": options["teacher"] == "original",
         "layers with gates": "sn" in kinds,
         "BRN layers": "brn" in kinds,
+        "a teacher and --eval-data": options["teacher"] == "original" and options["eval_data"] is not None,
+        "a stage calibrate": calibrates,
     }
     for name, need in _NEEDS.items():
         if given(name) and not there[need]:

@@ -1,5 +1,6 @@
 """Options that several commands take, and how a command tells what to type next."""
 
+import math
 import shlex
 from collections.abc import Callable
 from functools import wraps
@@ -46,6 +47,8 @@ def model_options(*without: str) -> Callable[[Any], Any]:
         def call(**options: Any) -> Any:
             from ..bundles.opening import ModelOptions
 
+            if given("input_shape") != given("size"):
+                decide(options, "input_shape", "size")
             known = ModelOptions(**{name: options.pop(name) for name in names})
             return function(known=known, **options)
 
@@ -60,9 +63,29 @@ def read_from(model: str, *paths: str | Path | None) -> list[str | Path]:
     return [file if file.endswith(".py") else model, *(path for path in paths if path is not None)]
 
 
+def positive(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    """Read a finite number above 0."""
+    if value is not None and not 0 < value < math.inf:
+        raise click.BadParameter(f"expected a finite number above 0, received {value}")
+    return value
+
+
 def given(name: str) -> bool:
     """Return whether an option stands on the command line."""
     return click.get_current_context().get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
+def decide(options: dict[str, Any], one: str, other: str) -> None:
+    """Of two options that exclude each other take the one on the command line, whatever a file says of the other.
+
+    Raises a usage error if both are there.
+    """
+    here = [name for name in (one, other) if given(name)]
+    if len(here) == 2:
+        flags = [f"--{name.replace('_', '-')}" for name in (one, other)]
+        raise click.UsageError(f"expected one of {flags[0]} and {flags[1]}")
+    if here:
+        options[one if here == [other] else other] = None
 
 
 def require_none(names: list[str], expected: str) -> None:

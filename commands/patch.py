@@ -15,6 +15,7 @@ from .options import (
     json_option,
     model_options,
     overwrite_option,
+    positive,
     require_none,
     short_name,
     typed,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ..bundles.opening import ModelOptions, Opened
     from ..convert.recipe import Recipe, Rules
     from ..convert.targets import Target
+    from ..finetune.calibration.calibrate import Residuals
 
 
 _TO = "What BatchNorms become; bn: other norms become BatchNorms, with --calibrate."
@@ -46,7 +48,7 @@ _TO = "What BatchNorms become; bn: other norms become BatchNorms, with --calibra
 @click.option("--recipe", type=Path, help="Rules by name, depth or stage, or the output of --dry-run --json.")
 @click.option("--data", metavar="DATA", help="Measure the drift on 16 images; labels are not used.")
 @click.option("--calibrate", metavar="DATA", help="Re-solve layers, or fit --to bn, on images; labels are not used.")
-@click.option("--calibration-size", default=256, show_default=True, help="Number of images --calibrate uses.")
+@click.option("--calibration-size", default=256, show_default=True, callback=positive, help="Images --calibrate uses.")
 @click.option(
     "--equalize",
     type=click.Choice(["full", "scale"]),
@@ -91,6 +93,7 @@ def patch(
       normswap patch net-gn-tuned --to bn --calibrate images -o net-bn
     """
     from ..bundles.manifest import require_replaceable
+    from ..convert.recipe import Recipe
     from ..patchers import patch as patchers
     from ..patchers.table import plan_table
     from ..patchers.way_back import is_way_back
@@ -103,13 +106,15 @@ def patch(
         require_none(["calibration_size", "refit"], "--calibrate DATA beside what is said of it")
     if equalize and no_equalize:
         raise click.UsageError("expected one of --equalize and --no-equalize")
+    if target in ("brn", "bn"):
+        require_none(["equalize", "no_equalize"], f"no word on layers in front, which --to {target} leaves as they are")
     wanted = _target(target, groups, start, batch_statistics) if target else _recipe(recipe)
     if output is not None:
         require_replaceable(output, overwrite=overwrite)
     opened, patched_weights = _opened(model, known)
     selection: dict[str, Any] = {"include": include, "exclude": exclude, "example": opened.example}
     # The weights of a patched network know nothing of layers in front, unless they are said to.
-    plain = no_equalize or (patched_weights is not None and equalize is None)
+    plain = no_equalize or (patched_weights is not None and equalize is None and not isinstance(wanted, Recipe))
     selection["equalize"] = False if plain else equalize or True
     if dry_run:
         plan = patchers.plan(opened.model, wanted, **selection)
@@ -155,11 +160,15 @@ def patch(
             )
         result["weights"] = _load_patched(opened, wanted, patched_weights)
     if calibrate is not None:
-        result["calibration"] = _calibrate(opened, original, calibrate, calibration_size, refit)
+        found = _calibrate(opened, original, calibrate, calibration_size, refit)
+        result |= {"calibration": [vars(residual) for residual in found], "not_refitted": dict(found.left)}
     if (images := calibrate if data is None else data) is not None:
         result["drift"] = _drift(opened, original, result["replaced"], images)
     opened.save(report, output, original=original, overwrite=overwrite)
-    told = [report.summary, *([result["weights"]] if patched_weights else []), f"bundle written to {output}"]
+    told = [report.summary, *([result["weights"]] if patched_weights else [])]
+    if left := result.get("not_refitted"):
+        told.append(f"{len(left)} layer{'' if len(left) == 1 else 's'} not refitted (first: {_first(left)})")
+    told.append(f"bundle written to {output}")
     title = "; ".join(told)
     text = plan_table(title, report.plan.decisions, result.get("drift", ()), every=every)
     show(as_json, result, text, _next(output, known))
@@ -246,15 +255,19 @@ def _next(output: Path, known: "ModelOptions") -> list[str]:
     ]
 
 
-def _calibrate(opened: "Opened", original: Any, spec: str, count: int, refit: bool) -> list[dict[str, Any]]:
+def _first(left: dict[str, str]) -> str:
+    name, why = next(iter(left.items()))
+    return f"{name}, since {why}"
+
+
+def _calibrate(opened: "Opened", original: Any, spec: str, count: int, refit: bool) -> "Residuals":
     from ..data.dataset import open_data
     from ..finetune.calibration.calibrate import calibrate, sample
 
     data = open_data(spec, opened.require_preprocessing(), labelled=False)
     batches = sample(data, count)
     with progress("calibrating", len(batches)) as advance:
-        found = calibrate(opened.model, original, batches, refit=refit, advance=advance)
-    return [vars(residual) for residual in found]
+        return calibrate(opened.model, original, batches, refit=refit, advance=advance)
 
 
 def _drift(opened: "Opened", original: Any, names: list[str], spec: str) -> list[dict[str, Any]]:

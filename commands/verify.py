@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..console import show
-from ..errors import VerificationError
+from ..errors import InputError, VerificationError
 from .options import json_option, model_options, overwrite_option, read_from, require_none
 
 if TYPE_CHECKING:
@@ -82,6 +82,11 @@ def verify(
         verdict = prove(
             opened.model, file, data=batches, providers=providers, save_reference=save_reference, overwrite=overwrite
         )
+        if not verdict and opened.draws_weights():
+            raise InputError(
+                f"expected a MODEL with the weights that {file} was made of, received {model}, which has other ones "
+                "each time it is built; give --weights, or a bundle"
+            )
     show(as_json, {"file": str(file), **verdict.to_dict()}, verdict.explain(str(file)))
     if not verdict:
         raise click.exceptions.Exit(VerificationError.exit_code)

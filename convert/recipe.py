@@ -5,7 +5,7 @@ write by hand: targets by name, depth or stage, which a plan resolves to a recip
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -145,7 +145,7 @@ class Rule:
         stage: The number of a size of maps, counted from the largest, 0; it needs an example.
 
     Raises:
-        InputError: If ``match`` is no text, ``depth`` no range or ``stage`` no count.
+        InputError: If ``target`` is none, ``match`` no text, ``depth`` no range or ``stage`` no count.
 
     Example:
         >>> import normswap
@@ -159,8 +159,15 @@ class Rule:
     stage: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.target, Target | None):
+            raise InputError(
+                "expected `target` as a SwitchNorm, BatchRenorm, GroupNorm or BatchNorm, or None, received "
+                f"target={self.target!r}"
+            )
         if not isinstance(self.match, str):
-            raise InputError(f"expected `match` as a glob, or a regular expression after re:, received {self!s}")
+            raise InputError(
+                f"expected `match` as a glob, or a regular expression after re:, received match={self.match!r}"
+            )
         if self.depth is not None and not _is_range(self.depth):
             raise InputError(f"expected `depth` as two numbers from 0 to 1, the smaller first, received {self!s}")
         if self.stage is not None and not (type(self.stage) is int and self.stage >= 0):
@@ -186,7 +193,8 @@ class Rules:
         rules: The `Rule` objects, in the order in which they are asked.
 
     Raises:
-        InputError: By `from_dict`, for data that are no rules; by `plan` and `patch`, if a rule fits no site.
+        InputError: For other objects; by `from_dict`, for data that are no rules; by `plan` and `patch`, if a rule fits
+            no site.
 
     Example:
         >>> import normswap, torch
@@ -202,6 +210,10 @@ class Rules:
     """
 
     rules: tuple[Rule, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rules, Sequence) or not all(isinstance(rule, Rule) for rule in self.rules):
+            raise InputError(f"expected `rules` as a tuple of Rule objects, received rules={self.rules!r}")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Rules":

@@ -28,7 +28,8 @@ _STREAM = 1  # beside the streams that seed and step alone give
 
 def policies(text: str) -> tuple[str, ...]:
     """Return the policies in ``"none"`` or a list like ``"crop,flip"``; raises `InputError` if there is no such."""
-    names = [] if text == "none" else text.split(",")
+    names = text.split(",") if isinstance(text, str) else [str(text)]
+    names = [] if names == ["none"] else names
     if not set(names) <= set(POLICIES) or len(set(names)) < len(names) or {"crop", "resized-crop"} <= set(names):
         raise InputError(
             f"expected `none`, or `flip` and one of `crop` and `resized-crop` joined by commas, received augment={text}"

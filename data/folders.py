@@ -1,21 +1,25 @@
 """A folder of images, with one subfolder per class where labels count."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, NormswapWarning
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+_SHOWN = 5
 
 
 class Folder:
     """The images in a folder's subfolders at any depth; the subfolder's name is the class.
 
+    A subfolder without images has its label all the same, so that a part of a data set keeps the labels of the whole.
     With ``labelled=False`` they are all images in the folder at any depth, without classes; their label is 0. What is
     hidden, its name beginning with a dot, is passed over.
 
-    Raises `InputError` if there are no images, or labelled ones of fewer than two classes or one without any.
+    Raises `InputError` if there are no images, or fewer than two class folders where labels count; warns of those
+    without any.
     """
 
     def __init__(self, path: Path, *, labelled: bool = True) -> None:
@@ -30,15 +34,20 @@ class Folder:
         self.classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not _hidden(entry.name))
         if len(self.classes) < 2:
             raise InputError(f"expected at least two class folders in {path}, received {len(self.classes)}")
-        self.files = []
-        labels: list[int] = []
-        for label, name in enumerate(self.classes):
-            found = _images(path / name)
-            if not found:
-                raise InputError(f"expected images in every class folder, received none in {path / name}")
-            self.files += found
-            labels += [label] * len(found)
-        self.labels = np.array(labels, np.int64)
+        found = [_images(path / name) for name in self.classes]
+        self.files = [file for files in found for file in files]
+        self.labels = np.repeat(np.arange(len(found), dtype=np.int64), [len(files) for files in found])
+        empty = [name for name, files in zip(self.classes, found, strict=True) if not files]
+        if not self.files:
+            raise InputError(f"expected images in the class folders of {path}, received none")
+        if empty:
+            warnings.warn(
+                f"expected images in every class folder of {path}, received none in {len(empty)} of "
+                f"{len(self.classes)}, which keep their labels: {', '.join(empty[:_SHOWN])}"
+                f"{', ...' if len(empty) > _SHOWN else ''}",
+                NormswapWarning,
+                stacklevel=2,
+            )
 
     def open(self, index: int) -> Path:
         """Return the path of image ``index``."""

@@ -23,8 +23,8 @@ HELD = 2**28
 class Drift:
     r"""How far one output is from the original's: :math:`\lVert y'-y \rVert / \lVert y \rVert`, max|y'-y| / max|y|.
 
-    Both are None where the two differ in shape or are not finite, or where the original's is 0 throughout and the other
-    is not.
+    Both are None where the two differ in shape, in number (of a layer's calls, or a model's outputs) or are not finite,
+    or where the original's is 0 throughout and the other is not.
     """
 
     name: str
@@ -106,12 +106,13 @@ def _compare(original: Run, patched: Run, names: Sequence[str]) -> list[Drift]:
         round_ = _Round(left, found)
         wanted = original(left, round_.keep)
         outputs = patched(round_.held.keys(), round_.compare)
+        round_.end()
         left -= round_.held.keys()
         if not left or not round_.held:
             break
-    ends = {name: _Distance() for name in wanted}
+    ends = {name: _Distance() for name in wanted | outputs}
     for name, end in ends.items():
-        end.add(wanted[name], outputs[name])
+        end.add(wanted.get(name), outputs.get(name))
     return [distance.drift(name) for name, distance in (*found.items(), *ends.items())]
 
 
@@ -126,11 +127,19 @@ class _Round:
         """Hold what one call of a layer gave, if there is room or it is the layer's next call."""
         if self.room > 0 or name in self.held:
             self.held.setdefault(name, []).append(y)
+            self.found.setdefault(name, _Distance())
             self.room -= y.nbytes
 
     def compare(self, name: str, y: NDArray[Any]) -> None:
         """Compare what the same call gave in the patched model."""
-        self.found.setdefault(name, _Distance()).add(self.held[name].pop(0), y)
+        held = self.held[name]
+        self.found[name].add(held.pop(0) if held else None, y)
+
+    def end(self) -> None:
+        """Count the calls that the patched model did not make."""
+        for name, held in self.held.items():
+            for y in held:
+                self.found[name].add(y, None)
 
 
 class _Distance:
@@ -141,8 +150,9 @@ class _Distance:
         self.largest = np.zeros(2)
         self.alike = True
 
-    def add(self, original: NDArray[Any], patched: NDArray[Any]) -> None:
-        if original.shape != patched.shape:
+    def add(self, original: NDArray[Any] | None, patched: NDArray[Any] | None) -> None:
+        """Count what both gave; None stands for what one of them did not give."""
+        if original is None or patched is None or original.shape != patched.shape:
             self.alike = False
         elif original.size:
             with np.errstate(invalid="ignore"):  # infinities, whose difference is no number

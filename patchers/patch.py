@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from ..convert.recipe import Recipe, Rules
-from ..convert.targets import Target, as_mode, as_target
-from ..errors import InputError, UsageError
+from ..convert.targets import Mode, Target, as_mode, as_target
+from ..errors import InputError, UsageError, option, spoken
+from ..frameworks.several import texts
 from . import way_back
 from .contract import norm_patcher_of, patcher_of
 from .plan import Plan, Report
@@ -82,8 +83,8 @@ def plans(
     """Return what `plan` decides for each of ``targets``, on one look at the model."""
     model = as_module(model)
     resolved = [_resolved(target) for target in targets]
-    chosen: dict[str, Any] = {"include": _several(include), "exclude": _several(exclude), "where": where}
-    mode = as_mode(equalize)
+    chosen = _chosen(include, exclude, where)
+    mode = _mode(equalize, resolved)
     back = [way_back.is_way_back(each) for each in resolved]
     if any(back):
         return [
@@ -136,12 +137,13 @@ def patch(
         exclude: Leave layers alone whose name fits a pattern; as ``include``, None for none.
         where: A function of layer and name, asked last: a layer is left for which it returns False.
         data: For ``"bn"``: batches of inputs as the model takes them, without labels; 256 images are good. They are
-            iterated over two or three times; an iterator is held in memory.
+            iterated over two or three times; an iterator is held in memory, and an array is one batch.
         inplace: False leaves ``model`` as it is and patches a copy, ``report.model``.
         equalize: Whether the linear layer in front of a norm by a sample's statistics takes a scale and a shift per
             channel, with which those statistics vary little: that keeps most of the function. It needs an example,
             which shows what nothing else reads, and may give the layer a bias, a new parameter. ``"scale"`` adds none
-            and keeps less, False leaves all other layers alone. A recipe says it itself.
+            and keeps less, False leaves all other layers alone. A recipe says it itself, and
+            stands alone.
 
     Returns:
         The `Report`: ``model``, ``replaced``, ``skipped``, ``recipe``, ``drift(example)``, ``undo()``.
@@ -152,7 +154,7 @@ def patch(
         UnsupportedError: If a selected layer cannot be replaced, or there is none; each is named with the reason.
         InputError: For a target, pattern, recipe or example that does not fit the model, and data that are too few, not
             finite or all the same.
-        UsageError: Without ``data`` where they are needed, and with them where they are not read.
+        UsageError: Without ``data`` where they are needed, and with them or ``equalize`` where they are not read.
 
     Example:
         >>> import normswap, torch
@@ -178,8 +180,9 @@ def patch(
     Source: the algebra is in docs/design.md; Luo et al., "Differentiable Learning-to-Normalize via Switchable
     Normalization"; Ioffe, "Batch Renormalization"; Wu and He, "Group Normalization".
     """
-    model, resolved, mode = as_module(model), _resolved(target), as_mode(equalize)
-    chosen: dict[str, Any] = {"include": _several(include), "exclude": _several(exclude), "where": where}
+    model, resolved = as_module(model), _resolved(target)
+    mode = _mode(equalize, [resolved])
+    chosen = _chosen(include, exclude, where)
     if way_back.is_way_back(resolved):
         model = model if inplace else norm_patcher_of(model).copied(model)
         return way_back.patch(model, resolved, data, example=example, **chosen)
@@ -201,15 +204,23 @@ def as_module(model: Any) -> Any:
     return programs.as_module(model)
 
 
+def _chosen(include: Patterns, exclude: Patterns, where: Callable[[Any, str], bool] | None) -> dict[str, Any]:
+    if where is not None and not callable(where):
+        raise InputError(f"expected `where` as a function of layer and name, or None, received where={where!r}")
+    return {"include": texts(include, "a pattern"), "exclude": texts(exclude, "a pattern"), "where": where}
+
+
+def _mode(equalize: Equalize, targets: Sequence[Target | Recipe | Rules]) -> Mode | None:
+    """Return what ``equalize`` stands for; raises `UsageError` beside a recipe, which tells that itself."""
+    mode = as_mode(equalize)
+    if mode != "full" and any(isinstance(target, Recipe) for target in targets):
+        given = option("equalize", equalize) if equalize else spoken("--no-equalize", "equalize=False")
+        raise UsageError(
+            f"expected a recipe alone, which tells what layers in front of norms take, received {given} beside it; "
+            "leave that out"
+        )
+    return mode
+
+
 def _resolved(target: str | Target | Recipe | Rules) -> Target | Recipe | Rules:
     return target if isinstance(target, Recipe | Rules) else as_target(target)
-
-
-def _several(patterns: Patterns) -> tuple[str, ...]:
-    """Return one pattern, several or none as a tuple; raises `InputError` for what is no text."""
-    if not isinstance(patterns, Iterable | None):
-        raise InputError(f"expected a pattern or several, each a text, received {patterns!r}")
-    found = (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
-    if others := [each for each in found if not isinstance(each, str)]:
-        raise InputError(f"expected a pattern or several, each a text, received {others[0]!r}")
-    return found

@@ -1,6 +1,6 @@
 """The way back: the norms of a model become BatchNorms, by a line through what they return over what they are given."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -14,8 +14,9 @@ from ..convert.recipe import Choice, Recipe, Rules
 from ..convert.state import BatchNormState
 from ..convert.targets import BatchNorm, Target
 from ..errors import InputError, UnsupportedError, UsageError, option, spoken
+from ..frameworks import several
 from ..frameworks.detect import framework_of, get_framework
-from ..frameworks.example import Inputs, is_array
+from ..frameworks.example import Inputs
 from .contract import NormPatcher, norm_patcher_of, patcher_of
 from .plan import Plan, Report, decide
 from .swap import Swap, carry_out
@@ -237,9 +238,7 @@ class _Batches:
                 f"received {spoken('none', 'data=None')}; a few hundred images without labels do"
             )
         self.model, self.framework = model, get_framework(model)
-        self.data: Iterable[Any] = list(data) if isinstance(data, Iterator) else data
-        if is_array(data) or isinstance(data, Inputs):
-            self.data = [data]
+        self.data = several.batches(data)
         self.sizes = None if example is None else _sizes(example)
         self.checked = False
 

@@ -3,8 +3,9 @@
 import os
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
-from ..errors import InputError
+from ..errors import InputError, UnsupportedError
 from .code import builder
 from .keras.model_file import SUFFIXES as KERAS_SUFFIXES
 from .keras.model_file import names_of_a_fresh_process, read_model
@@ -16,16 +17,23 @@ FORMS = (
     "FILE.pt2"
 )
 
+_returned: WeakValueDictionary[int, Any] = WeakValueDictionary()
+"""What callables have returned, which may be patched by now."""
 
-def load_source(spec: str, *, pretrained: bool = True, trust: bool = False) -> Any:
+
+def load_source(spec: str | os.PathLike[str], *, pretrained: bool = True, trust: bool = False) -> Any:
     """Return what ``spec`` names: a module, a Keras model, or for a ``.pt2`` file a `torch.export.ExportedProgram`.
 
     ``pretrained=False`` builds a zoo's architecture without fetching its weights. A callable is Python code and
-    is run. A ``.pt2`` file can run code while it is read, and is read with ``trust`` only.
+    is run; it has to build a model each time. A ``.pt2`` file can run code while it is read, and is read with ``trust``
+    only.
 
-    Raises `InputError` if there is no such model or it is not trusted, `MissingDependencyError` if the zoo's package is
-    not installed.
+    Raises `InputError` if there is no such model or it is not trusted, `UnsupportedError` for a callable that returns
+    the same model again, `MissingDependencyError` if the zoo's package is not installed.
     """
+    if not isinstance(spec, str | os.PathLike):
+        raise InputError(f"expected a model as {FORMS}, received model={spec!r}")
+    spec = os.fspath(spec)
     kind, _, name = spec.partition(":")
     if kind in ZOOS and name:
         with names_of_a_fresh_process():
@@ -38,13 +46,26 @@ def load_source(spec: str, *, pretrained: bool = True, trust: bool = False) -> A
         return read_program(Path(spec), trust=trust)
     if kind and name:
         with names_of_a_fresh_process():
-            return builder(kind, name, FORMS)()
+            return _new(builder(kind, name, FORMS)(), spec)
     if (Path(spec) / "saved_model.pb").is_file():
         raise InputError(
             f"expected a model as {FORMS}, received the SavedModel {spec}, a graph that has no layers any more; save "
             "the model that it was exported from as .keras"
         )
     raise InputError(f"expected a model as {FORMS}, received model={spec}")
+
+
+def _new(model: Any, spec: str) -> Any:
+    """Return what a callable has returned; raises `UnsupportedError` if that is what it returned before."""
+    if not hasattr(model, "__weakref__"):
+        return model  # no model
+    if _returned.get(id(model)) is model:
+        raise UnsupportedError(
+            f"expected a source that builds a model each time it is called, received {spec}, which returns the same "
+            "one again; have it build the model, or return a copy of it"
+        )
+    _returned[id(model)] = model
+    return model
 
 
 def relative_spec(spec: str, directory: Path) -> str:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from normswap.data.dataset import from_arrays, open_data
 from normswap.data.preprocessing import Preprocessing
-from normswap.errors import InputError
+from normswap.errors import InputError, NormswapWarning
 
 from .helpers import exactly
 
@@ -143,11 +143,29 @@ class TestFolders:
             data.check()
             assert (len(data), data.classes) == (4, ["a", "b"] if labelled else None)
 
+    @pytest.mark.parametrize(
+        ("empty", "told"), [(["aa"], "1 of 3, which keep their labels: aa"),
+                            ([f"a{n}" for n in range(6)], "6 of 8, which keep their labels: a0, a1, a2, a3, a4, ...")]
+    )  # fmt: skip
+    def test_classes_without_images(self, folder, empty, told):
+        """A part of a data set has the labels of the whole, and it is said which classes have no images."""
+        for name in empty:
+            (folder / name).mkdir()
+        message = f"expected images in every class folder of {folder}, received none in {told}"
+        with pytest.warns(NormswapWarning, match=exactly(message)):
+            data = open_data(str(folder), PREPROCESSING)
+
+        last = len(empty) + 1
+        assert (data.classes, data.labels.tolist()) == (["a", *empty, "b"], [0, 0, last, last])
+        assert len(open_data(str(folder), PREPROCESSING, labelled=False)) == 4
+
     def test_folders_that_do_not_fit(self, folder):
-        """An empty class, too few classes, other channels than an image has, and no folder are named."""
-        (folder / "c").mkdir()
+        """Empty classes alone, too few classes, other channels than an image has, and no folder are named."""
+        for name in ("c", "empty/a", "empty/b"):
+            (folder / name).mkdir(parents=True)
         for spec, preprocessing, message in (
-            (folder, PREPROCESSING, f"expected images in every class folder, received none in {folder}/c"),
+            (folder / "empty", PREPROCESSING,
+             f"expected images in the class folders of {folder}/empty, received none"),
             (folder / "c", PREPROCESSING, f"expected at least two class folders in {folder}/c, received 0"),
             ("", PREPROCESSING,
              "expected a folder of class folders, an .npz file or hf:NAME[SPLIT], received data="),
@@ -158,7 +176,8 @@ class TestFolders:
         ):  # fmt: skip
             with pytest.raises(InputError, match=exactly(message)):
                 open_data(str(spec), preprocessing)
-        (folder / "c").rmdir()
+        for name in ("c", "empty/a", "empty/b", "empty"):
+            (folder / name).rmdir()
         with pytest.raises(
             InputError, match=exactly("expected 1, 3 or 4 channels to read images, received channels=2")
         ):

@@ -17,6 +17,7 @@ from normswap.verification.file import newest_versions, read_model
 from normswap.verification.inference import open_onnx
 from normswap.verification.runtime import chosen_providers, session
 
+from .helpers import exactly
 from .onnx_models import WEIGHT, external, refused, scores
 
 
@@ -188,6 +189,12 @@ class TestProviders:
         assert str(caught.value) == (
             "expected a provider of cpu, cuda, tensorrt, openvino, coreml, dml or auto, received provider='gpu'"
         )
+
+    def test_none(self):
+        """Nothing can be run nowhere."""
+        message = "expected a provider of cpu, cuda, tensorrt, openvino, coreml, dml or auto, received none"
+        with pytest.raises(InputError, match=exactly(message)):
+            chosen_providers([])
 
 
 class TestEvaluate:

@@ -10,7 +10,6 @@ from normswap.convert.gates import SHARED, SPREAD_OF_SAMPLES
 from normswap.convert.recipe import Rule, Rules
 from normswap.convert.state import BatchNormState
 from normswap.errors import InputError
-from normswap.patchers.patch import _several
 from normswap.patchers.plan import Site, decide
 
 from .helpers import exactly
@@ -167,29 +166,3 @@ def test_a_decision_as_data():
         ("replace", None, False, [4, 4], ""),
         ("skip", None, None, [4, 4], "no rule matches"),
     ]
-
-
-class TestPatterns:
-    """A pattern is a text; what takes several takes one or none as well."""
-
-    @pytest.mark.parametrize(
-        ("patterns", "several"),
-        [
-            (None, ()),
-            ((), ()),
-            ("layer1.*", ("layer1.*",)),
-            ("", ("",)),
-            (["a", "re:b"], ("a", "re:b")),
-            ((each for each in "ab"), ("a", "b")),
-        ],
-    )
-    def test_one_several_or_none(self, patterns, several):
-        """A text is one pattern, not its letters."""
-        assert _several(patterns) == several
-
-    @pytest.mark.parametrize("patterns", [[3], [("a",)], ["a", None]])
-    def test_what_is_none(self, patterns):
-        """Anything else is named."""
-        message = f"expected a pattern or several, each a text, received {patterns[-1]!r}"
-        with pytest.raises(InputError, match=exactly(message)):
-            _several(patterns)

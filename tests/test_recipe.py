@@ -96,3 +96,28 @@ def test_what_is_refused(text, message):
     """A mistake is told with the number of its rule, what was expected and what was received."""
     with pytest.raises(InputError, match=exactly(message)):
         recipe_from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: Rule("gn"),
+            "expected `target` as a SwitchNorm, BatchRenorm, GroupNorm or BatchNorm, or None, received target='gn'",
+        ),
+        (
+            lambda: Rule(None, match=None),
+            "expected `match` as a glob, or a regular expression after re:, received match=None",
+        ),
+        (
+            lambda: Rules(Rule(None, match="a")),
+            "expected `rules` as a tuple of Rule objects, received rules=Rule(target=None, match='a', depth=None, "
+            "stage=None)",
+        ),
+        (lambda: Rules(("gn",)), "expected `rules` as a tuple of Rule objects, received rules=('gn',)"),
+    ],
+)
+def test_rules_in_python_of_other_objects(make, message):
+    """They are refused where they are made."""
+    with pytest.raises(InputError, match=exactly(message)):
+        make()

@@ -74,6 +74,21 @@ class TestSettings:
             ({"blend": 2.0}, "expected `blend` from 0 to 1, received blend=2.0"),
             ({"reestimate": -1}, "expected `reestimate` of at least 0, received reestimate=-1"),
             ({"teacher": "me"}, "expected `teacher` out of original, none, received 'me'"),
+            ({"train": ["norm"]}, "expected `train` to be all, norm or last:N, received train=['norm']"),
+            (
+                {"stages": ["norm", "all"]},
+                "expected stages out of norm, all and last:N, each with =STEPS or not, after calibrate or not, "
+                "received stages=['norm', 'all']",
+            ),
+            (
+                {"augment": ["flip"]},
+                "expected `none`, or `flip` and one of `crop` and `resized-crop` joined by commas, received "
+                "augment=['flip']",
+            ),
+            (
+                {"stages": "norm,all", "train": "norm"},
+                "expected one of `stages` and `train`, received stages='norm,all' and train='norm'",
+            ),
             ({"limits": "wide"}, "expected `limits` out of paper, pretrained, sigmoid, received 'wide'"),
         ],
     )

@@ -25,7 +25,8 @@ PROVIDERS: dict[str, tuple[str, dict[str, str], str]] = {
 def chosen_providers(names: Iterable[str]) -> list[str]:
     """Return short names of providers, each once; ``auto`` stands for all that are installed.
 
-    Raises `InputError` for a name that is none, `MissingDependencyError` if a provider is not installed.
+    Raises `InputError` for a name that is none or if there is none, `MissingDependencyError` if a provider is not
+    installed.
     """
     installed = onnxruntime.get_available_providers()
     chosen: dict[str, None] = {}
@@ -38,6 +39,8 @@ def chosen_providers(names: Iterable[str]) -> list[str]:
             raise _missing(name, f"an onnxruntime that has {', '.join(installed)}")
         else:
             chosen[name] = None
+    if not chosen:
+        raise InputError(f"expected a provider of {', '.join(PROVIDERS)} or auto, received none")
     return list(chosen)
 
 

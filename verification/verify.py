@@ -7,7 +7,7 @@ any input scale, where absolute ones fail correct models. On a miss a float64 co
 model is ill-conditioned on that input: there, ten times the framework's own float32 error is allowed.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from ..errors import InputError, MissingDependencyError
+from ..frameworks import several
 from ..frameworks.detect import get_framework
 from ..frameworks.example import Inputs
+from ..frameworks.several import texts
 from .evaluator import evaluate, first_infinite
 from .file import OnnxFile, read_model
 from .reference import BATCH_SIZES, Arrays, Batch, Input, Reference, collect, samples
@@ -38,9 +40,9 @@ def verify(
     path: str | Path,
     *,
     example: Any = None,
-    data: Sequence[Any] = (),
-    batch_sizes: Sequence[int] = BATCH_SIZES,
-    providers: Sequence[str] = ("cpu",),
+    data: Any = None,
+    batch_sizes: int | Iterable[int] = BATCH_SIZES,
+    providers: str | Iterable[str] = ("cpu",),
     save_reference: str | Path | None = None,
     overwrite: bool = False,
     seed: int = 0,
@@ -55,11 +57,12 @@ def verify(
         path: The ONNX file.
         example: What the model takes (see `normswap.Inputs`), for a model whose arguments are more than arrays by
             position.
-        data: Further inputs of the user's own, each as an example has them: as many arrays as the file has inputs.
-        batch_sizes: Numbers of samples of the random inputs, which are standard normal at several scales; a file of a
-            fixed batch size is run at that.
+        data: Further inputs of the user's own, each as an example has them: as many arrays as the file has inputs. An
+            array by itself is one.
+        batch_sizes: One or several numbers of samples of the random inputs, which are standard normal at several
+            scales; a file of a fixed batch size is run at that.
         providers: Where onnxruntime runs the file: ``"cpu"``, ``"cuda"``, ``"tensorrt"``, ``"openvino"``, ``"coreml"``,
-            ``"dml"``, or ``"auto"`` for all that are installed.
+            ``"dml"``, or ``"auto"`` for all that are installed. One or several.
         save_reference: An ``.npz`` to write the model's answers to, for `verify_against`.
         overwrite: Replace a reference that is there.
         seed: Of the random inputs.
@@ -84,20 +87,22 @@ def verify(
         >>> bool(normswap.verify(model, "net.onnx"))
         False
     """
+    sizes = _sizes(batch_sizes)
+    further = () if data is None else several.batches(data)
     file = read_model(Path(path))
     runs = _Runs(file, providers)
     inputs = [Input.of(value) for value in file.inputs]
     template = _template(inputs, example)
     if problems := _input_problems(model, inputs, template):
         return Verdict((), tuple(problems))
-    batches = [_batch(file, entry) for entry in data]
-    reference = collect(model, template, inputs, data=batches, batch_sizes=batch_sizes, seed=seed)
+    batches = [_batch(file, entry) for entry in further]
+    reference = collect(model, template, inputs, data=batches, batch_sizes=sizes, seed=seed)
     if save_reference is not None and not reference.problems:
         save(reference, Path(save_reference), overwrite=overwrite)
     return _judge(runs, reference)
 
 
-def verify_against(reference: str | Path, path: str | Path, *, providers: Sequence[str] = ("cpu",)) -> Verdict:
+def verify_against(reference: str | Path, path: str | Path, *, providers: str | Iterable[str] = ("cpu",)) -> Verdict:
     """Hold an ONNX file against the answers `verify` saved of a model; needs no framework.
 
     Args:
@@ -135,20 +140,29 @@ def verify_against(reference: str | Path, path: str | Path, *, providers: Sequen
     return _judge(_Runs(file, providers), stored)
 
 
+def _sizes(given: Any) -> tuple[int, ...]:
+    """Return one number of samples or several as a tuple; raises `InputError` for what is no such number."""
+    found = tuple(given) if isinstance(given, Iterable) else (given,)
+    if not found or any(not isinstance(size, int | np.integer) or size < 1 for size in found):
+        raise InputError(f"expected `batch_sizes` of one number above 0 or several, received batch_sizes={given!r}")
+    return found
+
+
 class _Runs:
     """The sessions a file is judged by: every provider, optimisation off and on.
 
     Without optimisation the layers' outputs can be asked for too.
     """
 
-    def __init__(self, file: OnnxFile, providers: Sequence[str]) -> None:
+    def __init__(self, file: OnnxFile, providers: str | Iterable[str]) -> None:
         self.file = file
         self.sites = file.sites
         self.outputs = [value.name for value in file.proto.graph.output]
         contents = {"off": file.with_outputs(sorted(set(self.sites.values()))), "on": file.content}
         self.sessions: dict[tuple[str, str], onnxruntime.InferenceSession] = {}
         self.notes: list[str] = []
-        for provider in chosen_providers(providers):
+        asked = texts(providers, "a provider")
+        for provider in chosen_providers(asked):
             try:
                 self.sessions |= {
                     (provider, level): session(
@@ -157,7 +171,7 @@ class _Runs:
                     for level, content in contents.items()
                 }
             except MissingDependencyError as error:
-                if provider in providers:
+                if provider in asked:
                     raise
                 self.notes.append(f"{provider} left out: {error}")
 

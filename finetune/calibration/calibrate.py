@@ -13,6 +13,7 @@ from ...convert.equalize import Equalized, equalize, error_of, factor_since
 from ...convert.samples import Samples, kept_aside
 from ...data.dataset import Data
 from ...errors import InputError, NormswapWarning, UnsupportedError, VerificationError, option
+from ...frameworks import several
 from ...frameworks.detect import get_framework
 from ...frameworks.example import Inputs
 from ...patchers.contract import patcher_of
@@ -39,9 +40,20 @@ class Residual:
     after: float
 
 
+class Residuals(list[Residual]):
+    """What calibration came to, layer by layer.
+
+    ``left`` says by name why convolutions and dense layers were not refitted; it is empty where none was to be.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left: Mapping[str, str] = {}
+
+
 def calibrate(
     model: Any, original: Any, batches: Any = None, *, refit: bool = True, advance: Advance = lambda done: None
-) -> list[Residual]:
+) -> Residuals:
     r"""Bring a patched model nearer to the model before the patch, on unlabelled inputs.
 
     Called as ``calibrate(report, batches)``, with what `patch` returned, or ``calibrate(model, original, batches)``.
@@ -57,18 +69,20 @@ def calibrate(
     as far as it brings the model's output nearer on the inputs kept aside. Frozen, shared and very wide layers
     stay, and such as compute something else than their weights times their input.
 
+    What ends it early, an error or Ctrl-C, leaves the model as it was.
     It takes time linear in the depth and the number of inputs, and holds two numbers a layer, channel and input.
 
     Args:
         model: The report of `patch`, or the patched model, which is changed. It has not been trained since the patch.
         original: The model before the patch; beside a report, which knows that, the batches.
         batches: Inputs as the model takes them, without labels, 16 or more of them together; a few hundred do. They are
-            iterated over several times; an iterator is held in memory.
+            iterated over several times; an iterator is held in memory, and an array is one batch.
         refit: False leaves all layers alone that the patch did.
         advance: Told after each batch how many the original has seen.
 
     Returns:
-        The `Residual` of each replaced layer, and of the model's output.
+        The `Residual` of each replaced layer, and of the model's output, as `Residuals`, whose ``left`` says which
+        convolutions and dense layers were not refitted, and why.
 
     Raises:
         UnsupportedError: If the model has no replaced layers, or was trained since the patch.
@@ -92,11 +106,16 @@ def calibrate(
         )
     if report is not None:
         model, original, batches = report.model, report.original(), original
-    with patcher_of(original).layers_by_name(original):
-        run = _Calibration(model, original, batches, advance)
-        residuals = run.solve()
-        changes = run.refit() if refit else []
-        residuals.append(Residual("output", run.before, run.drift()))
+    restore = get_framework(model).snapshot(model)
+    try:
+        with patcher_of(original).layers_by_name(original):
+            run = _Calibration(model, original, batches, advance)
+            residuals = run.solve()
+            changes, residuals.left = run.refit() if refit else ([], {})
+            residuals.append(Residual("output", run.before, run.drift()))
+    except BaseException:
+        restore()
+        raise
     if report is not None:
         report.calibrated(run.found, changes)
     return residuals
@@ -143,7 +162,7 @@ class _Calibration:
         self.sites = self.adapter.site_layers(model)
         if not self.sites:
             raise UnsupportedError("expected a patched model to calibrate, received one without replaced layers")
-        self.batches = list(batches) if isinstance(batches, Iterator) else batches
+        self.batches = several.batches(batches)
         self.known = dict(get_framework(original).named_layers(original))
         if missing := [name for name in self.sites if name not in self.known]:
             raise InputError(
@@ -205,9 +224,9 @@ class _Calibration:
             message = f"expected inputs the model accepts, received a batch on which it fails: {error}"
             raise InputError(message) from error
 
-    def solve(self) -> list[Residual]:
+    def solve(self) -> Residuals:
         """Solve every site, and return how far each was and is from the original on the inputs kept aside."""
-        residuals = []
+        residuals = Residuals()
         presents = {name: self._present(site) for name, site in self.solvable.items()}  # before anything changes
         for name, samples in self.samples.items():
             site, present = self.solvable[name], presents[name]
@@ -261,8 +280,8 @@ class _Calibration:
             scale += sum(float(np.square(y).sum()) for y in wanted)
         return float(np.sqrt(distance / scale)) if scale > 0 else 0.0
 
-    def refit(self) -> list[Refitted]:
-        """Refit the layers whose weights may change, as far as that brings the model nearer."""
+    def refit(self) -> tuple[list[Refitted], dict[str, str]]:
+        """Refit the layers whose weights may change, as far as that helps; return what did, and why others may not."""
         layers = self.adapter.linear_layers(self.model)
         fitting = list(_first(self.batches, self.count - kept_aside(self.count)))
         return refitted(self.adapter, self.model, self.original, layers, self.found, self.solvable, fitting, self.drift)

@@ -64,6 +64,9 @@ class CalibrationLayers(Protocol):
     def linear_layers(self, model: Any) -> Mapping[str, Any]:
         """Return the convolutions and linear layers that can be refitted by name."""
 
+    def left_layers(self, model: Any) -> Mapping[str, str]:
+        """Return by name why the other convolutions and linear layers cannot be."""
+
     def picked(self, layer: Any, y: Any, count: int) -> NDArray[Any]:
         """Return some outputs (G, M, O/G) of a linear layer: for each of G groups, at ``count`` positions a sample."""
 

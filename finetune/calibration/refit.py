@@ -35,6 +35,10 @@ LINEAR = 0.01
 """How far from linear in its weights a layer may be, as a share of its output: more than bfloat16 rounds."""
 
 
+MORE = "it computes something else than its weights times its input"
+UNSEEN = "no call of it was seen in both models"
+
+
 class Refitted:
     """One layer's change by refitting, which can be undone; a `Swap` as `patch` keeps them."""
 
@@ -84,17 +88,18 @@ def refitted(
     solvable: Mapping[str, Solvable],
     batches: Sequence[Any],
     drift: Callable[[], float],
-) -> list[Refitted]:
-    """Refit ``layers`` of ``model`` as far as that brings it nearer to the ``original``, and return what has changed.
+) -> tuple[list[Refitted], dict[str, str]]:
+    """Refit ``layers`` of ``model`` as far as that brings it nearer to the ``original``.
 
-    ``drift`` measures how far it is.
+    ``drift`` measures how far it is. Returns what has changed, and by name why layers were left, where any was tried.
     """
     before = {name: adapter.get_weights(layer) for name, layer in layers.items()}
     best, keep = drift(), get_framework(model).snapshot(model)
     fronts = {site.front_name: solved[name] for name, site in solvable.items() if site.front_name}
+    left: dict[str, str] = {}
     for _ in range(ROUNDS if best > WORTH else 0):
-        fits = _fits(adapter, model, original, layers, fronts, batches)
-        start = best
+        fits, others = _fits(adapter, model, original, layers, fronts, batches)
+        start, left = best, {**adapter.left_layers(model), **others}
         for ridge, step in TRIED:
             for name, found in fits.items():
                 adapter.set_weights(layers[name], found.solve(ridge, step))
@@ -104,7 +109,7 @@ def refitted(
         if best > (1 - GAIN) * start:
             break
     changes = [Refitted(adapter, name, layer, before[name]) for name, layer in layers.items()]
-    return [change for change in changes if not np.array_equal(change.before, change.after)]
+    return [change for change in changes if not np.array_equal(change.before, change.after)], left
 
 
 def _by_groups(front: Equalized, y: NDArray[Any]) -> NDArray[Any]:
@@ -126,13 +131,14 @@ def _fits(
     layers: Mapping[str, Any],
     fronts: Mapping[str, Equalized],
     batches: Sequence[Any],
-) -> dict[str, LinearFit]:
-    """Return for each layer the fit of what the original's returns to what reaches it now."""
+) -> tuple[dict[str, LinearFit], dict[str, str]]:
+    """Return for each layer the fit of what the original's returns to what reaches it now, or why there is none."""
     framework = get_framework(model)
     known = dict(get_framework(original).named_layers(original))
     watched = {name: known[name] for name in layers if name in known}
     again = {name: layers[name] for name in watched}
     fits: dict[str, LinearFit | None] = {}  # None for a layer that computes something else
+    unlike: set[str] = set()  # those whose class gives a call other weights
     wanted: dict[str, list[Any]] = {}
     seen = 0
 
@@ -146,6 +152,7 @@ def _fits(
         if name in fronts:
             target = _by_groups(fronts[name], target)
         if (rows := adapter.rows(layers[name], x, y, ROWS // INPUTS)) is None:
+            unlike.add(name)
             return
         if name not in fits:
             weights = adapter.get_weights(layers[name])
@@ -163,4 +170,5 @@ def _fits(
         seen += size_of(batch)
         if seen >= INPUTS:
             break
-    return {name: found for name, found in fits.items() if found is not None}
+    others = {name: MORE if name in fits.keys() | unlike else UNSEEN for name in layers if fits.get(name) is None}
+    return {name: found for name, found in fits.items() if found is not None}, others

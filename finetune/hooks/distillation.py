@@ -29,9 +29,11 @@ class Distillation(Hook):
                 loss = distillation(x, model(x))
                 ...
 
-    The teacher runs at inference, without gradients and under the autocast of the caller. It costs a forward pass each
-    step, about a third of one more step, and its weights; ``features`` cost that the outputs of the replaced layers of
-    both models are held until the backward pass, and a few passes over each.
+    The teacher runs at inference, without gradients and under the autocast of the caller. A model that drops units or
+    paths meanwhile learns to make up for what it alone is lacking: ``model.eval()``, or in Keras ``training=False``,
+    has it compute as its teacher, as a run of `finetune` does. The teacher costs a forward pass each step, about a
+    third of one more step, and its weights; ``features`` cost that the outputs of the replaced layers of both models
+    are held until the backward pass, and a few passes over each.
 
     Args:
         model: a PyTorch or Keras model, patched.

@@ -13,7 +13,7 @@ LAST = re.compile(r"last:([1-9]\d*)")
 
 def check_train(train: str) -> int | None:
     """Return the N of ``"last:N"``, and None of ``"all"`` and ``"norm"``; raises `InputError` for any other text."""
-    match = LAST.fullmatch(train)
+    match = LAST.fullmatch(train) if isinstance(train, str) else None
     if match is None and train not in ("all", "norm"):
         raise InputError(f"expected `train` to be all, norm or last:N, received train={train!r}")
     return None if match is None else int(match[1])

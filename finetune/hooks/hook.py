@@ -89,7 +89,7 @@ class Hook:
 class Hooks(Hook):
     """Several hooks as one, told in their order, and once of a step however often the loop says its number.
 
-    All are closed, the last one first, whatever one of them raises::
+    All are closed, the last one first, whatever one of them raises. Raises `InputError` for what is no hook::
 
         with Hooks(RenormLimits(model, 1000), Momentum(model, 2), StopAtNaN()) as hooks:
             for step, (x, y) in enumerate(loader):
@@ -100,6 +100,8 @@ class Hooks(Hook):
     """
 
     def __init__(self, *hooks: Hook) -> None:
+        if others := [type(each).__name__ for each in hooks if not isinstance(each, Hook)]:
+            raise InputError(f"expected hooks, one by one, received {others[0]}; give several as Hooks(*hooks)")
         self.hooks = hooks
         self._listening = [hook for hook in hooks if type(hook).on_loss is not Hook.on_loss]
         self._step: int | None = None

@@ -1,8 +1,9 @@
 """Running statistics measured anew, at once and as a hook."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from ...frameworks import several
 from .contract import adapter_of
 from .hook import Hook
 
@@ -21,12 +22,12 @@ def update_statistics(model: Any, batches: Iterable[Any]) -> Callable[[], None]:
 
     Args:
         model: a PyTorch or Keras model.
-        batches: inputs as the model takes them, on any device, or pairs whose first part is.
+        batches: inputs as the model takes them, on any device, or pairs whose first part is; an array is one batch.
 
     Returns what gives the layers the statistics they had. Raises `UnsupportedError` if the model has no such layer,
-    `InputError` if there are no batches; the statistics are then as before.
+    `InputError` if there are no batches or what is given is none; the statistics are then as before.
     """
-    return adapter_of(model).update_statistics(model, batches)
+    return adapter_of(model).update_statistics(model, several.batches(batches))
 
 
 class Statistics(Hook):
@@ -39,12 +40,13 @@ class Statistics(Hook):
 
     Args:
         model: a PyTorch or Keras model.
-        batches: inputs as the model takes them, or pairs whose first part is; an iterator is held in memory.
+        batches: inputs as the model takes them, or pairs whose first part is; an iterator is held in memory, and an
+            array is one batch.
     """
 
     def __init__(self, model: Any, batches: Iterable[Any]) -> None:
         self.model, self._adapter = model, adapter_of(model)
-        self.batches = list(batches) if isinstance(batches, Iterator) else batches
+        self.batches = several.batches(batches)
 
     def on_evaluate(self) -> None:
         """Re-estimate them."""

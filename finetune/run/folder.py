@@ -12,7 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ...bundles.manifest import RUN, require_replaceable
-from ...errors import InputError
+from ...errors import InputError, UsageError, named
 from ...sources.files import staged
 from .checkpoints import Checkpoint, Checkpoints
 from .journal import Journal
@@ -48,7 +48,12 @@ class RunFolder:
         self.checkpoints = Checkpoints(self.path / "checkpoints")
 
     def require_free(self, *, resume: bool, overwrite: bool) -> None:
-        """Raise `OutputExistsError` or `InputError` unless a run may begin in the output, or go on there."""
+        """Raise `OutputExistsError` or `InputError` unless a run may begin in the output, or go on there.
+
+        Raises `UsageError` if it is to do both.
+        """
+        if resume and overwrite:
+            raise UsageError(f"expected one of {named('resume')} and {named('overwrite')}, received both")
         if not resume:
             require_replaceable(self.output, overwrite=overwrite)
         elif not self._holds_a_run() and not self._is_empty():

@@ -53,6 +53,10 @@ class Settings(Training):
         for name, known in (("teacher", ("original", "none")), ("limits", get_args(Schedule))):
             if getattr(self, name) not in known:
                 raise InputError(f"expected `{name}` out of {', '.join(known)}, received {getattr(self, name)!r}")
+        if self.stages and self.train != "all":
+            raise InputError(
+                f"expected one of `stages` and `train`, received stages={self.stages!r} and train={self.train!r}"
+            )
         self.plan()
 
     def plan(self) -> tuple[bool, list[Stage]]:

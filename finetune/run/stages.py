@@ -35,7 +35,7 @@ def parse(text: str, steps: int) -> tuple[bool, list[Stage]]:
 
     Raises `InputError` for any other text, or if a stage is left without steps.
     """
-    names = [part.strip() for part in text.split(",")]
+    names = [part.strip() for part in text.split(",")] if isinstance(text, str) else [""]
     calibrates = names[0] == CALIBRATE
     asked = [_asked(name, text) for name in names[calibrates:]]
     left = steps - sum(count for _, count in asked if count is not None)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError, MissingDependencyError
+from ..code import is_elsewhere
 from ..files import require_file
 
 SUFFIXES = (".keras", ".h5", ".hdf5")
@@ -27,6 +28,23 @@ def read_model(path: Path) -> Any:
             f"expected a Keras model in {path}, received a file Keras refuses: {said.rstrip('.')}{_way_out(path, said)}"
         )
         raise InputError(message) from error
+
+
+@contextmanager
+def registered_by(source: str | None) -> Iterator[None]:
+    """Keep from Keras what code in other folders than a source's has registered, maybe by names that its code uses."""
+    file = (source or "").rpartition(":")[0]
+    objects, others = import_keras().saving.get_custom_objects(), {}
+    if file.endswith(".py"):
+        folder = Path(file).resolve().parent
+        known = ((name, each, getattr(each, "__module__", None)) for name, each in objects.items())
+        others = {name: each for name, each, home in known if home in sys.modules and is_elsewhere(home, folder)}
+    for name in others:
+        del objects[name]
+    try:
+        yield
+    finally:
+        objects.update(others)
 
 
 def _way_out(path: Path, said: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 
+import keras
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -110,3 +111,35 @@ def test_a_model_that_does_not_fit(code, images):
     )
     with pytest.raises(InputError, match=exactly(message)):
         normswap.load("b", model=other)
+
+
+REGISTERED = """
+import keras
+from keras import layers
+
+@keras.saving.register_keras_serializable()
+class Scaled(layers.Layer):
+    def call(self, x):
+        return x * {}
+
+def build():
+    return keras.Sequential([keras.Input((4,)), layers.BatchNormalization(), Scaled()])
+"""
+
+
+def test_classes_of_one_name(tmp_path, monkeypatch):
+    """Each bundle has the class of its source's code, whatever else is registered by that name, and keeps it."""
+    objects = dict(keras.saving.get_custom_objects())
+    monkeypatch.setattr("keras.src.saving.object_registration.GLOBAL_CUSTOM_OBJECTS", objects)
+    for name, scale in (("a", 2), ("b", 3)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "scaled_by.py").write_text(REGISTERED.format(scale))
+        source = f"{tmp_path}/{name}/scaled_by.py:build"
+        bundle.save(normswap.patch(load_model(source), "brn"), tmp_path / name / "bundle", source=source)
+    x = np.full((2, 4), 5.0, "float32")
+
+    for name, scale in (("a", 2), ("b", 3), ("a", 2)):
+        model = normswap.load(tmp_path / name / "bundle")
+        np.testing.assert_allclose(output(model, x), 5 * scale, rtol=1e-2)
+        normswap.save(model, tmp_path / name / "again", overwrite=True)
+        np.testing.assert_allclose(output(normswap.load(tmp_path / name / "again"), x), 5 * scale, rtol=1e-2)

@@ -15,6 +15,7 @@ from normswap.finetune.calibration.calibrate import calibrate
 from normswap.finetune.calibration.keras.layers import (
     get_affine,
     get_weights,
+    left_layers,
     linear_layers,
     picked,
     rows,
@@ -288,9 +289,11 @@ def test_layers_of_every_kind_are_refitted(train, inputs, monkeypatch):
         model.set_weights(net.get_weights())
         patch(model, GroupNorm(groups=3), mode=None)
     solved, refitted = (
-        calibrate(m, net, inputs, refit=choice)[-1] for m, choice in zip(models, (False, True), strict=True)
+        calibrate(m, net, inputs, refit=choice) for m, choice in zip(models, (False, True), strict=True)
     )
-    assert refitted.after < solved.after
+    assert refitted[-1].after < solved[-1].after
+    more = "it computes something else than its weights times its input"
+    assert (solved.left, refitted.left) == ({}, {"standardized": more, "clipped": more})
     before, now = map(linear_layers, (net, models[1]))
     assert [*before] == [
         *("padding", "grouped", "depthwise", "separable", "standardized", "conv"),
@@ -321,3 +324,10 @@ def test_layers_that_are_refitted(train):
     )
     lora.enable_lora(2)
     assert list(linear_layers(model)) == ["conv", "one/dense"]
+    assert left_layers(model) == {
+        "frozen": "it is frozen",
+        "constrained": "a constraint holds its weights",
+        "transposed": "it is a transposed convolution",
+        "lora": "its kernel is computed, by LoRA",
+        "head": "its activation is in between",
+    }

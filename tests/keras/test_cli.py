@@ -92,6 +92,31 @@ def test_the_whole_job(run, tmp_path, options):
     assert run("verify", tmp_path / "t", tmp_path / "m.onnx", "--data", "data.npz")["passed"]
 
 
+DRAWN = """
+import keras
+from keras import layers
+
+def build(): # its weights are others each time
+    return keras.Sequential([keras.Input((8, 8, 3)), layers.Conv2D(8, 3), layers.BatchNormalization(), layers.ReLU(),
+                             layers.GlobalAveragePooling2D(), layers.Dense(3)])
+"""
+
+
+def test_a_source_without_a_seed(run, folder, tmp_path):
+    """The original in a bundle is the model that was patched, and what it is elsewhere is another one."""
+    (folder / "drawn.py").write_text(DRAWN)
+    model = "drawn.py:build", "--input-shape", "8,8,3"
+    patched = run("patch", *model, "--to", "brn", "--data", "data.npz", "-o", tmp_path / "b")
+    assert [each["rms"] for each in patched["drift"]] == [0.0, 0.0]
+    assert run("evaluate", tmp_path / "b", "--data", "data.npz")["n"] == 48
+
+    run("export", *model, "-o", tmp_path / "m.onnx")
+    assert run("verify", "drawn.py:build", tmp_path / "m.onnx", code=3)["error"] == (
+        f"expected a MODEL with the weights that {tmp_path}/m.onnx was made of, received drawn.py:build, which has "
+        "other ones each time it is built; give --weights, or a bundle"
+    )
+
+
 def test_a_loaded_bundle_knows_what_was_patched(run, tmp_path):
     """A GroupNorm of a bundle is known to have been a BatchNorm, and is not patched again."""
     run("patch", "net.keras", "--to", "gn", "-o", tmp_path / "b")

@@ -10,10 +10,18 @@ from torch import nn
 import normswap
 from normswap import GroupNorm
 from normswap.errors import InputError, UnsupportedError, VerificationError, command_line
+from normswap.finetune import update_statistics
 from normswap.finetune.calibration import refit
 from normswap.finetune.calibration.calibrate import calibrate
 from normswap.finetune.calibration.least_squares import LinearFit, Moments
-from normswap.finetune.calibration.torch.layers import get_weights, linear_layers, picked, rows, set_weights
+from normswap.finetune.calibration.torch.layers import (
+    get_weights,
+    left_layers,
+    linear_layers,
+    picked,
+    rows,
+    set_weights,
+)
 
 from ..helpers import exactly
 from .models import trained_
@@ -136,6 +144,63 @@ def test_batches_may_be_any_iterable(model, inputs):
     torch.testing.assert_close(found[0], found[2], rtol=1e-3, atol=1e-4)
 
 
+def test_an_array_is_one_batch(model, inputs):
+    """It is not its samples, wherever batches are taken."""
+    x = torch.cat(inputs)
+    found = []
+    for batches in ([x], x, x.numpy()):
+        report = normswap.patch(copy.deepcopy(model), "gn")
+        residuals = normswap.calibrate(report, batches)
+        update_statistics(original := copy.deepcopy(model), batches)
+        drops = normswap.patch(report.model, "bn", data=batches).drops
+        found.append((residuals, original.state_dict()["bn.running_var"].tolist(), drops))
+
+    assert found[0] == found[1] == found[2]
+
+
+def test_what_ends_it_early_leaves_the_model(model, inputs):
+    """Whenever that comes, also after the norms are solved, and the patch can still be undone."""
+    before = copy.deepcopy(model.state_dict())
+
+    class Ending:
+        """Batches that end with an exception after so many."""
+
+        def __init__(self, left):
+            self.left = left
+
+        def __iter__(self):
+            for batch in inputs:
+                self.left -= 1
+                if not self.left:
+                    raise KeyboardInterrupt
+                yield batch
+
+    for left in range(1, 12):
+        report = normswap.patch(model, "gn", example=inputs[0])
+        patched = copy.deepcopy(model.state_dict())
+        batches = Ending(left)
+        try:
+            normswap.calibrate(report, batches)
+        except KeyboardInterrupt:
+            pass
+        else:
+            break
+        assert all(torch.equal(value, patched[name]) for name, value in model.state_dict().items())
+        report.undo()
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert left > 4
+
+
+@pytest.mark.parametrize("batches", [None, 3, "images.npz"])
+def test_what_has_no_batches(model, batches):
+    """It is refused by name."""
+    report = normswap.patch(copy.deepcopy(model), "gn")
+    message = f"expected batches of inputs as the model takes them, received {batches!r}"
+    for take in (normswap.calibrate, lambda report, given: update_statistics(model, given)):
+        with pytest.raises(InputError, match=exactly(message)):
+            take(report, batches)
+
+
 def test_a_compiled_model(model, inputs):
     """A model under torch.compile is calibrated as what it wraps, whether the original is compiled or not."""
     plain, original = pair(copy.deepcopy(model), "gn", inputs[0])
@@ -208,7 +273,21 @@ def test_layers_that_are_refitted():
     model["frozen_bias"].bias.requires_grad_(False)
     model["tied_bias"].bias = model["frozen"].bias
 
+    model["wide"] = nn.Linear(8192, 1)
+    model["computed"] = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    shared = "its parameters are those of another layer, too"
+
     assert list(linear_layers(model)) == ["conv", "grouped", "mine", "head"]
+    assert left_layers(model) == {
+        "frozen": shared,
+        "tied": shared,
+        "twin": shared,
+        "frozen_bias": "it is frozen",
+        "tied_bias": shared,
+        "turned": "it is a transposed convolution",
+        "wide": "each of its outputs has 8192 inputs, too many",
+        "computed": "its weight is computed, by a parametrization or a hook",
+    }
 
 
 class Standardized(nn.Conv2d):
@@ -242,7 +321,10 @@ def test_classes_that_compute_more_are_left(inputs, monkeypatch):
     original = copy.deepcopy(model)
     x = inputs[0]
     assert rows(model[0], x, model[0](x), 5) is None
-    calibrate(normswap.patch(model, "gn", example=x), inputs)
+    model[4].turned = nn.ConvTranspose2d(3, 3, 3)
+    residuals = calibrate(normswap.patch(model, "gn", example=x), inputs)
+    more = "it computes something else than its weights times its input"
+    assert residuals.left == {"4.turned": "it is a transposed convolution", "0": more, "3": more, "5": more}
 
     left = [
         now is not None and torch.equal(now, was) for now, was in zip(*map(_weights, (model, original)), strict=True)

@@ -156,6 +156,18 @@ class TestCommands:
         assert f" {layer['rms']:.2f} " in table
         assert f"output: off by {100 * output['rms']:.1f} % of its root mean square, " in table
 
+    def test_what_is_not_refitted(self, run, tmp_path, monkeypatch):
+        """It is counted for people, and named with the reason in --json."""
+        monkeypatch.setattr("normswap.finetune.calibration.refit.WORTH", 0.0)
+        frozen = "    model[0].requires_grad_(False)\n    return model\n\ndef without"
+        (tmp_path / "frozen.py").write_text(CODE.replace("    return model\n\ndef without", frozen))
+        arguments = ["patch", f"{tmp_path}/frozen.py:build", *MODEL[1:], "--to", "gn", "--calibrate", "data.npz", "-o"]
+        code, out, err = run(*arguments, tmp_path / "b", "--json")
+        assert (code, json.loads(out)["not_refitted"]) == (0, {"0": "it is frozen"}), err
+        table = run(*arguments, tmp_path / "c")[2]
+
+        assert "; 1 layer not refitted (first: 0, since it is frozen); bundle written to " in " ".join(table.split())
+
     def test_verify(self, run):
         """A good file passes, on data too."""
         code, out, _ = run("verify", "gn", "gn.onnx", "--data", "data.npz", "--json")

@@ -158,12 +158,16 @@ class TestConfig:
             ("epochs = 9", ["--steps", 2], {"steps": 2}),
             ('steps = 2\nstages = "all"', ["--train", "norm"], {"stages": "", "train": "norm"}),
             ('steps = 2\ntrain = "norm"', ["--stages", "all"], {"stages": "all", "train": "all"}),
+            ('steps = 2\nteacher = "original"\ndistill = true', ["--train", "norm"], {"teacher": "original"}),
+            ("steps = 2\nsize = 12", ["--input-shape", "3,12,12"], {"input_shape": "3,12,12"}),
+            ('steps = 2\ninput_shape = "3,12,12"', ["--size", "12"], {"size": "12"}),
             ("steps = 2\nlr = 1\nmean = [0.5, 0.4, 0.6]", [], {"lr": 1.0, "mean": "0.5,0.4,0.6"}),
         ],
     )
     def test_the_command_line_comes_first(self, run, tmp_path, text, options, expected):
         """What is on it beats the file's options, those it excludes as well."""
-        (tmp_path / "run.toml").write_text(f'batch_size = 16\nteacher = "none"\n{text}\n')
+        teacher = "" if "teacher" in text else 'teacher = "none"\n'
+        (tmp_path / "run.toml").write_text(f"batch_size = 16\n{teacher}{text}\n")
         code, _, err = run("in-gn", "-c", tmp_path / "run.toml", *options, "-o", tmp_path / "out")
 
         assert code == 0, err
@@ -197,17 +201,27 @@ class TestConfig:
         expected = f"Error: Invalid value for '-c' / '--config': {message.format(tmp_path / 'run.toml')}"
         assert (code, err.splitlines()[-1]) == (2, expected)
 
-    def test_steps_and_epochs(self, run, tmp_path):
+    @pytest.mark.parametrize(
+        ("text", "names", "received", "one"),
+        [
+            ("steps = 9\nepochs = 2", "steps and epochs", "steps=9 and epochs=2.0", ["--steps", 2]),
+            ('stages = "norm,all"\ntrain = "norm"', "stages and train", "stages=norm,all and train=norm",
+             ["--train", "norm", "--steps", 2]),
+            ('teacher = "none"\ndistill = true', "teacher and distill", "teacher=none and distill=True",
+             ["--teacher", "none", "--steps", 2]),
+        ],
+    )  # fmt: skip
+    def test_options_that_exclude_each_other(self, run, tmp_path, text, names, received, one):
         """A file with both is refused, unless one of them is on the command line."""
-        (tmp_path / "run.toml").write_text('batch_size = 16\nteacher = "none"\nsteps = 9\nepochs = 2\n')
+        (tmp_path / "run.toml").write_text(f"batch_size = 16\n{text}\n")
         code, _, err = run("in-gn", "-c", tmp_path / "run.toml", "-o", tmp_path / "out")
 
         assert (code, err.splitlines()[-1]) == (
             2,
-            "Error: expected one of steps and epochs in the file of --config, received steps=9 and epochs=2.0; "
+            f"Error: expected one of {names} in the file of --config, received {received}; "
             "leave one out, or give one on the command line",
         )
-        code, result, err = run("in-gn", "-c", tmp_path / "run.toml", "--steps", 2, "-o", tmp_path / "out")
+        code, result, err = run("in-gn", "-c", tmp_path / "run.toml", *one, "-o", tmp_path / "out")
         assert (code, result["steps"]) == (0, 2), err
 
     def test_what_is_refused(self, run, tmp_path):
@@ -291,8 +305,9 @@ class TestRefusals:
     def test_options_without_effect(self, run, tmp_path):
         """They are named where the command line has them, and only for a model or teacher that has no use for them."""
         idle = "--temperature", 3, "--features", 0.1, "--gate-lr", 2, "--harden", "--limits", "paper"
+        others = "--no-early-stop", "--calibration-size", 20
         options = "--train", "norm", "--steps", 2, "--batch-size", 16
-        code, _, err = run("in-gn", *options, "--teacher", "none", *idle, "-o", tmp_path / "out")
+        code, _, err = run("in-gn", *options, "--teacher", "none", *idle, *others, "-o", tmp_path / "out")
 
         assert code == 0, err
         assert [line for line in err.splitlines() if "no effect" in line] == [
@@ -303,9 +318,14 @@ class TestRefusals:
                 ("--gate-lr", "layers with gates"),
                 ("--harden", "layers with gates"),
                 ("--limits", "BRN layers"),
+                ("--early-stop", "a teacher and --eval-data"),
+                ("--calibration-size", "a stage calibrate"),
             )
         ]
         code, _, err = run("in-sn", *options, "--distill", *idle[:-2], "-o", tmp_path / "sn")
+        assert (code, "no effect" in err) == (0, False), err
+        options = "--steps", 2, "--batch-size", 16, "--eval-data", "data.npz"
+        code, _, err = run("in-sn", *options, *others, "-o", tmp_path / "stages")
         assert (code, "no effect" in err) == (0, False), err
 
     def test_a_file_that_cannot_grow(self, run, tmp_path):

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import onnx
 import pytest
+import torch
 from click.testing import CliRunner
 from onnx import numpy_helper
 
@@ -73,6 +74,22 @@ def test_text(run):
 
     assert code == 0
     assert re.fullmatch(r"passed: 8 checks, largest difference \d\.\de-07 of scale\n", err)
+
+
+def test_a_source_without_a_seed(run, tmp_path):
+    """It is another model each time, which no file is of; one whose weights are told, or drawn once, is told apart."""
+    (tmp_path / "drawn.py").write_text(CODE.replace("torch.manual_seed(0)", "pass"))
+    model = ("drawn.py:build",)
+    torch.manual_seed(7)
+    assert run("export", *model, "-o", "drawn.onnx")[0] == 0
+    code, said, err = run("verify", *model, "drawn.onnx", "--json")
+    message = (
+        "expected a MODEL with the weights that drawn.onnx was made of, received drawn.py:build, which has other ones "
+        "each time it is built; give --weights, or a bundle"
+    )
+    assert (code, said["error"], err) == (3, message, f"error: {message}\n")
+    assert run("verify", "net.py:build", "drawn.onnx")[0] == 5
+    assert run("verify", "gn", "drawn.onnx")[0] == 5
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,17 @@ def test_a_class_that_is_missing(run, tmp_path):
     assert (code, [line for line in err.splitlines() if line.startswith("warning")]) == (0, [f"warning: {message}"])
 
 
+def test_a_class_without_images(run, tmp_path):
+    """Its folder keeps the labels of the classes after it: the labels are the model's, and that is all it says."""
+    for file in (tmp_path / "images/b").iterdir():
+        file.unlink()
+    code, out, err = run("evaluate", "net.py:build", "--weights", "net.pth", "--data", "images", "--json")
+
+    message = "expected images in every class folder of images, received none in 1 of 3, which keep their labels: b"
+    assert (code, [line for line in err.splitlines() if line.startswith("warning")]) == (0, [f"warning: {message}"])
+    assert json.loads(out)["n"] == 12
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

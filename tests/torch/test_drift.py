@@ -152,6 +152,48 @@ class TestDrift:
 
         assert distance.drift("boxes") == drift.Drift("boxes", None, None)
 
+    @pytest.mark.parametrize("calls", [(1, 2), (2, 1), (1, 0)])
+    def test_calls_that_are_not_as_many(self, images, calls):
+        """What cannot be compared call by call is None, and the rest is told."""
+
+        class Counting(nn.Module):
+            """Calls its norm as often as it is told, the other way each time."""
+
+            def __init__(self):
+                super().__init__()
+                self.bn, self.last, self.calls = nn.BatchNorm2d(3), nn.BatchNorm2d(3), [*calls]
+
+            def forward(self, x):
+                for _ in range(self.calls[0]):
+                    x = self.bn(x)
+                self.calls.reverse()
+                return self.last(x)
+
+        report = normswap.patch(trained_(Counting()), "in")
+        bn, last, output = report.drift(images)
+
+        assert (bn.name, bn.rms, bn.max) == ("bn", None, None)
+        assert last.name == "last"
+        assert min(last.rms, last.max, output.rms, output.max) > 0
+
+    def test_outputs_that_are_not_the_same(self, images):
+        """An output that one of the two does not give is None."""
+
+        class Alternating(nn.Module):
+            """Returns another output every other time."""
+
+            def __init__(self):
+                super().__init__()
+                self.bn, self.name = nn.BatchNorm2d(3), "b"
+
+            def forward(self, x):
+                self.name = "a" if self.name == "b" else "b"
+                return {"y": self.bn(x), self.name: x}
+
+        found = {drift.name: drift.rms for drift in normswap.patch(trained_(Alternating()), "brn").drift(images)}
+
+        assert found == {"bn": 0.0, "output[y]": 0.0, "output[a]": None, "output[b]": None}
+
 
 class TestRefusals:
     def test_after_training(self, model, images):

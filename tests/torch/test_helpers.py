@@ -194,21 +194,6 @@ def test_sync_without_processes_changes_nothing():
     assert convert_sync(layer, sync=False).sync is False
 
 
-def test_a_training_gives_the_synchronization_back(monkeypatch):
-    """A former SyncBatchNorm keeps its processes, which a training over all of them leaves out meanwhile."""
-    from normswap.finetune.run.torch import processes
-
-    model = nn.Sequential(SwitchNorm2d(3), BatchRenorm2d(3))
-    group = object()
-    convert_sync(model[0], process_group=group)
-    monkeypatch.setattr(processes, "processes", lambda: (0, 2))
-    with pytest.raises(ZeroDivisionError), processes.synchronized(model):
-        assert [(layer.sync, layer.process_group) for layer in model] == [(True, None)] * 2
-        _ = 1 / 0
-
-    assert [(layer.sync, layer.process_group) for layer in model] == [(True, group), (False, None)]
-
-
 def test_statistics_are_those_of_the_samples_there_are():
     """A call without samples takes no part in what is re-estimated."""
     x = torch.randn(6, 3, 4, 4)

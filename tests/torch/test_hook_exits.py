@@ -132,6 +132,13 @@ class TestSeveral:
 
         assert told == [(1, "opened"), (2, "opened"), (2, "closed"), (1, "closed")]
 
+    @pytest.mark.parametrize("given", [[StopAtNaN()], None])
+    def test_are_given_one_by_one(self, given):
+        """A list of them is none."""
+        message = f"expected hooks, one by one, received {type(given).__name__}; give several as Hooks(*hooks)"
+        with pytest.raises(InputError, match=exactly(message)):
+            Hooks(given)
+
     @pytest.mark.parametrize("fails", ["opened", "end", "closed"])
     def test_are_all_closed_whatever_one_raises(self, fails):
         """Whether it fails to open, to finish or to close."""

@@ -10,7 +10,7 @@ from torch.nn.utils import prune
 
 import normswap
 from normswap import BatchRenorm, GroupNorm, Recipe, SwitchNorm
-from normswap.errors import InputError, NormswapError, UnsupportedError
+from normswap.errors import InputError, NormswapError, UnsupportedError, UsageError
 
 from ..helpers import exactly
 from .models import (
@@ -164,6 +164,13 @@ class TestSelection:
         assert not model.bn._forward_pre_hooks
 
 
+def test_what_is_no_function(model):
+    """It is refused before any layer is asked for."""
+    message = "expected `where` as a function of layer and name, or None, received where='stem'"
+    with pytest.raises(InputError, match=exactly(message)):
+        normswap.plan(model, "gn", where="stem")
+
+
 class TestRecipe:
     @pytest.mark.parametrize("target", [*TARGETS, SwitchNorm("even", "none"), BatchRenorm(2, 1)])
     def test_replay_is_bit_equal(self, model, images, target):
@@ -180,6 +187,18 @@ class TestRecipe:
         message = "expected a recipe made for this model, received one that does not fit:\n  0: no such BatchNorm"
         with pytest.raises(InputError, match=exactly(message)):
             normswap.patch(model, recipe)
+
+    @pytest.mark.parametrize("equalize", [False, "scale"])
+    def test_beside_a_recipe_nothing_else_is_said_of_layers_in_front(self, model, equalize):
+        """It tells that itself."""
+        recipe = normswap.plan(model, "gn").recipe()
+        message = (
+            "expected a recipe alone, which tells what layers in front of norms take, received "
+            f"equalize={equalize!r} beside it; leave that out"
+        )
+        for verb in (normswap.plan, normswap.patch):
+            with pytest.raises(UsageError, match=exactly(message)):
+                verb(model, recipe, equalize=equalize)
 
     def test_a_recipe_may_leave_layers_out(self, model):
         """Sites a recipe does not name are skipped."""

@@ -7,10 +7,15 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+import normswap
 from normswap.finetune.run.journal import read
 from normswap.finetune.run.settings import Settings
+from normswap.finetune.run.torch import processes
 
+from .models import trained_
 from .runs import bundled, coloured, quick
 
 pytestmark = pytest.mark.torch
@@ -125,3 +130,20 @@ def test_two_processes(tmp_path):
     ]
     assert not (tmp_path / "disagree").exists()
     assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize("target", ["sn", "brn"])
+@pytest.mark.parametrize(("world", "during"), [(1, (False, None)), (2, (True, None))])
+def test_whose_statistics_a_layer_takes(monkeypatch, target, world, during):
+    """While processes train together those of all, and those of its own group where a SyncBatchNorm had one."""
+    group = object()
+    model = trained_(nn.Sequential(nn.BatchNorm2d(3), nn.SyncBatchNorm(3, process_group=group), nn.SyncBatchNorm(3)))
+    normswap.patch(model.eval(), target, example=torch.randn(2, 3, 4, 4))
+    monkeypatch.setattr(processes, "processes", lambda: (0, world))
+    told = lambda: [(layer.sync, layer.process_group) for layer in model]  # noqa: E731
+
+    assert told() == [(False, None), (True, group), (True, None)]
+    with pytest.raises(KeyboardInterrupt), processes.synchronized(model):
+        assert told() == [during, (True, group), (True, None)]
+        raise KeyboardInterrupt
+    assert told() == [(False, None), (True, group), (True, None)]

@@ -1,7 +1,10 @@
 """Where models and data come from and bundles go: what is read, and what is refused unread."""
 
+import importlib
+import inspect
 import os
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +61,9 @@ class TestModels:
             ("os:nothing", "expected a callable nothing in os, received None"),
             ("gone.py:f", "expected a file at gone.py, received nothing there"),
             ("gone.keras", "expected a file at gone.keras, received nothing there"),
+            (Path("gone.keras"), "expected a file at gone.keras, received nothing there"),
+            (None, "expected a model as timm:NAME, .*, received model=None$"),
+            (["a.keras"], r"expected a model as timm:NAME, .*, received model=\['a.keras'\]$"),
         ],
     )
     def test_what_is_no_model(self, spec, message):
@@ -70,6 +76,18 @@ class TestModels:
         (tmp_path / "bad.py").write_text("1 / 0\n")
         with pytest.raises(InputError, match="received code that fails: ZeroDivisionError"):
             load_model(f"{tmp_path}/bad.py:f")
+
+    def test_the_same_model_again(self, tmp_path, monkeypatch):
+        """A callable that returns what it returned before is refused: that may be patched or trained by now."""
+        (tmp_path / "holding.py").write_text("from torch import nn\n\nMODEL = nn.ReLU()\n\ndef same(): return MODEL\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        load_model("holding:same")
+        message = (
+            "expected a source that builds a model each time it is called, received holding:same, which returns the "
+            "same one again; have it build the model, or return a copy of it"
+        )
+        with pytest.raises(UnsupportedError, match=exactly(message)):
+            load_model("holding:same")
 
     def test_something_that_is_not_a_model(self, network):
         """A name that is no callable, and a callable that returns no model, are refused."""
@@ -108,6 +126,80 @@ class TestModels:
         assert relative_spec(spec, tmp_path / "bundles" / "b") == "../../code/net.py:build"
         assert absolute_spec("../../code/net.py:build", tmp_path / "bundles" / "b") == spec
         assert relative_spec("timm:resnet18", tmp_path) == absolute_spec("timm:resnet18", tmp_path) == "timm:resnet18"
+
+
+PARTS = """
+from helper import WIDTH, Block
+from parts.deep import Deep
+from torch import nn
+
+class Net(nn.Sequential):
+    class Inner(nn.Identity):
+        pass
+
+def build():
+    from lazy import Last
+    return Net(nn.BatchNorm2d(WIDTH), Block(), Deep(), Net.Inner(), Last()).eval()
+"""
+OTHER = "from torch import nn\n\nWIDTH = {}\n\nclass {}(nn.Identity):\n    pass\n"
+DEEP = "from .wide import WIDTH, Wide\n\nclass Deep(Wide):\n    width = WIDTH\n"
+
+
+class TestFilesOfOneName:
+    """Files of several folders, each with its own modules beside it, of the same names."""
+
+    @pytest.fixture
+    def folders(self, tmp_path):
+        """Two folders with such files, whose widths are 2 and 5."""
+        for name, width in (("a", 2), ("b", 5)):
+            (folder := tmp_path / name).joinpath("parts").mkdir(parents=True)
+            (folder / "network.py").write_text(PARTS)
+            (folder / "helper.py").write_text(OTHER.format(width, "Block"))
+            (folder / "lazy.py").write_text(OTHER.format(width, "Last"))
+            (folder / "parts" / "__init__.py").write_text("")
+            (folder / "parts" / "wide.py").write_text(OTHER.format(width, "Wide"))
+            (folder / "parts" / "deep.py").write_text(DEEP)
+        return [tmp_path / name for name in "ab"]
+
+    @pytest.fixture(autouse=True)
+    def _forgotten(self, monkeypatch):
+        """Leave no module of these tests to others, and none of theirs to these."""
+        for name in {"network", "helper", "lazy"} & sys.modules.keys():
+            monkeypatch.delitem(sys.modules, name)
+        before = set(sys.modules)
+        yield
+        for name in set(sys.modules) - before:
+            del sys.modules[name]
+
+    def test_each_has_its_own_modules(self, folders):
+        """Those imported by the file, by its callable and by a package beside it, whichever comes first and again."""
+        path = [*sys.path]
+        for number in (0, 1, 0, 1):
+            model = load_model(f"{folders[number]}/network.py:build")
+
+            assert (model[0].num_features, model[2].width) == ((2, 2), (5, 5))[number]
+            assert [inspect.getfile(type(layer)) for layer in model[1:]] == [
+                str(folders[number] / name) for name in ("helper.py", "parts/deep.py", "network.py", "lazy.py")
+            ]
+        assert sys.path == path
+
+    def test_their_classes_are_pickled(self, folders):
+        """Each model comes back as what it was."""
+        models = [load_model(f"{folder}/network.py:build") for folder in folders]
+        for model in models:
+            found = pickle.loads(pickle.dumps(model))
+
+            assert [type(layer) for layer in (found, *found)] == [type(layer) for layer in (model, *model)]
+
+    def test_the_names_of_who_was_first(self, folders, monkeypatch):
+        """The modules of a program that runs stay what they are."""
+        monkeypatch.syspath_prepend(folders[0])
+        helper = importlib.import_module("helper")
+        model = load_model(f"{folders[1]}/network.py:build")
+
+        assert model[0].num_features == 5
+        assert importlib.import_module("helper") is helper
+        assert type(helper.Block()).__module__ == "helper"
 
 
 class Evil:

@@ -14,7 +14,10 @@ from torch import nn
 import normswap
 from normswap.errors import InputError, VerificationError
 
+from ..helpers import exactly
 from .models import Residual, trained_
+
+SIZES = "expected `batch_sizes` of one number above 0 or several, received batch_sizes="
 
 
 @pytest.fixture
@@ -46,6 +49,30 @@ class TestVerify:
         assert verdict.max_rel < 5e-6
         assert verdict.first_diverging is None
         assert json.loads(json.dumps(verdict.to_dict()))["passed"] is True
+
+    def test_one_or_several(self, exported, images):
+        """A provider, a number of samples and an array are not taken apart."""
+        one = normswap.verify(*exported, batch_sizes=2, providers="cpu", data=images)
+        several = normswap.verify(*exported, batch_sizes=[2], providers=["cpu"], data=[images])
+
+        assert one == several
+        assert [(check.batch, check.inputs) for check in one.checks[::2]] == [(2, "x1"), (4, "data")]
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"batch_sizes": "12"}, f"{SIZES}'12'"),
+            ({"batch_sizes": [2, 0]}, f"{SIZES}[2, 0]"),
+            ({"batch_sizes": []}, f"{SIZES}[]"),
+            ({"batch_sizes": None}, f"{SIZES}None"),
+            ({"providers": 3}, "expected a provider or several, each a text, received 3"),
+            ({"data": "x.npz"}, "expected batches of inputs as the model takes them, received 'x.npz'"),
+        ],
+    )  # fmt: skip
+    def test_what_is_neither(self, exported, options, message):
+        """It is refused, and no fault of the file."""
+        with pytest.raises(InputError, match=exactly(message)):
+            normswap.verify(*exported, **options)
 
     @pytest.mark.parametrize("target", ["brn", "sn", "gn"])
     def test_any_initializer_off_by_a_hundredth_fails(self, proven, tmp_path, target):

@@ -25,6 +25,7 @@ from ....patchers.keras.fronts import (
     _CONVOLUTIONS,
     _DEPTHWISE,
     _SEPARABLE,
+    _TRANSPOSED,
     _obstacle,
     _variables,
     _weight_name,
@@ -128,18 +129,31 @@ def outputs(model: keras.Layer, batch: Any) -> list[NDArray[Any]]:
 def linear_layers(model: keras.Layer) -> Mapping[str, keras.Layer]:
     """Return the convolutions and dense layers that can be refitted by name.
 
-    Depthwise and separable convolutions are among them, these with their pointwise kernel. Left out: transposed ones,
-    layers with an activation of their own, a constraint, LoRA or a quantized kernel, frozen and shared ones, and inputs
-    wider than `WIDEST`.
+    Depthwise and separable convolutions are among them, these with their pointwise kernel.
     """
+    return {name: layer for name, (layer, obstacle) in _linear(model).items() if not obstacle}
+
+
+def left_layers(model: keras.Layer) -> Mapping[str, str]:
+    """Return by name why the other convolutions and dense layers cannot be refitted."""
+    return {name: obstacle for name, (_, obstacle) in _linear(model).items() if obstacle}
+
+
+def _linear(model: keras.Layer) -> dict[str, tuple[keras.Layer, str]]:
+    """Return convolutions and dense layers by name, each with what stands in the way of refitting it, or nothing."""
     owners = Counter(id(v) for layer in distinct_layers(model) for v in _variables(layer))
-    found = {}
-    for name, layer in first_names(named_layers(model)).items():
-        if not isinstance(layer, (*_CONVOLVING, keras.layers.Dense)) or _obstacle(layer, owners):
-            continue
-        if np.prod(layer.__dict__[_weight_name(layer)].shape) < WIDEST * channels_of(layer):
-            found[name] = layer
-    return found
+    kinds = (*_CONVOLVING, *_TRANSPOSED, keras.layers.Dense)
+    found = {n: layer for n, layer in first_names(named_layers(model)).items() if isinstance(layer, kinds)}
+    return {name: (layer, _refused(layer, owners)) for name, layer in found.items()}
+
+
+def _refused(layer: keras.Layer, owners: Counter[int]) -> str:
+    if isinstance(layer, _TRANSPOSED):
+        return "it is a transposed convolution"
+    if obstacle := _obstacle(layer, owners):
+        return obstacle
+    inputs = int(np.prod(layer.__dict__[_weight_name(layer)].shape)) // channels_of(layer)
+    return "" if inputs < WIDEST else f"each of its outputs has {inputs} inputs, too many"
 
 
 def picked(layer: keras.Layer, y: Any, count: int) -> NDArray[Any]:

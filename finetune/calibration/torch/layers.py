@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -120,20 +121,35 @@ def outputs(model: nn.Module, batch: Any) -> list[NDArray[Any]]:
 
 
 def linear_layers(model: nn.Module) -> Mapping[str, nn.Module]:
-    """Return the convolutions and linear layers that can be refitted by name.
+    """Return the convolutions and linear layers that can be refitted by name."""
+    return {name: module for name, (module, obstacle) in _linear(model).items() if not obstacle}
 
-    Transposed convolutions, frozen and shared weights and biases, and inputs wider than `WIDEST` are left out.
-    """
+
+def left_layers(model: nn.Module) -> Mapping[str, str]:
+    """Return by name why the other convolutions and linear layers cannot be refitted."""
+    return {name: obstacle for name, (_, obstacle) in _linear(model).items() if obstacle}
+
+
+def _linear(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Return convolutions and linear layers by name, each with what stands in the way of refitting it, or nothing."""
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-    found = {}
-    for name, module in first_names(named_layers(model)).items():
-        if not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            continue
-        weight = module._parameters.get("weight")
-        free = all(p.requires_grad and owners[id(p)] == 1 for p in module.parameters(recurse=False))
-        if free and weight is not None and weight[0].numel() < WIDEST:
-            found[name] = module
-    return found
+    kinds = (nn.Linear, _ConvNd)
+    found = {n: m for n, m in first_names(named_layers(model)).items() if isinstance(m, kinds)}
+    return {name: (module, _obstacle(module, owners)) for name, module in found.items()}
+
+
+def _obstacle(layer: nn.Module, owners: Counter[int]) -> str:
+    weight = layer._parameters.get("weight")
+    parameters = list(layer.parameters(recurse=False))
+    if isinstance(layer, _ConvTransposeNd):
+        return "it is a transposed convolution"
+    if weight is None:
+        return "its weight is computed, by a parametrization or a hook"
+    if any(owners[id(p)] > 1 for p in parameters):
+        return "its parameters are those of another layer, too"
+    if not all(p.requires_grad for p in parameters):
+        return "it is frozen"
+    return "" if weight[0].numel() < WIDEST else f"each of its outputs has {weight[0].numel()} inputs, too many"
 
 
 def picked(layer: nn.Module, y: Tensor, count: int) -> NDArray[Any]:

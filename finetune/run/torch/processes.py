@@ -10,7 +10,6 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from ....layers.torch.norm import RunningNorm
-from ...hooks.torch.sync import convert_sync
 
 CPU = not torch.accelerator.is_available()
 """Whether processes are to meet on CPUs, which Accelerate does not see for itself."""
@@ -34,16 +33,19 @@ def gathered(value: Any) -> list[Any]:
 
 @contextmanager
 def synchronized(model: nn.Module) -> Iterator[None]:
-    """Take the batch statistics of SN and BRN over all processes for a while."""
-    found = [module for module in model.modules() if isinstance(module, RunningNorm)] if processes()[1] > 1 else []
-    kept = [(module, module.sync, module.process_group) for module in found]
-    if found:
-        convert_sync(model)
+    """Take the batch statistics of SN and BRN over all processes for a while.
+
+    Those that take them over some already, as what a SyncBatchNorm becomes does, are left to their processes.
+    """
+    alone = [module for module in model.modules() if isinstance(module, RunningNorm) and not module.sync]
+    kept = [(module, module.process_group) for module in alone] if processes()[1] > 1 else []
+    for module, _ in kept:
+        module.sync, module.process_group = True, None
     try:
         yield
     finally:
-        for module, sync, group in kept:
-            module.sync, module.process_group = sync, group
+        for module, group in kept:
+            module.sync, module.process_group = False, group
 
 
 def _state() -> accelerate.PartialState:
