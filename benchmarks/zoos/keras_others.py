@@ -13,7 +13,7 @@ from . import Network
 WIDTHS = [8, 16, 32]
 U_NETS = {
     "unet_2d": {"filter_num": WIDTHS, "batch_norm": True},
-    "vnet_2d": {"filter_num": WIDTHS, "batch_norm": True, "res_num_max": 2},
+    "vnet_2d": {"filter_num": WIDTHS, "batch_norm": True, "res_num_ini": 1, "res_num_max": 2, "pool": False},
     "unet_plus_2d": {"filter_num": WIDTHS, "batch_norm": True},
     "r2_unet_2d": {"filter_num": WIDTHS, "batch_norm": True},
     "att_unet_2d": {"filter_num": WIDTHS, "batch_norm": True},
@@ -80,7 +80,7 @@ def _subclass() -> Network:
         def call(self, x: Any, training: bool = False) -> Any:
             skip = self.down(x, training=training)
             x = self.grow(self.middle(self.pool(skip), training=training))
-            return self.head(self.up(keras.ops.concatenate([skip, x]), training=training))
+            return self.head(self.up(keras.ops.concatenate([skip, x], axis=-1), training=training))
 
     model, example = UNet(), _images()
     model(example.args[0])

@@ -41,6 +41,7 @@ class _BatchRenorm(RunningNorm):
     r_max: Tensor
     d_max: Tensor
     step: Tensor
+    place: Tensor  # nothing but where it is: compiled code tells layers apart by it
 
     def __init__(
         self,
@@ -77,6 +78,7 @@ class _BatchRenorm(RunningNorm):
         r_now, d_now = limits if schedule is None else (1.0, 0.0)
         self.register_buffer("r_max", torch.tensor(r_now, device=device))
         self.register_buffer("d_max", torch.tensor(d_now, device=device))
+        self.register_buffer("place", torch.zeros(1, device=device), persistent=False)
         if schedule is not None:
             self.register_buffer("step", torch.tensor(0, dtype=torch.long, device=device))
 
@@ -157,6 +159,8 @@ class _BatchRenorm(RunningNorm):
     def _state(self, batch_mean: Array, rerun_expected: bool) -> tuple[Tensor, ...]:
         """Return the running mean and variance and the limits: those of the first run where this is another."""
         state = self.running_mean, self.running_var, self.r_max, self.d_max
+        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+            return tuple(rerun.seen(self.place, self._label, as_tensor(batch_mean).flatten(), list(state)))
         if rerun_expected:
             rerun.remember(self, as_tensor(batch_mean).flatten(), state)
         return (rerun.recall(self, as_tensor(batch_mean).flatten()) or state) if rerun.again() else state

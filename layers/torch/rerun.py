@@ -3,9 +3,13 @@
 The first run moves running statistics and counts steps; the second must find the same values and leave them alone. So
 a call whose activations may not be kept (no gradient is recorded, or hooks take what is saved for backward) has what
 it reads and changes remembered outside of the layer, and within a backward pass it is looked up by the batch's mean.
+
+A compiled call cannot be asked whether it will be run again, so each has its state remembered, by an operator that no
+compiler looks into.
 """
 
-from collections import deque
+from collections import OrderedDict, deque
+from collections.abc import Iterable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,8 +21,12 @@ LONGEST = 128
 ALIKE = 1e-3
 """How far, as a share, the batch mean of a call that is run again may be from the first run's."""
 
+COMPILED, LONGEST_COMPILED = 4096, 32
+"""Layers within compiled code, and calls of each, that are remembered, for whether it is needed nobody knows."""
+
 _Call = tuple[Tensor, tuple[Tensor, ...]]
 _calls: WeakKeyDictionary[nn.Module, deque[_Call]] = WeakKeyDictionary()
+_compiled: OrderedDict[int, deque[_Call]] = OrderedDict()
 
 
 def again() -> bool:
@@ -35,8 +43,11 @@ def expected() -> bool:
 
 def remember(layer: nn.Module, key: Tensor, state: tuple[Tensor, ...]) -> None:
     """Remember what a layer's call with this batch mean sees."""
-    copied = tuple(tensor.detach().clone() for tensor in state)
-    _calls.setdefault(layer, deque(maxlen=LONGEST)).append((key.detach().clone(), copied))
+    _calls.setdefault(layer, deque(maxlen=LONGEST)).append(_call(key, state))
+
+
+def _call(key: Tensor, state: Iterable[Tensor]) -> _Call:
+    return key.detach().clone(), tuple(tensor.detach().clone() for tensor in state)
 
 
 def recall(layer: nn.Module, key: Tensor) -> tuple[Tensor, ...] | None:
@@ -45,17 +56,40 @@ def recall(layer: nn.Module, key: Tensor) -> tuple[Tensor, ...] | None:
     Raises `RuntimeError` if the call is none of those that are.
     """
     calls = _calls.get(layer)
-    if not calls:
-        return None
+    return _found(calls, key, getattr(layer, "site", "") or type(layer).__name__) if calls else None
 
+
+def _found(calls: deque[_Call], key: Tensor, name: str) -> tuple[Tensor, ...]:
     def distance(call: _Call) -> float:
         return float((call[0] - key.to(call[0])).abs().sum())
 
     found = min(reversed(calls), key=distance)
     if distance(found) > ALIKE * float(key.abs().sum()):
-        name = getattr(layer, "site", "") or type(layer).__name__
         raise RuntimeError(
-            f"{name}: expected a forward pass within a backward pass to repeat one of the last {LONGEST} of this "
+            f"{name}: expected a forward pass within a backward pass to repeat one of the last {calls.maxlen} of this "
             "layer, received another input; checkpoint fewer calls at a time, or leave this layer out of the checkpoint"
         )
     return found[1]
+
+
+@torch.library.custom_op("normswap::seen", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def seen(layer: Tensor, name: str, key: Tensor, state: list[Tensor]) -> list[Tensor]:
+    """Return what a compiled call with this batch mean sees, or within a backward pass what its first run saw.
+
+    ``layer`` is a buffer of the layer's own, by whose place in memory it is told from others. Raises as `recall`.
+    """
+    place = layer.data_ptr()
+    if again():
+        calls = _compiled.get(place)
+        return [tensor.clone() for tensor in (_found(calls, key, name) if calls else state)]
+    call = _call(key, state)
+    _compiled.setdefault(place, deque(maxlen=LONGEST_COMPILED)).append(call)
+    _compiled.move_to_end(place)
+    while len(_compiled) > COMPILED:
+        _compiled.popitem(last=False)
+    return [tensor.clone() for tensor in call[1]]
+
+
+@seen.register_fake
+def _(layer: Tensor, name: str, key: Tensor, state: list[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(tensor) for tensor in state]

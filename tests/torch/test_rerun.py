@@ -52,6 +52,31 @@ def same(model, expected):
     assert all(torch.equal(buffer, wanted[name]) for name, buffer in model.named_buffers())
 
 
+@pytest.mark.parametrize("norm", ["sn", "brn", "scheduled"])
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("form", ["a checkpoint compiled", "compiled code checkpointed", "the older checkpoint of it"])
+def test_compiled_code_run_again_sees_what_it_saw(norm, times, form):
+    """The gradient is that of the one forward whether a compiler or autograd runs the compiled code once more."""
+    torch.compiler.reset()
+    plain = Net(norms()[norm], times=times)
+    net = copy.deepcopy(plain)
+    net.reentrant = form == "the older checkpoint of it"
+    x, again = batch(1), batch(1)
+    if form == "a checkpoint compiled":
+        found = torch.compile(net, backend="aot_eager")(again)
+    else:
+        net.block = torch.compile(net.block, backend="aot_eager")
+        found = net(again)
+
+    expected = plain(x)
+    for y in (found, expected):
+        y.pow(2).sum().backward()
+
+    torch.testing.assert_close(again.grad, x.grad, atol=1e-4, rtol=1e-4)
+    for one, other in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-4, rtol=1e-4)
+
+
 @REENTRANT
 @pytest.mark.parametrize("norm", ["sn", "brn", "scheduled", "averaging"])
 @pytest.mark.parametrize("times", [1, 3])
