@@ -262,7 +262,9 @@ class _SwitchNorm(RunningNorm):
     def _d_logits(self, small: Small, gates: Array, d_gates: list[Array]) -> Array:
         d_gates = small.library.stack(d_gates)
         # A one-hot gate gives 0.
-        return gates * (d_gates - (gates * d_gates).sum()) / small.array(self._divisor())
+        on_cpu = self.temperature.device.type == "cpu"
+        divisor = float(self.temperature) or 1.0 if on_cpu else small.array(self._divisor())
+        return gates * (d_gates - (gates * d_gates).sum()) / divisor
 
     def _batch_statistics(
         self, small: Small, count: int, mean: Array, var: Array, correction: int
