@@ -225,6 +225,7 @@ def _shape(linear: ir.Node, steps: Sequence[_Step], largest: int | None) -> list
     """
     known = _sizes(linear)
     sizes = None if known is None else [dim if isinstance(dim, int) else None for dim in known]
+    channels = _channels(linear)
     if linear.op_type.startswith("Conv"):
         sizes = sizes or [None] * len(_weight(linear).shape)
     elif linear.op_type == "Gemm":
@@ -232,9 +233,9 @@ def _shape(linear: ir.Node, steps: Sequence[_Step], largest: int | None) -> list
     elif sizes is None:
         raise ValueError("expected a product of a known number of dimensions")
     axis = _axis(linear, len(sizes))
-    sizes[axis] = _channels(linear)
+    sizes[axis] = channels
     if largest is not None:
-        return [size if i == axis else min(largest, size or largest) for i, size in enumerate(sizes)]
+        return [channels if i == axis else min(largest, size or largest) for i, size in enumerate(sizes)]
     opened = _BATCH
     for step in steps:  # so that what is open can be cut into what is known behind a Reshape
         target = (_sizes(step.node) if step.node.op_type == "Reshape" else None) or ()
@@ -363,7 +364,7 @@ def _axis(linear: ir.Node, rank: int) -> int:
 
 def _channels(linear: ir.Node) -> int:
     """Return how many channels a linear node computes."""
-    shape = [int(size) for size in _weight(linear).shape]
+    shape = tuple(_weight(linear).shape.numpy())
     if linear.op_type == "Conv" or (linear.op_type == "Gemm" and _attribute(linear, "transB", 0)):
         return shape[0]
     return shape[1] * int(_attribute(linear, "group", 1)) if linear.op_type == "ConvTranspose" else shape[-1]

@@ -17,6 +17,7 @@ import normswap
 from normswap import GroupNorm, SwitchNorm
 from normswap.errors import InputError, OutputExistsError, UnsupportedError
 from normswap.export.fold import scale_weight
+from normswap.layers.torch import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d
 
 from ..helpers import exactly
 from .models import trained_
@@ -511,6 +512,39 @@ class TestNumbers:
         norm = {1: nn.BatchNorm1d, 2: nn.BatchNorm1d, 3: nn.BatchNorm2d, 4: nn.BatchNorm3d}[len(shape)](6)
 
         assert export(trained_(nn.Sequential(norm)), tmp_path / "m.onnx", torch.randn(2, *shape), target).verdict
+
+    @pytest.mark.parametrize("statistics", ["moving", "none"])
+    @pytest.mark.parametrize(
+        ("norm", "shape"),
+        [(SwitchNorm1d, (6,)), (SwitchNorm1d, (6, 5)), (SwitchNorm2d, (6, 24, 24)), (SwitchNorm3d, (6, 3, 2, 4))],
+    )
+    def test_layers_that_copy_others_have_the_same_forms(self, tmp_path, norm, shape, statistics):
+        """What switchablenorms computes is written as our own is, with at most three operators more."""
+        layers = [norm(6, batch_statistics=statistics, compat=compat) for compat in ("switchablenorms", None)]
+        paths = [tmp_path / f"{place}.onnx" for place in range(2)]
+        for layer, path in zip(layers, paths, strict=True):
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                for part in layer.state_dict().values():
+                    if part.is_floating_point() and part.dim():
+                        part.uniform_(0.2, 1.0, generator=generator)
+            report = export(nn.Sequential(layer).eval(), path, torch.randn(2, *shape))
+
+            assert report.verdict
+            assert report.kept == {"0": "its statistics are taken from each sample (moments)"}
+            assert report.folded == {}
+        theirs, own = (len(operators(path)) for path in paths)
+        assert theirs <= own + 3
+
+    def test_a_hard_gate_of_a_layer_that_copies_others_folds(self, tmp_path, images):
+        """With its gates on the batch statistics it is a BatchNorm, as our own is."""
+        model = trained_(nn.Sequential(nn.Conv2d(3, 6, 3), SwitchNorm2d(6, compat="switchablenorms"))).eval()
+        with torch.no_grad():
+            model[1].running_var.uniform_(0.5, 2)
+            model[1].mean_weight.copy_(torch.tensor([-200.0, -200.0, 0.0]))
+            model[1].var_weight.copy_(torch.tensor([-200.0, -200.0, 0.0]))
+
+        assert export(model, tmp_path / "m.onnx", images).folded == {"1": "Conv"}
 
     def test_mean_far_above_deviation(self, tmp_path):
         """With mean/std = 1e4 the file is off by what rounds the mean to float32, and by no more."""
