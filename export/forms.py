@@ -66,7 +66,7 @@ def choose(norm: Norm, *, alike: bool = False, careful: bool = False) -> Form:
         return "centred"
     size = None if norm.values is None else norm.values * norm.channels // norm.groups
     short = size is not None and size <= (LONG_SUM_ALIKE if alike else LONG_SUM)
-    if norm.gates == (LAYER, LAYER) and short and (norm.seen or 0) <= SAFE:
+    if norm.gates == (LAYER, LAYER) and short and not norm.unbiased and (norm.seen or 0) <= SAFE:
         return "instance"
     if norm.amplification() <= SAFE or not norm.spatial:
         return "moments"
@@ -155,10 +155,11 @@ class _Writer:
         mean = mean or (self.mean("mean", rows, [3]) if norm.spatial else x)
         sampled = bool(norm.spatial) and norm.gates[1] != BATCH
         squares = self.laid_out("squares", self.squares(rows)) if sampled else None
+        unbias = self.unbias(rows) if norm.unbiased and norm.gates[1] != BATCH else None
         mean = self.laid_out("mean", mean)
         layer_mean = self.mean("layer_mean", mean, [self.axis]) if norm.gates[0][1] or norm.gates[1][1] else None
         mixed_mean = self.mixed_mean(mean, layer_mean)
-        mixed_var = self.mixed_var(mean, layer_mean, squares)
+        mixed_var = self.mixed_var(mean, layer_mean, squares, unbias)
         if self.form == "centred":
             mixed_mean = self.op("offset", "Sub", mixed_mean, mean)
         if self.runtime == "ort" and norm.spatial and norm.values is not None:
@@ -204,22 +205,28 @@ class _Writer:
             terms.append(self.each("mean_of_batch", batch * self.running_mean))
         return self.total("mixed_mean", terms)
 
-    def mixed_var(self, mean: ir.Value, layer_mean: ir.Value | None, squares: ir.Value | None) -> ir.Value:
+    def mixed_var(
+        self, mean: ir.Value, layer_mean: ir.Value | None, squares: ir.Value | None, unbias: ir.Value | None
+    ) -> ir.Value:
         """Return Σ w′ σ² + ε over the statistics, in the layout of ``mean``.
 
         ``squares`` are E[x²] of each map, in the form `centred` its variance; None where a map is one value.
+        ``unbias`` is what the variance of a map, or without one that of the layer, is multiplied with, if anything.
         """
         norm = self.norm
         instance, layer, batch = norm.gates[1]
         raw = squares is not None and self.form != "centred"
+        by_maps = self.form == "shifted" or unbias is not None  # the layer's variance, from those of its maps
         var = squares
-        if raw and (instance or self.form == "shifted"):
+        if raw and (instance or by_maps):
             assert squares is not None
             var = self.op("var", "Sub", squares, self.op("mean_squared", "Mul", mean, mean))
+        if var is not None and unbias is not None:
+            var = self.op("unbiased", "Mul", var, unbias)
         terms = self.gated("var_of_instance", instance, var)
         if layer:
             assert layer_mean is not None
-            if raw and self.form == "moments":
+            if raw and not by_maps:
                 assert squares is not None
                 whole = self.mean("layer_squares", squares, [self.axis])
                 layer_var = self.op("layer_var", "Sub", whole, self.op("layer_squared", "Mul", layer_mean, layer_mean))
@@ -230,12 +237,25 @@ class _Writer:
                 spread = self.op("spread", "Mul", between, between)
                 within = spread if var is None else self.op("within", "Add", var, spread)
                 layer_var = self.mean("layer_var", within, [self.axis])
+                if var is None and unbias is not None:
+                    layer_var = self.op("unbiased", "Mul", layer_var, unbias)
             terms += self.gated("var_of_layer", layer, layer_var)
         if raw and terms:  # of a constant map, rounding may leave less than 0
             terms = [self.op("clamped", "Relu", self.total("sample_var", terms))]
         eps = self.constant("eps", np.float32(norm.eps))
         terms.append(eps if norm.var is None or not batch else self.each("var_of_batch", batch * norm.var + norm.eps))
         return self.total("mixed_var", terms)
+
+    def unbias(self, rows: ir.Value) -> ir.Value:
+        """Return n / (n - 1), n the values of a map, which is in rows, or the channels where there is none."""
+        norm = self.norm
+        values = norm.values if norm.spatial else norm.channels
+        if values is not None:
+            return self.constant("unbias", np.float32(values / (values - 1)))
+        sizes = self.op(
+            "values_of_rows", "Cast", self.op("shape_of_rows", "Shape", rows, start=3), to=int(ir.DataType.FLOAT)
+        )
+        return self.op("unbias", "Div", sizes, self.op("fewer", "Sub", sizes, self.constant("one", np.float32(1))))
 
     @property
     def running_mean(self) -> Array:

@@ -35,6 +35,8 @@ class Norm:
     ``gates`` are those of the mean and of the variance in the order instance, layer, batch. A layer's statistics are
     taken over each of ``groups`` groups of channels. ``mean`` and ``var`` are the running statistics, None in a layer
     that has none; ``seen`` is then the largest mean²/variance of a group seen on the example, None if unknown.
+    An ``unbiased`` norm, which is switchablenorms', divides squares by one less than there are: in a map over its
+    values, of which the layer's variance is mixed, and without one over the channels.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Norm:
     var: Array | None = None
     groups: int = 1
     seen: float | None = None
+    unbiased: bool = False
 
     @property
     def channels(self) -> int:

@@ -7,6 +7,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 
 from normswap.export.forms import LONG_SUM, LONG_SUM_ALIKE, PRODUCT, choose, write_norm
 from normswap.export.norms import BATCH, LAYER, Norm
@@ -25,7 +26,7 @@ GATES = {
 SHAPES = {"(N, C)": (), "(N, C, L)": (9,), "(N, C, H, W)": (5, 7), "large": (24, 24), "1x1": (1, 1), "5-D": (2, 3, 4)}
 
 
-def norm_of(gates, spatial, *, channels=6, groups=1, mean=0.3, spread=1.0):
+def norm_of(gates, spatial, *, channels=6, groups=1, mean=0.3, spread=1.0, unbiased=False):
     """Return a norm with running statistics around ``mean``."""
     rng = np.random.default_rng(0)
     return Norm(
@@ -39,6 +40,7 @@ def norm_of(gates, spatial, *, channels=6, groups=1, mean=0.3, spread=1.0):
         var=spread**2 * rng.uniform(0.5, 1.5, channels),
         groups=groups,
         seen=0.0,
+        unbiased=unbiased,
     )
 
 
@@ -64,6 +66,25 @@ def formula(norm, x):
     )
     gamma, beta = (part.reshape(1, channels, *ones) for part in (norm.gamma, norm.beta))
     return (x - mean) / np.sqrt(var + norm.eps) * gamma + beta
+
+
+def published(norm, x):
+    """Return what a norm of switchablenorms computes: its statistics as its source takes them, in float64."""
+    x = torch.from_numpy(x).double()
+    maps = x.flatten(2) if x.ndim > 2 else x[:, :, None]
+    if x.ndim > 2:
+        mean_in, var_in = maps.mean(2, keepdim=True), maps.var(2, keepdim=True)
+        mean_ln = mean_in.mean(1, keepdim=True)
+        var_ln = (var_in + mean_in**2).mean(1, keepdim=True) - mean_ln**2
+    else:
+        mean_ln, var_ln = maps.mean(1, keepdim=True), maps.var(1, keepdim=True)
+        mean_in, var_in = mean_ln, var_ln
+    column = [torch.from_numpy(part)[None, :, None] for part in (norm.mean, norm.var, norm.gamma, norm.beta)]
+    mean_bn, var_bn, gamma, beta = column
+    (m_in, m_ln, m_bn), (v_in, v_ln, v_bn) = norm.gates
+    mean = m_in * mean_in + m_ln * mean_ln + m_bn * mean_bn
+    var = v_in * var_in + v_ln * var_ln + v_bn * var_bn
+    return (gamma * (maps - mean) / (var + norm.eps).sqrt() + beta).reshape(x.shape).numpy()
 
 
 def written(norm, shape, *, runtime="portable", opset=20):
@@ -101,6 +122,23 @@ def test_every_mix_is_the_formula(gates, spatial, runtime, opset):
         x = np.random.default_rng(batch).normal(0.5, 2, (batch, 6, *spatial)).astype(np.float32)
         expected = formula(norm, x)
         np.testing.assert_allclose(run(proto, x), expected, atol=3e-6 * np.abs(expected).max(), rtol=0)
+
+
+@pytest.mark.parametrize(("opset", "runtime"), [(17, "portable"), (20, "ort")])
+@pytest.mark.parametrize("mean", [0.3, 30.0])
+@pytest.mark.parametrize("free", [False, True])
+@pytest.mark.parametrize("spatial", [(), (9,), (5, 7), (24, 24), (2, 3, 4)])
+@pytest.mark.parametrize("gates", GATES.values(), ids=GATES)
+def test_unbiased_norms_are_those_of_switchablenorms(gates, spatial, free, mean, runtime, opset):
+    """Variances of a map by one value less, the layer's mixed from them, whatever the form and the sizes left open."""
+    norm = norm_of(gates, (None,) * len(spatial) if free else spatial, mean=mean, unbiased=True)
+    proto, _ = written(norm, (6, *(f"size_{axis}" if free else size for axis, size in enumerate(spatial))),
+                       runtime=runtime, opset=opset)  # fmt: skip
+    x = np.random.default_rng(1).normal(mean, 2, (3, 6, *spatial)).astype(np.float32)
+    expected = published(norm, x)
+
+    atol = 3e-6 * np.abs(expected).max() + 4 * np.spacing(np.float32(mean))
+    np.testing.assert_allclose(run(proto, x), expected, atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("runtime", ["portable", "ort"])

@@ -87,8 +87,8 @@ class StandIns:
 
 
 def _has_form(layer: Any) -> bool:
-    """Whether a layer is a norm whose ``call`` is its class's own; one that copies another library's is traced."""
-    if ("call" in vars(layer) and MARK not in vars(layer)) or getattr(layer, "compat", None) is not None:
+    """Whether a layer is a norm whose ``call`` is its class's own, which ``compat`` changes in training alone."""
+    if "call" in vars(layer) and MARK not in vars(layer):
         return False
     return layer.built and any(type(layer).call is kind.call for kind in _KINDS)
 

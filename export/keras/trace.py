@@ -31,6 +31,7 @@ from ..traced import Traced
 from .graph import add_biases, mark, marks, merge_outputs, name_sites, probe, take_probe, tidy, write_gemms
 from .layout import sink_transposes
 from .norms import StandIns
+from .sizes import fold_sizes
 
 Array = np.ndarray[Any, Any]
 
@@ -85,6 +86,7 @@ def trace(model: Any, example: Inputs, *, opset: int, dynamic: bool = False) -> 
     found = marks(converted.graph)
     norms = {found[number]: norm for number, norm in enumerate(stand_ins.calls) if number in found}
     write_gemms(converted)
+    fold_sizes(converted.graph)
     sink_transposes(converted.graph, fixed=found.values())
     add_biases(converted.graph)
     merge_outputs(converted.graph)

@@ -66,8 +66,8 @@ class StandIns:
 
 
 def _has_form(module: nn.Module) -> bool:
-    """Whether a module is a norm whose forward is its class's own; one that copies another library's is traced."""
-    if "forward" in vars(module) or getattr(module, "compat", None) is not None:
+    """Whether a module is a norm whose forward is its class's own."""
+    if "forward" in vars(module):
         return False
     return isinstance(module, (*SWITCH, *_RENORM)) or type(module).forward is nn.GroupNorm.forward
 
@@ -86,6 +86,7 @@ def _norm(name: str, module: Any, seen: float | None) -> Norm:
         var=var,
         groups=_groups(module),
         seen=seen,
+        unbiased=getattr(module, "compat", None) is not None,
     )
 
 

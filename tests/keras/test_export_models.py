@@ -14,7 +14,7 @@ from normswap.errors import UnsupportedError
 from normswap.export.onnx import to_onnx
 from normswap.patchers.keras.patch import patch
 
-from .exporting import count, exported, names, settled, small_net, write_small_net
+from .exporting import count, exported, graph_of, names, settled, small_net, write_small_net
 
 pytestmark = pytest.mark.keras
 
@@ -81,6 +81,75 @@ def test_convolutions_of_every_kind_take_the_norm_in(layer, into, affine, path):
     model = image_model(lambda x: layers.BatchNormalization(scale=affine, center=affine, name="norm")(layer()(x)))
 
     assert folded(model, path) == {"norm": into}
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "into"),
+    [
+        (lambda: layers.Conv1D(4, 3), (9, 3), "Conv"),
+        (lambda: layers.Conv1D(4, 3, padding="causal", use_bias=False), (9, 3), "Conv"),
+        (lambda: layers.SeparableConv1D(4, 3), (9, 3), "Conv"),
+        (lambda: layers.DepthwiseConv1D(3), (9, 4), "Conv"),
+        (lambda: layers.Conv1DTranspose(4, 3, strides=2), (9, 3), "ConvTranspose"),
+        (lambda: layers.Conv1DTranspose(4, 3, strides=2, padding="same"), (9, 3), "ConvTranspose"),
+        (lambda: layers.Conv2DTranspose(4, 2, strides=2), (4, 5, 3), "ConvTranspose"),
+        (lambda: layers.Conv3DTranspose(4, 3, strides=2), (3, 4, 5, 3), "ConvTranspose"),
+        (lambda: layers.Dense(4), (9, 3), "Gemm"),
+        (lambda: layers.Dense(4, use_bias=False), (2, 9, 3), "Gemm"),
+        (lambda: layers.EinsumDense("abc,cd->abd", output_shape=(None, 4), bias_axes="d"), (9, 3), "MatMul"),
+        (lambda: keras.Sequential([layers.Dense(4), layers.Rescaling(0.5, 1.0)]), (9, 3), "Gemm"),
+        (lambda: keras.Sequential([layers.Dense(4), layers.Reshape((3, 3, 4))]), (9, 3), "Gemm"),
+        (lambda: keras.Sequential([layers.Conv2D(4, 3), layers.Reshape((-1, 4))]), (8, 8, 3), "Conv"),
+        (lambda: keras.Sequential([layers.Conv1D(4, 9), layers.Flatten()]), (9, 3), "Conv"),
+    ],
+)
+def test_sequences_and_other_shapes_take_the_norm_in(layer, shape, into, path):
+    """Where a layer's channels stay together on the way to the norm, in whatever shape, the norm goes into it."""
+    model = image_model(lambda x: layers.ReLU()(layers.BatchNormalization(name="norm")(layer()(x))), shape)
+    decisions = patch(model, BatchRenorm()).replaced
+    report = to_onnx(model, path)
+
+    assert report.verdict
+    assert report.folded == {"norm": into}
+    assert [decision.folds for decision in decisions] == [True]
+    assert count(graph_of(path), "BatchNormalization") == 0
+
+
+@pytest.mark.parametrize("layer", [layers.Dense(4), layers.Conv1D(4, 3)])
+def test_open_lengths_take_the_norm_in(layer, path):
+    """A sequence whose length is open has its norm folded as well."""
+    clip = keras.Input((None, 3))
+    model = settled(keras.Model(clip, layers.ReLU()(layers.BatchNormalization(name="norm")(layer(clip)))))
+    report = to_onnx(model, path, example=np.zeros((2, 9, 3), np.float32), dynamic_size=True)
+
+    assert report.verdict
+    assert list(report.folded) == ["norm"]
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (layers.Permute((2, 1)), "it is no scale and shift for each channel of the Conv before it"),
+        (layers.Reshape((2, 8)), "it is no scale and shift for each channel of the Conv before it"),
+        (layers.ZeroPadding1D(1), "it follows Pad, not a linear layer"),
+    ],
+)
+def test_channels_that_do_not_stay_together_keep_the_norm(body, reason, path):
+    """Where a norm's channels are not the layer's, or zeros stand beside what it computes, the norm stays."""
+    report = to_onnx(image_model(lambda x: layers.BatchNormalization()(body(layers.Conv1D(4, 3)(x))), (6, 3)), path)
+
+    assert report.verdict
+    assert list(report.kept.values()) == [reason]
+
+
+def test_a_transposed_convolution_computes_no_sizes(path):
+    """By how much its output is to be cut or padded is known where all sizes but the batch are."""
+    graph = exported(image_model(lambda x: layers.Conv1DTranspose(4, 3, strides=2)(x), (9, 3)), path)
+
+    assert [node.op_type for node in graph.node if node.op_type not in ("Reshape", "Transpose", "Unsqueeze")] == [
+        "ConvTranspose",
+        "Squeeze",
+    ]
 
 
 def test_a_norm_before_a_convolution_stays(path):

@@ -16,7 +16,8 @@ from torch import nn
 import normswap
 from normswap import GroupNorm, SwitchNorm
 from normswap.errors import InputError, OutputExistsError, UnsupportedError
-from normswap.export.fold import folded_affine, scale_weight
+from normswap.export.fold import scale_weight
+from normswap.layers.torch import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d
 
 from ..helpers import exactly
 from .models import trained_
@@ -52,6 +53,84 @@ class ChannelsLast(nn.Linear):
 
     def forward(self, x):
         return super().forward(x).transpose(1, 2)
+
+
+class Between(nn.Module):
+    """A linear layer, what ``between`` does to its channels, which come second or last, and a norm."""
+
+    def __init__(self, layer, channels, between):
+        super().__init__()
+        self.layer, self.between = layer, between
+        self.last = isinstance(layer, nn.Linear)
+        self.one, self.two = nn.Parameter(torch.randn(channels)), nn.Parameter(torch.rand(channels) + 0.5)
+        self.norm = nn.BatchNorm1d(channels) if self.last else nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        y = self.layer(x)
+        if self.last:
+            return self.norm(self.between(y, self.one, self.two).transpose(1, 2))
+        return self.norm(self.between(y, self.one.view(-1, 1, 1), self.two.view(1, -1, 1, 1)))
+
+
+def places(y):
+    """Return a constant that differs along the last axis of a map, or along a sequence."""
+    return torch.arange(float(y.shape[-1])) if y.dim() == 4 else torch.arange(float(y.shape[1])).view(-1, 1)
+
+
+class Moved(nn.Module):
+    """A layer, and a norm behind what ``there`` makes of its output."""
+
+    def __init__(self, layer, there, channels):
+        super().__init__()
+        self.layer, self.there, self.norm = layer, there, nn.BatchNorm1d(channels)
+
+    def forward(self, x):
+        return self.norm(self.there(self.layer(x))).relu()
+
+
+def there_and_back(y):
+    """Return a sequence as it is, by way of four dimensions and of channels that come last."""
+    return y[:, None].transpose(1, 3).squeeze(-1).transpose(1, 2)
+
+
+def shuffled(y):
+    """Return a map whose channels are in another order, as ShuffleNet has it."""
+    return y.unflatten(1, (2, 3)).transpose(1, 2).flatten(1, 2).flatten(2)
+
+
+BEFORE = {
+    "linear": (lambda: nn.Linear(4, 6), 6, (5, 4)),
+    "linear without bias": (lambda: nn.Linear(4, 6, bias=False), 6, (5, 4)),
+    "convolution": (lambda: nn.Conv2d(3, 6, 3, padding=1), 6, (3, 5, 7)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2, bias=False), 6, (4, 5, 7)),
+}
+CONSTANTS = {
+    "a shift": lambda y, one, two: y + one,
+    "shifts in a row": lambda y, one, two: two + ((y + one) + 3.0),
+    "scales in a row": lambda y, one, two: two * (y * one) * 0.5,
+    "all of them": lambda y, one, two: ((y - one) * two + one) / two - 1.5,
+    "swapped": lambda y, one, two: 2.0 - (one - y * two),
+    "negated": lambda y, one, two: -(y / 4.0) + one,
+}
+OTHERS = {
+    "a shift for each place": lambda y, one, two: y + places(y),
+    "both": lambda y, one, two: (y + one) * (places(y) + 1),
+    "a square": lambda y, one, two: (y + one) * (y + one),
+    "a division by it": lambda y, one, two: two / (y * y + 1.0),
+}
+MOVED = {
+    "rows of all samples": (lambda: Moved(nn.Linear(4, 6), lambda y: y.flatten(0, 1), 6), (5, 4)),
+    "rows of a grid": (lambda: Moved(nn.Linear(4, 6, bias=False), lambda y: y.reshape(-1, 6), 6), (2, 5, 4)),
+    "as many places as channels": (lambda: Moved(nn.Linear(4, 6), lambda y: y.flatten(0, 1), 6), (6, 4)),
+    "a map as a sequence": (lambda: Moved(nn.Conv2d(3, 6, 3), lambda y: y.flatten(2), 6), (3, 6, 8)),
+    "a map of one value": (lambda: Moved(nn.Conv2d(3, 6, 4), lambda y: y.flatten(1), 6), (3, 4, 4)),
+    "squeezed": (lambda: Moved(nn.Conv2d(3, 6, (1, 3)), lambda y: y.squeeze(2), 6), (3, 1, 8)),
+    "there and back": (lambda: Moved(nn.Conv1d(3, 6, 3), there_and_back, 6), (3, 8)),
+    "a part of it": (lambda: Moved(nn.Linear(4, 6), lambda y: y[:, 1:3].transpose(1, 2), 6), (5, 4)),
+    "the first of it": (lambda: Moved(nn.Linear(4, 6), lambda y: y[:, 0], 6), (5, 4)),
+    "shuffled": (lambda: Moved(nn.Conv2d(3, 6, 3), shuffled, 6), (3, 6, 8)),
+    "shifted between": (lambda: Moved(nn.Linear(4, 6), lambda y: (y.unsqueeze(1) - 2).flatten(0, 2), 6), (5, 4)),
+}
 
 
 def operators(path):
@@ -308,7 +387,15 @@ class TestFold:
             ),
             (
                 lambda: nn.Sequential(nn.Flatten(2), nn.Linear(144, 6), nn.BatchNorm1d(3)),
-                "it follows Add, not a linear layer",
+                "it is no scale and shift for each channel of the MatMul before it",
+            ),
+            (
+                lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Flatten(2), nn.BatchNorm1d(4)),
+                "it follows Relu, not a linear layer",
+            ),
+            (
+                lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.BatchNorm1d(576)),
+                "it is no scale and shift for each channel of the Conv before it",
             ),
         ],
     )
@@ -340,19 +427,74 @@ class TestFold:
         assert read.verdict
         assert read.kept == {"bn": "the output of the Conv before it is used elsewhere too"}
 
+    @pytest.mark.parametrize("between", CONSTANTS.values(), ids=CONSTANTS)
+    @pytest.mark.parametrize(("layer", "channels", "shape"), BEFORE.values(), ids=BEFORE)
+    def test_constants_between_are_taken_in(self, tmp_path, layer, channels, shape, between):
+        """However many constants are added, taken off, multiplied with or divided by per channel: none gets lost."""
+        model = trained_(Between(layer(), channels, between))
+        report = export(model, tmp_path / "m.onnx", torch.randn(2, *shape), check=False)
+
+        assert list(report.folded) == ["norm"]
+        assert not {"BatchNormalization", "Mul", "Div", "Sub"} & set(operators(tmp_path / "m.onnx"))
+        assert normswap.verify(model, tmp_path / "m.onnx", example=torch.randn(2, *shape))
+
+    @pytest.mark.parametrize("between", OTHERS.values(), ids=OTHERS)
+    @pytest.mark.parametrize(("layer", "channels", "shape"), BEFORE.values(), ids=BEFORE)
+    def test_what_is_no_line_per_channel_stays(self, tmp_path, layer, channels, shape, between):
+        """A constant for each position, a product of two values and a division by one keep their norm."""
+        model = trained_(Between(layer(), channels, between))
+        report = export(model, tmp_path / "m.onnx", torch.randn(2, *shape), check=False)
+
+        assert list(report.kept) == ["norm"]
+        assert normswap.verify(model, tmp_path / "m.onnx", example=torch.randn(2, *shape))
+
+    @pytest.mark.parametrize(
+        ("kind", "dynamic"), [*((kind, False) for kind in MOVED), ("a map as a sequence", True), ("shuffled", True)]
+    )
+    def test_channels_are_followed_through_other_shapes(self, tmp_path, kind, dynamic):
+        """Where the channels stay together, or even change their order, the norm goes into the layer before."""
+        build, shape = MOVED[kind]
+        model, x = trained_(build()), torch.randn(2, *shape)
+        decisions = normswap.patch(model, "brn", example=x).replaced
+        report = export(model, tmp_path / "m.onnx", x, check=False, dynamic_size=dynamic)
+
+        assert list(report.folded) == ["norm"] == [decision.site.name for decision in decisions if decision.folds]
+        assert "BatchNormalization" not in operators(tmp_path / "m.onnx")
+        assert normswap.verify(model, tmp_path / "m.onnx", example=torch.randn(2, *shape))
+
+    def test_norms_in_a_row_all_go(self, tmp_path, images):
+        """A norm behind one that was folded is folded into the same layer."""
+        model = trained_(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(2), nn.BatchNorm1d(4)))
+
+        assert export(model, tmp_path / "m.onnx", images).folded == {"1": "Conv", "3": "Conv"}
+        assert "BatchNormalization" not in operators(tmp_path / "m.onnx")
+
+    @pytest.mark.parametrize(("layer", "channels", "shape"), BEFORE.values(), ids=BEFORE)
+    def test_a_fold_that_is_wrong_is_not_taken(self, tmp_path, monkeypatch, layer, channels, shape):
+        """Every folded layer is tried before it takes the place of the old: here one channel is off by 1e-4."""
+        model = trained_(Between(layer(), channels, lambda y, one, two: y))
+
+        def off(weight, scale, *args, **options):
+            return scale_weight(weight, scale * (1 + 1e-4 * (np.arange(channels) == 3)), *args, **options)
+
+        monkeypatch.setattr("normswap.export.fold.scale_weight", off)
+        report = export(model, tmp_path / "m.onnx", torch.randn(2, *shape))
+
+        assert report.verdict
+        assert next(iter(report.kept.values())).endswith("before it, it would not compute the same")
+
     @pytest.mark.parametrize("groups", [1, 2])
     def test_the_arithmetic(self, groups):
         """The scaled weight of a transposed convolution is that of its output channels, group by group."""
         conv = nn.ConvTranspose1d(4, 6, 3, groups=groups, bias=False)
         rng = np.random.default_rng(0)
-        gamma, beta, mean, var = rng.uniform(0.5, 2, (4, 6))
-        scale, shift = folded_affine(gamma, beta, mean, var, 1e-3)
+        scale = rng.uniform(0.5, 2, 6)
         x = torch.randn(2, 4, 8)
-        expected = conv(x).detach().double().numpy() * scale[:, None] + shift[:, None]
+        expected = conv(x).detach().double().numpy() * scale[:, None]
         weight = scale_weight(conv.weight.detach().double().numpy(), scale, "ConvTranspose", groups=groups)
         folded = nn.functional.conv_transpose1d(x.double(), torch.from_numpy(weight), groups=groups)
 
-        np.testing.assert_allclose(folded.numpy() + shift[:, None], expected, atol=1e-6)
+        np.testing.assert_allclose(folded.numpy(), expected, atol=1e-6)
 
 
 class TestNumbers:
@@ -371,6 +513,39 @@ class TestNumbers:
         norm = {1: nn.BatchNorm1d, 2: nn.BatchNorm1d, 3: nn.BatchNorm2d, 4: nn.BatchNorm3d}[len(shape)](6)
 
         assert export(trained_(nn.Sequential(norm)), tmp_path / "m.onnx", torch.randn(2, *shape), target).verdict
+
+    @pytest.mark.parametrize("statistics", ["moving", "none"])
+    @pytest.mark.parametrize(
+        ("norm", "shape"),
+        [(SwitchNorm1d, (6,)), (SwitchNorm1d, (6, 5)), (SwitchNorm2d, (6, 24, 24)), (SwitchNorm3d, (6, 3, 2, 4))],
+    )
+    def test_layers_that_copy_others_have_the_same_forms(self, tmp_path, norm, shape, statistics):
+        """What switchablenorms computes is written as our own is, with at most three operators more."""
+        layers = [norm(6, batch_statistics=statistics, compat=compat) for compat in ("switchablenorms", None)]
+        paths = [tmp_path / f"{place}.onnx" for place in range(2)]
+        for layer, path in zip(layers, paths, strict=True):
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                for part in layer.state_dict().values():
+                    if part.is_floating_point() and part.dim():
+                        part.uniform_(0.2, 1.0, generator=generator)
+            report = export(nn.Sequential(layer).eval(), path, torch.randn(2, *shape))
+
+            assert report.verdict
+            assert report.kept == {"0": "its statistics are taken from each sample (moments)"}
+            assert report.folded == {}
+        theirs, own = (len(operators(path)) for path in paths)
+        assert theirs <= own + 3
+
+    def test_a_hard_gate_of_a_layer_that_copies_others_folds(self, tmp_path, images):
+        """With its gates on the batch statistics it is a BatchNorm, as our own is."""
+        model = trained_(nn.Sequential(nn.Conv2d(3, 6, 3), SwitchNorm2d(6, compat="switchablenorms"))).eval()
+        with torch.no_grad():
+            model[1].running_var.uniform_(0.5, 2)
+            model[1].mean_weight.copy_(torch.tensor([-200.0, -200.0, 0.0]))
+            model[1].var_weight.copy_(torch.tensor([-200.0, -200.0, 0.0]))
+
+        assert export(model, tmp_path / "m.onnx", images).folded == {"1": "Conv"}
 
     def test_mean_far_above_deviation(self, tmp_path):
         """With mean/std = 1e4 the file is off by what rounds the mean to float32, and by no more."""
