@@ -14,7 +14,7 @@ class Tracer(Protocol):
     def trace(self, model: Any, example: Inputs, *, opset: int, dynamic: bool = False) -> Traced:
         """Return ``model`` in inference mode as an ONNX graph, nothing folded.
 
-        The batch is left open, with ``dynamic`` the sizes behind it that can be, too.
+        The batch is left open, with ``dynamic`` the sizes behind it that can be, too; notes say what the model fixes.
         """
 
     def dtype_problem(self, model: Any) -> str | None:

@@ -18,13 +18,16 @@ from .. import __version__
 from ..errors import InputError, UnsupportedError, VerificationError, spoken
 from ..frameworks.detect import framework_of, get_framework
 from ..frameworks.example import Inputs
+from ..frameworks.names import unique
 from ..sources.files import staged
 from ..verification.verdict import TOLERANCE, Verdict
 from ..verification.verify import verify
 from .contract import tracer_of
+from .dimensions import shape_of
 from .fold import Fold, fold_batch_norms, simplify
 from .forms import RUNTIMES, Form, Runtime, choose, write_norm
 from .half import to_half
+from .names import part, settle
 from .traced import Traced
 
 Array = NDArray[Any]
@@ -36,11 +39,19 @@ ONE_FILE = 2**31 - 2**20
 """Most bytes of weights in the file itself, of which protobuf allows 2 GiB; beyond, they lie beside it."""
 
 
+ROUNDINGS = 1e-2
+"""Largest miss, relative to scale, that is tried again: beyond it, it is a wrong graph and no rounding."""
+
+
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written: the file, each norm folded or kept (with the reason), node count, size, and the verdict."""
+    """What was written: the file, each norm folded or kept (with the reason), node count, size, and the verdict.
+
+    ``inputs`` are the shapes that the file takes, with a name for each size that is open.
+    """
 
     output: Path
+    inputs: dict[str, list[int | str | None]]
     folded: dict[str, str]
     kept: dict[str, str]
     nodes: int
@@ -52,6 +63,7 @@ class ExportReport:
         """Return the report as plain data."""
         return {
             "output": str(self.output),
+            "inputs": self.inputs,
             "folded": self.folded,
             "kept": self.kept,
             "nodes": self.nodes,
@@ -77,7 +89,7 @@ def to_onnx(
 ) -> ExportReport:
     """Write ``model`` in inference mode to an ONNX file, its norms folded or in constant form, and prove the file.
 
-    The file's batch dimension is free. No file is left on an error.
+    The file's batch dimension is free unless the model fixes it, which the report says. No file is left on an error.
 
     Args:
         model: A patched model, or any other of PyTorch or Keras, with float32 weights.
@@ -95,7 +107,8 @@ def to_onnx(
         metadata: Stored in the file as JSON under ``normswap.NAME``.
 
     Returns:
-        The `ExportReport`: which norms were ``folded`` into what, which were ``kept`` and why, and the ``verdict``.
+        The `ExportReport`: which norms were ``folded`` into what, which were ``kept`` and why, the shapes of the
+        ``inputs``, and the ``verdict``.
 
     Raises:
         UnsupportedError: For a model, dtype or opset that cannot be exported.
@@ -127,6 +140,7 @@ def to_onnx(
     with staged(path, overwrite=overwrite) as temporary, _pruned(model, inputs, prune_gates, notes):
         for careful in (False, True):
             traced = tracer.trace(model, inputs, opset=opset, dynamic=dynamic_size)
+            declared = [value.shape for value in traced.model.graph.outputs]
             folds, forms = _write(traced, runtime, careful=careful)
             facts = tracer.norm_facts(model)
             for name, form in forms.items():
@@ -135,9 +149,13 @@ def to_onnx(
             _clean(traced.model, stored, opset)
             if half:
                 to_half(traced.model, forms)
+            part(traced.model.graph)
+            for value, shape in zip(traced.model.graph.outputs, declared, strict=True):
+                value.shape = shape or value.shape  # as the model has it; what was inferred since may be wrong
+            settle(traced.model.graph, traced.inputs, traced.outputs)
             _save(traced.model, temporary)
             verdict = verify(model, temporary, example=inputs) if check else None
-            if verdict is None or verdict or not forms:
+            if verdict is None or verdict or careful or not _curable(verdict, traced, forms):
                 break
             notes.append(
                 f"written again with every norm centred: as fast as can be, it was off by {verdict.max_rel:.1e}"
@@ -148,20 +166,35 @@ def to_onnx(
             _record(temporary, {"passed": True, "checks": len(verdict.checks), "tolerance": TOLERANCE})
         size = sum(file.stat().st_size for file in temporary.parent.iterdir())
     folded, kept = _norm_report(traced, folds, forms)
-    return ExportReport(path, folded, kept, sum(1 for _ in traced.model.graph), size, verdict, notes)
+    notes += traced.notes
+    graph = traced.model.graph
+    return ExportReport(path, _shapes(graph), folded, kept, sum(1 for _ in graph), size, verdict, notes)
 
 
 def _inputs(model: Any, example: Any) -> Inputs:
     """Return the inputs to trace with; noise of the model's own shapes if there is no example."""
     if example is not None:
         inputs = Inputs.of(example)
-        return inputs.map(lambda x: np.ascontiguousarray(x.detach().cpu() if hasattr(x, "detach") else x))
+        return inputs.map(lambda x: np.asarray(x.detach().cpu() if hasattr(x, "detach") else x, order="C"))
     shapes = get_framework(model).input_shapes(model)
     if shapes is None or any(size is None for shape in shapes for size in shape):
         wanted = spoken("--input-shape", "an example input")
         raise InputError(f"expected {wanted} to export, received {spoken('none', f'example={example}')}")
     rng = np.random.default_rng(0)
     return Inputs(*(rng.standard_normal((2, *(size or 1 for size in shape)), np.float32) for shape in shapes))
+
+
+def _curable(verdict: Verdict, traced: Traced, forms: Mapping[str, Form]) -> bool:
+    """Whether centring may cure a miss: one that is small, at or behind a norm that is not centred yet."""
+    roundings = not verdict.problems and all(check.finite for check in verdict.checks) and verdict.max_rel <= ROUNDINGS
+    spatial = [norm.name for norm in traced.norms.values() if norm.spatial]
+    plain = {name for name in spatial if forms.get(name, "centred") != "centred"}
+    until: list[str] = []
+    for site in traced.sites:
+        until.append(site)
+        if site == verdict.first_diverging:
+            break
+    return roundings and any(name in plain for name in until)
 
 
 @contextmanager
@@ -193,8 +226,10 @@ def _write(traced: Traced, runtime: Runtime, *, careful: bool) -> tuple[list[Fol
                 forms[norm.name] = write_norm(model, node, norm, runtime=runtime, careful=careful)
 
     write(constant=True)
+    values = {str(value.name): value for node in model.graph for value in node.outputs}
+    located = {site: values[name] for site, name in traced.sites.items() if name in values}
     simplify(model)
-    _name_sites(traced)
+    _name_sites(traced, located)
     folds = fold_batch_norms(model)
     write(constant=False)
     simplify(model)
@@ -239,17 +274,24 @@ def _record(path: Path, verdict: Mapping[str, Any]) -> None:
         file.write(onnx.ModelProto(metadata_props=[entry]).SerializeToString())
 
 
-def _name_sites(traced: Traced) -> None:
-    """Give each layer's output the layer's name, unless it is the model's output and has a name already."""
-    values = {str(value.name): value for node in traced.model.graph for value in node.outputs}
-    sites = {}
-    for site, name in traced.sites.items():
-        if name not in values:
-            continue
-        if not values[name].is_graph_output() and site not in values:
-            values[name].name = site
-        sites[site] = str(values[name].name)
-    traced.sites = sites
+def _name_sites(traced: Traced, located: Mapping[str, ir.Value]) -> None:
+    """Give each layer's output that is still there the layer's name, unless it is the model's output and has one."""
+    graph = traced.model.graph
+    values = {str(value.name): value for node in graph for value in node.outputs}
+    taken = {*values, *traced.inputs, *traced.outputs, *graph.initializers}
+    present = {site: value for site, value in located.items() if values.get(str(value.name)) is value}
+    named: set[int] = set()  # two layers may return one value
+    for site, value in present.items():
+        if not value.is_graph_output() and value.name != site and id(value) not in named:
+            value.name = unique(site, taken)
+            taken.add(value.name)
+        named.add(id(value))
+    traced.sites = {site: str(value.name) for site, value in present.items()}
+
+
+def _shapes(graph: ir.Graph) -> dict[str, list[int | str | None]]:
+    """Return the shapes of a graph's inputs by name."""
+    return {str(value.name): shape_of(value) for value in graph.inputs}
 
 
 def _norm_report(

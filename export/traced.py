@@ -11,12 +11,16 @@ from .norms import Norm
 class Traced:
     """A model as an ONNX graph, before anything is folded.
 
-    ``model``'s graph inputs and outputs are the model's own, with its names and in its order, the batch dimension
-    symbolic ("batch"). ``sites`` maps each layer that has weights, in call order, to the name of the graph value
+    ``model``'s graph inputs and outputs are the model's own, in its order, named ``inputs`` and ``outputs``; the graph
+    may give one value as several outputs. The batch is symbolic ("batch") unless the model fixes it, which ``notes``
+    say. ``sites`` maps each layer that has weights, in call order, to the name of the graph value
     it returns; the second call of a shared layer is ``"name#2"``. ``norms`` are nodes of one input and one output, in
     whose place the operators of a norm are to be written.
     """
 
     model: ir.Model
+    inputs: list[str]
+    outputs: list[str]
     sites: dict[str, str]
     norms: dict[ir.Node, Norm] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)

@@ -2,7 +2,7 @@
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial, wraps
@@ -16,11 +16,13 @@ from ..layers.keras import BatchRenormalization, SwitchNormalization
 from ..layers.keras.statistics import wide
 from .contract import Array, Arrays, Key
 from .example import Inputs, is_array
+from .names import distinct
+from .outputs import tensors_in
 
 Method = Callable[..., Any]
 Shape = Sequence[int | None]
-Specs = Mapping[str, tuple[tuple[int | None, ...], str]]
-"""Shape without the batch, and dtype, of each input by name."""
+Specs = Mapping[str, tuple[tuple[int, ...], str]]
+"""Shape with the batch, and dtype, of each input by name."""
 
 _CHAIN = "_normswap_overrides"
 """Attribute of a layer that holds, for each method, what was there before and what has been wrapped around it."""
@@ -217,17 +219,13 @@ def input_names(model: keras.Layer, example: Inputs) -> list[str]:
     """Return the names of the inputs of ``model``: its input layers, or the arguments of its ``call``."""
     symbolic = getattr(model, "inputs", None)
     if symbolic:
-        own = [layer_name(tensor) for tensor in symbolic]
+        named: list[tuple[Any, ...]] = [(layer_name(tensor),) for tensor in symbolic]
     else:
         names, places = _parameters(model), list(example.arrays)
         if len(example.args) > len(names):  # in one list
             places = [(0, *place) for place in places]
         named = [(names[first] if isinstance(first, int) else first, *way) for first, *way in places]
-        own = ["_".join(map(str, place)) for place in named]
-    found: list[str] = []
-    for name in own:
-        found.append(unique(name, found))
-    return found
+    return distinct(named)
 
 
 def input_shapes(model: Any) -> list[tuple[int | None, ...]] | None:
@@ -312,39 +310,28 @@ def is_symbolic(tensor: Any) -> bool:
     return False
 
 
-def unique(name: str, taken: Collection[str | None]) -> str:
-    """Return ``name``, or ``"name_2"`` and so on where it is taken."""
-    candidate, number = name, 1
-    while candidate in taken:
-        number += 1
-        candidate = f"{name}_{number}"
-    return candidate
-
-
 class Interface:
     """The inputs of a model as an example gives them: their names, shapes and dtypes, and how the model takes them.
-
-    With ``dynamic`` every size that the model leaves open is None.
 
     Raises `UnsupportedError` for a model that was never called, `InputError` for an example that does not fit.
     """
 
-    def __init__(self, model: Any, example: Inputs, *, dynamic: bool = False) -> None:
+    def __init__(self, model: Any, example: Inputs) -> None:
         if not model.built:
             raise UnsupportedError(
                 f"expected a model that knows its weights, received {type(model).__name__} {model.name!r} that was "
                 "never called; call it once on a batch"
             )
         self._model, self._example = model, example
-        shapes: Sequence[Shape] = [tuple(array.shape[1:]) for array in example.arrays.values()]
-        shapes = _opened(model, shapes) if dynamic else shapes
+        shapes = [tuple(array.shape) for array in example.arrays.values()]
         self.names = input_names(model, example)
         own = getattr(model, "inputs", None) or None
         if own is not None:
-            _require_fitting(shapes, dict(zip(self.names, input_shapes(model) or [], strict=True)))
-        dtypes = ["float32"] * len(self.names) if own is None else [tensor.dtype for tensor in own]
-        self.specs: dict[str, tuple[tuple[int | None, ...], str]] = {
-            name: (tuple(shape), dtype) for name, shape, dtype in zip(self.names, shapes, dtypes, strict=True)
+            own_shapes = dict(zip(self.names, input_shapes(model) or [], strict=True))
+            _require_fitting([shape[1:] for shape in shapes], own_shapes)
+        dtypes = [_taken(array) for array in example.arrays.values()] if own is None else [t.dtype for t in own]
+        self.specs: Specs = {
+            name: (shape, dtype) for name, shape, dtype in zip(self.names, shapes, dtypes, strict=True)
         }
 
     def call(self, tensors: Sequence[Any]) -> Any:
@@ -359,17 +346,22 @@ class Interface:
 
 
 def named_outputs(result: Any, model: Any, taken: Sequence[str]) -> dict[str, Any]:
-    """Return the tensors of ``result`` by name: the keys of a dictionary, or else the output layers."""
-    flat = keras.tree.flatten_with_path(result)
+    """Return the tensors of ``result`` by name: the keys and fields they are under, or else the output layers."""
+    parts = keras.tree.flatten_with_path(result)
+    found = {place: tensor for path, value in parts for place, tensor in tensors_in(value, _read, tuple(path))}
+    if not found:
+        raise UnsupportedError(f"expected a model that returns tensors, received one that returns {result!r}")
     own = getattr(model, "output_names", None) or list(map(layer_name, getattr(model, "outputs", None) or []))
-    if len(own) != len(flat):
-        own = ["output"] if len(flat) == 1 else [f"output_{index}" for index in range(len(flat))]
-    named: dict[str, Any] = {}
-    for (path, tensor), name in zip(flat, own, strict=True):
-        if any(isinstance(key, str) for key in path):
-            name = "/".join(str(key) for key in path)
-        named[unique(name, [*taken, *named])] = tensor
-    return named
+    if len(own) != len(found):
+        own = ["output"] if len(found) == 1 else [f"output_{index}" for index in range(len(found))]
+    told = [any(isinstance(key, str) for key in place) for place in found]
+    places = [place if keys else (name,) for place, keys, name in zip(found, told, own, strict=True)]
+    return dict(zip(distinct(places, taken, joint="/"), found.values(), strict=True))
+
+
+def _read(value: Any) -> Any:
+    """Return a tensor for a number."""
+    return keras.ops.convert_to_tensor(value) if isinstance(value, bool | int | float) else value
 
 
 def layer_name(tensor: Any) -> str:
@@ -393,6 +385,12 @@ def single_precision(model: Any) -> Iterator[None]:
     finally:
         for layer, policy in policies:
             layer.dtype_policy = policy
+
+
+def _taken(array: Any) -> str:
+    """Return the dtype of an array as a model without inputs of its own takes it: floats in float32."""
+    dtype = str(keras.backend.standardize_dtype(array.dtype))
+    return "float32" if "float" in dtype else dtype
 
 
 def _arguments(model: keras.Layer, example: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -446,8 +444,10 @@ def _owns_weights(layer: Any) -> bool:
     return any(id(weight) not in inherited for weight in layer.weights)
 
 
-def _opened(model: Any, shapes: Sequence[Shape]) -> list[tuple[int | None, ...]]:
-    """Return ``shapes`` with every size left open that the model leaves open: without inputs of its own, all spatial.
+def opened(model: Any, shapes: Sequence[Shape]) -> list[tuple[int | None, ...]]:
+    """Return ``shapes``, without the batch, with None for every size that the model leaves open.
+
+    A model without inputs of its own leaves all spatial ones open.
 
     Raises `UnsupportedError` if the model leaves none open.
     """

@@ -5,19 +5,23 @@ import inspect
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
+from io import StringIO
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedError
 from .contract import Array, Arrays, Key
 from .detect import traced_shape
-from .example import Inputs
+from .example import Inputs, Place
+from .names import distinct
+from .outputs import outputs_of
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -31,13 +35,17 @@ def call(model: nn.Module, example: Any) -> Any:
     device = next((state.device for state in _states(model)), None)
 
     def tensor(value: Any) -> Any:
-        if isinstance(value, np.ndarray):
-            value = torch.from_numpy(value)
-            value = value.to(float_type(model)) if value.is_floating_point() else value
+        value = taken_by(model, value) if isinstance(value, np.ndarray) else value
         return value.to(device) if isinstance(value, Tensor) else value
 
     moved = Inputs.of(example).map(tensor)
     return model(*moved.args, **moved.kwargs)
+
+
+def taken_by(model: nn.Module, array: Array) -> Tensor:
+    """Return an array as a tensor, its floats in the type that ``model`` computes in."""
+    tensor = torch.as_tensor(array)
+    return tensor.to(float_type(model)) if tensor.is_floating_point() else tensor
 
 
 def float_type(model: nn.Module) -> torch.dtype:
@@ -176,7 +184,7 @@ def input_names(model: nn.Module, example: Inputs) -> list[str]:
         for first, *way in example.arrays
         if not isinstance(first, int) or first < len(names)
     ]
-    return ["_".join(map(str, place)) for place in named]
+    return distinct(named)
 
 
 def input_shapes(model: nn.Module) -> list[tuple[int | None, ...]] | None:
@@ -227,39 +235,57 @@ class Probe(nn.Module):
 
         filled = self._example.filled(inputs)
         with watching(self._layers, note, first=True):
-            outputs = dict(_flatten(self.model(*filled.args, **filled.kwargs), ""))
+            outputs = outputs_of(self.model(*filled.args, **filled.kwargs), _read)
         calls: dict[str, int] = {}
         site_names = []
         for name, _ in seen:
             calls[name] = calls.get(name, 0) + 1
             site_names.append(name if calls[name] == 1 else f"{name}#{calls[name]}")
-        self.output_names, self.site_names = list(outputs), site_names
+        self.output_names, self.site_names = self._names(list(outputs)), site_names
         return [*outputs.values(), *(output for _, output in seen)]
 
+    def _names(self, places: Sequence[Place]) -> list[str]:
+        """Return a name for each output: the way to it from a key or field that has a name, or from "output"."""
+        named = [place if place and str(place[0]) and not isinstance(place[0], int) else ("output", *place)
+                 for place in places]  # fmt: skip
+        return distinct(named, taken=input_names(self.model, self._example))
 
-def _flatten(output: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(output, Tensor):
-        yield prefix or "output", output
-    elif isinstance(output, Mapping):
-        for key, value in output.items():
-            yield from _flatten(value, f"{prefix}_{key}" if prefix else str(key))
-    elif isinstance(output, list | tuple):
-        for index, value in enumerate(output):
-            yield from _flatten(value, f"{prefix or 'output'}_{index}")
+
+_NUMBERS: tuple[tuple[Any, torch.dtype], ...] = (
+    ((bool, torch.SymBool), torch.bool),  # first, since a bool is an int
+    ((int, torch.SymInt), torch.int64),
+    ((float, torch.SymFloat), torch.float32),
+)
+"""What a number becomes that a model returns; where torch traces, one that depends on sizes is of its own class."""
+
+
+def _read(value: Any) -> Any:
+    """Return a tensor for a number or array, and the parts of an object that torch's own exporter takes apart."""
+    for kinds, dtype in _NUMBERS:
+        if isinstance(value, kinds):
+            return torch.scalar_tensor(value, dtype=dtype)
+    if isinstance(value, np.ndarray | np.generic):
+        return torch.as_tensor(value)
+    if value is None or isinstance(value, Tensor | Mapping | list | tuple):
+        return value
+    parts, spec = pytree.tree_flatten(value, is_leaf=lambda each: each is not value)
+    return value if spec.is_leaf() else parts
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence what torch says of its own internals while copying and exporting."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx.experimental.symbolic_shapes")]
+    levels = [logger.level for logger in loggers]
     try:
-        with warnings.catch_warnings():
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _eager() -> AbstractContextManager[None]:

@@ -8,7 +8,7 @@ import keras
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from ...frameworks.keras import unique
+from ...frameworks.names import unique
 
 _FIRST_EXPONENT = 1000.0
 
@@ -110,7 +110,7 @@ def add_biases(graph: ir.Graph) -> None:
 
 
 def tidy(graph: ir.Graph, keep: Collection[ir.Value]) -> None:
-    """Drop what is used by none and not in ``keep``, name open dimensions, and give values and nodes plain names."""
+    """Drop what is used by none and not in ``keep``, and give values and nodes plain names."""
     needed = {id(value) for value in keep}
     for node in reversed(graph):
         if not any(v.uses() or v.is_graph_output() or id(v) in needed for v in node.outputs):
@@ -137,25 +137,25 @@ def tidy(graph: ir.Graph, keep: Collection[ir.Value]) -> None:
     for node in graph.all_nodes():
         node.name = unique(_plain(node.name or "") or node.op_type, named)
         named.add(node.name)
-    for value in graph.inputs:
-        value.shape = _named_dimensions(value, f"{value.name}_dim_{{}}")
+
+
+def declare(graph: ir.Graph, shapes: Sequence[tuple[int, ...]], open_sizes: Mapping[tuple[int, int], str]) -> None:
+    """Let inputs and outputs tell their shapes, sizes that are open by name.
+
+    An output's first size is the batch where it is open and the inputs have only one such size.
+    """
+    for index, (value, shape) in enumerate(zip(graph.inputs, shapes, strict=True)):
+        value.shape = ir.Shape([open_sizes.get((index, axis), size) for axis, size in enumerate(shape)])
+    first = {name for (_, axis), name in open_sizes.items() if axis == 0}
+    batch = next(iter(first)) if len(first) == 1 else None
     for value in graph.outputs:
-        value.shape = _named_dimensions(value, None)
+        sizes = [size if isinstance(size, int) else None for size in value.shape or ()]
+        value.shape = ir.Shape([batch if axis == 0 and size is None else size for axis, size in enumerate(sizes)])
 
 
 def _plain(name: str) -> str:
     """Return ``name`` without what TensorFlow and tf2onnx add: an output's index, and a number of no fixed order."""
     return re.sub(r"(__\d+)+$", "", name.removesuffix(":0")).replace(":", "_")
-
-
-def _named_dimensions(value: ir.Value, name: str | None) -> ir.Shape:
-    """Return the shape of an input or output: the batch has its name, further open dimensions ``name`` or none."""
-    assert value.shape is not None
-    batch, *rest = value.shape
-    named = [
-        dim if isinstance(dim, int) else None if name is None else name.format(axis) for axis, dim in enumerate(rest, 1)
-    ]
-    return ir.Shape([batch if isinstance(batch, int) else "batch", *named])
 
 
 def _replace(node: ir.Node, new: ir.Value) -> None:

@@ -30,7 +30,7 @@ def sink_transposes(graph: ir.Graph, fixed: Collection[ir.Node]) -> None:
         if node.op_type == "Reshape" and (perm := _as_perm(node)) is not None:
             _put(graph, node, ir.node("Transpose", [_source(node)], {"perm": perm}, name=node.name))
     for node in list(graph):
-        if node.op_type == "Transpose" and not node.outputs[0].is_graph_output():
+        if _permutes(node) and not node.outputs[0].is_graph_output():
             _merge(graph, node)
         elif node not in fixed and node.domain == "" and (way := _WAYS.get(node.op_type)) is not None:
             perm = _common_perm(node)
@@ -62,7 +62,7 @@ def _merge(graph: ir.Graph, node: ir.Node) -> None:
     inner = _source(node)
     producer = inner.producer()
     perm = _perm(node)
-    if producer is not None and producer.op_type == "Transpose":
+    if producer is not None and _permutes(producer):
         inner, perm = _source(producer), tuple(_perm(producer)[axis] for axis in perm)
     if perm == tuple(sorted(perm)):
         ir.convenience.replace_all_uses_with(node.outputs[0], inner)
@@ -196,8 +196,12 @@ def _array(value: ir.Value | None) -> NDArray[Any] | None:
 
 
 def _is_transpose(value: ir.Value) -> bool:
-    node = value.producer()
-    return node is not None and node.op_type == "Transpose"
+    return _permutes(value.producer())
+
+
+def _permutes(node: ir.Node | None) -> bool:
+    """Whether a node is a Transpose that says how; one of unknown rank does not."""
+    return node is not None and node.op_type == "Transpose" and "perm" in node.attributes
 
 
 def _needed(node: ir.Node) -> bool:

@@ -7,42 +7,36 @@ import onnx_ir as ir
 import torch
 
 from ...frameworks.keras import Specs
+from ..dimensions import Open
 from ..fold import simplify
+from ..names import settle
 from ..torch.exporter import export_module
-
-_SIZE = 64  # of the example, where the model leaves a size open
 
 _EVERY_SIZE = 2**62
 
 
 def convert(
-    function: Callable[..., Sequence[Any]], model: Any, specs: Specs, names: Callable[[], Sequence[str]], opset: int
-) -> ir.Model:
+    function: Callable[..., Sequence[Any]],
+    model: Any,
+    specs: Specs,
+    open_sizes: Open,
+    names: Callable[[], Sequence[str]],
+    opset: int,
+) -> tuple[ir.Model, list[tuple[int, int]]]:
     """Return ``function``, which calls ``model`` on one tensor per entry of ``specs``, as an ONNX model.
 
-    The inputs are named as in ``specs``; ``names`` is asked for the outputs' names once the function is traced.
+    Beside it, which of the ``open_sizes`` the model fixes. The inputs are named as in ``specs``; ``names`` is asked for
+    the outputs' names once the function is traced.
     Raises `UnsupportedError` if torch cannot export it.
     """
-    shapes = [shape for shape, _ in specs.values()]
-    example = tuple(
-        torch.zeros((2, *(_SIZE if size is None else size for size in shape)), dtype=getattr(torch, dtype))
-        for shape, dtype in specs.values()
-    )
-    dynamic = tuple(
-        {0: torch.export.Dim("batch")}
-        | {axis: torch.export.Dim(f"{name}_dim_{axis}") for axis, size in enumerate(shape, 1) if size is None}
-        for name, shape in zip(specs, shapes, strict=True)
-    )
+    example = [torch.zeros(shape, dtype=getattr(torch, dtype)).cpu() for shape, dtype in specs.values()]
     module = _Function(function, model).eval()
     described = f"{type(model).__name__} {model.name!r}"
     with torch.no_grad():
-        cpu = tuple(tensor.cpu() for tensor in example)
-        converted = export_module(module, cpu, dynamic, opset=opset, described=described)
-    graph = converted.graph
-    for value, name in zip([*graph.inputs, *graph.outputs], [*specs, *names()], strict=True):
-        value.name = name
+        converted, fixed = export_module(module, example, open_sizes, opset=opset, described=described)
+    settle(converted.graph, [*specs], [*names()])
     simplify(converted, input_size_limit=_EVERY_SIZE, output_size_limit=_EVERY_SIZE)
-    return converted
+    return converted, fixed
 
 
 class _Function(torch.nn.Module):

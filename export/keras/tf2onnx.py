@@ -16,48 +16,75 @@ import onnx
 import onnx_ir as ir
 
 from ...errors import MissingDependencyError, UnsupportedError
-from ...frameworks.keras import Specs
+from ...frameworks.keras import Specs, named_layers
+from ..dimensions import Open
+from ..failures import place_of
 
 _CONVERTER_OPSET = 18  # the newest that tf2onnx writes
 
 
 def convert(
-    function: Callable[..., Sequence[Any]], model: Any, specs: Specs, names: Callable[[], Sequence[str]], opset: int
-) -> ir.Model:
+    function: Callable[..., Sequence[Any]],
+    model: Any,
+    specs: Specs,
+    open_sizes: Open,
+    names: Callable[[], Sequence[str]],
+    opset: int,
+) -> tuple[ir.Model, list[tuple[int, int]]]:
     """Return ``function``, which calls ``model`` on one tensor per entry of ``specs``, as an ONNX model.
 
-    The inputs are named as in ``specs``; ``names`` is asked for the outputs' names once the function is traced.
+    Beside it, which of the ``open_sizes`` are fixed: first sizes, if the model can be traced so only. The inputs are
+    named as in ``specs``; ``names`` is asked for the outputs' names once the function is traced.
     Raises `UnsupportedError` where TensorFlow cannot trace the function and for an operation that ONNX lacks, and
     `MissingDependencyError`.
     """
     tf, freeze = _tensorflow()
-    signature = [tf.TensorSpec((None, *shape), dtype) for shape, dtype in specs.values()]
     weights = {id(v): (v, keras.ops.convert_to_numpy(v)) for v in model.variables}.values()
 
     def frozen_function(*tensors: Any) -> Sequence[Any]:
         with keras.StatelessScope([(v, tf.constant(value, name=v.path.replace("/", "."))) for v, value in weights]):
             return function(*tensors)
 
+    layers = {id(layer): path for path, layer in named_layers(model) if layer is not model}
+
+    def traced(open_: Open) -> Any:
+        signature = [
+            tf.TensorSpec([None if (index, axis) in open_ else size for axis, size in enumerate(shape)], dtype)
+            for index, (shape, dtype) in enumerate(specs.values())
+        ]
+        return tf.function(frozen_function, autograph=False).get_concrete_function(*signature)
+
+    fixed = _steps(model, open_sizes)
+    open_sizes = {place: name for place, name in open_sizes.items() if place not in fixed}
     with _quiet(), _inlined(tf):
         try:
-            frozen = tf.function(frozen_function, autograph=False).get_concrete_function(*signature)
+            frozen = traced(open_sizes)
+        except UnsupportedError:
+            raise
         except Exception as error:
-            raise UnsupportedError(
-                f"expected a model that TensorFlow can trace with inputs of {_described(specs)}, received "
-                f"{type(error).__name__}: {_first_sentence(error)}; give every dimension that the model needs"
-            ) from error
+            try:
+                fixed += [(index, axis) for index, axis in open_sizes if axis == 0]
+                frozen = traced({place: name for place, name in open_sizes.items() if place not in fixed})
+            except Exception:
+                raise UnsupportedError(
+                    f"expected a model that TensorFlow can trace with inputs of {_described(specs, open_sizes)}, "
+                    f"received {type(error).__name__}: {_first_sentence(error)}"
+                    f"{place_of(error, layers, [tf, keras])}; give every dimension that the model needs"
+                ) from error
         if frozen.captured_inputs or frozen.graph.as_graph_def().library.function:
             frozen = freeze(frozen, lower_control_flow=False, aggressive_inlining=True)
         proto = _convert_frozen(tf, frozen, [*specs], [*names()], min(opset, _CONVERTER_OPSET))
     _require_onnx_operators(proto)
     converted = ir.from_proto(proto)
     for value, tensor in zip(converted.graph.outputs, frozen.outputs, strict=True):
-        value.shape = ir.Shape(tensor.shape.as_list())
+        value.shape = None if tensor.shape.rank is None else ir.Shape(tensor.shape.as_list())
+    for value in [value for value in converted.graph.inputs if value.is_initializer()]:  # one with a default
+        converted.graph.inputs.remove(value)
     used = {node.domain for node in converted.graph.all_nodes()}
     for domain in set(converted.opset_imports) - used - {""}:
         del converted.opset_imports[domain]
     _raise_opset(converted, opset)
-    return converted
+    return converted, fixed
 
 
 def _convert_frozen(tf: Any, frozen: Any, inputs: Sequence[str], outputs: Sequence[str], opset: int) -> onnx.ModelProto:
@@ -133,8 +160,21 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
                 yield from _nodes(inner)
 
 
-def _described(specs: Specs) -> str:
-    return ", ".join(f"{name}={shape}" for name, (shape, _) in specs.items())
+def _steps(model: Any, open_sizes: Open) -> list[tuple[int, int]]:
+    """Return the open numbers of steps of a model that works step by step.
+
+    TensorFlow makes one operation of all steps where their number is open, which tf2onnx writes wrongly.
+    """
+    stepwise = any(isinstance(layer, keras.layers.TimeDistributed) for _, layer in named_layers(model))
+    return [place for place in open_sizes if stepwise and place[1] == 1]
+
+
+def _described(specs: Specs, open_sizes: Open) -> str:
+    shapes = {
+        name: tuple(None if (index, axis) in open_sizes else size for axis, size in enumerate(shape) if axis)
+        for index, (name, (shape, _)) in enumerate(specs.items())
+    }
+    return ", ".join(f"{name}={shape}" for name, shape in shapes.items())
 
 
 def _first_sentence(error: Exception) -> str:

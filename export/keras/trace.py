@@ -19,16 +19,18 @@ from ...frameworks.keras import (
     is_mixed,
     named_layers,
     named_outputs,
+    opened,
     recording,
     single_precision,
-    unique,
     weighted_layers,
 )
+from ...frameworks.names import unique
 from ...layers.keras import SwitchNormalization
 from ...patchers.keras.swap import MARK
+from ..dimensions import Open, explained, label_of, wanted
 from ..norms import STATISTICS
 from ..traced import Traced
-from .graph import add_biases, mark, marks, merge_outputs, name_sites, probe, take_probe, tidy, write_gemms
+from .graph import add_biases, declare, mark, marks, merge_outputs, name_sites, probe, take_probe, tidy, write_gemms
 from .layout import sink_transposes
 from .norms import StandIns
 from .sizes import fold_sizes
@@ -44,25 +46,33 @@ class _Converter(Protocol):
         function: Callable[..., Sequence[Any]],
         model: Any,
         specs: Specs,
+        open_sizes: Open,
         names: Callable[[], Sequence[str]],
         opset: int,
-    ) -> ir.Model:
-        """Return ``function``, which calls ``model`` on one tensor per entry of ``specs``, as an ONNX model."""
+    ) -> tuple[ir.Model, list[tuple[int, int]]]:
+        """Return ``function``, which calls ``model`` on one tensor per entry of ``specs``, as an ONNX model.
+
+        Beside it, which of the ``open_sizes`` are fixed in it, at what ``specs`` say.
+        """
 
 
 def trace(model: Any, example: Inputs, *, opset: int, dynamic: bool = False) -> Traced:
     """Return ``model`` in inference mode as an ONNX graph of operator set ``opset``, nothing folded.
 
-    The arrays of ``example`` have the batch first, which is left open; with ``dynamic`` every size that the model
-    leaves open is open. `Traced.sites` name values as `record` returns them: what convolutions and per-channel norms
-    compute is (N, C, ...) there. Where the graph has such a value channels last only, the site is a Transpose that
-    nothing uses, which cleaning takes away.
+    The arrays of ``example`` have the batch first, which is left open unless the model fixes it; with ``dynamic`` every
+    size that the model leaves open is open. `Traced.sites` name values as `record` returns them: what convolutions and
+    per-channel norms compute is (N, C, ...) there. Where the graph has such a value channels last only, the site is a
+    Transpose that nothing uses, which cleaning takes away.
 
     Raises `InputError` if the shapes do not fit the model, `UnsupportedError` if the model is not built, runs on
-    JAX, has no open size for ``dynamic`` or uses an operation that ONNX lacks, and `MissingDependencyError`.
+    JAX, keeps states, has no open size for ``dynamic`` or uses an operation that ONNX lacks, and
+    `MissingDependencyError`.
     """
     converter = _converter()
-    inputs = Interface(model, example, dynamic=dynamic)
+    _require_stateless(model)
+    inputs = Interface(model, example)
+    shapes = [shape for shape, _ in inputs.specs.values()]
+    open_sizes = _open_sizes(model, inputs.names, shapes, dynamic=dynamic)
     stand_ins = StandIns(model)
     names: list[str] = []
     sites: list[str] = []
@@ -81,10 +91,16 @@ def trace(model: Any, example: Inputs, *, opset: int, dynamic: bool = False) -> 
 
     with inference(model), single_precision(model):
         with stand_ins.looking():
-            inputs.call(inputs.tensors())
-        converted = converter.convert(run, model, inputs.specs, lambda: [*names, unique("probe", names)], opset)
+            looked = named_outputs(inputs.call(inputs.tensors()), model, taken=inputs.names)
+
+        def named() -> list[str]:
+            return [*names, unique("probe", [*inputs.names, *names])]
+
+        converted, fixed = converter.convert(run, model, inputs.specs, open_sizes, named, opset)
+    open_sizes = {place: name for place, name in open_sizes.items() if place not in fixed}
     found = marks(converted.graph)
     norms = {found[number]: norm for number, norm in enumerate(stand_ins.calls) if number in found}
+    told = [value.shape for value in converted.graph.outputs[:-1]]  # which the inference of shapes may lose
     write_gemms(converted)
     fold_sizes(converted.graph)
     sink_transposes(converted.graph, fixed=found.values())
@@ -95,7 +111,12 @@ def trace(model: Any, example: Inputs, *, opset: int, dynamic: bool = False) -> 
     located = {site: values[number] for number, site in numbered if number in values}
     located = name_sites(located, taken=[*inputs.names, *names])
     tidy(converted.graph, keep=located.values())
-    return Traced(converted, {site: str(value.name) for site, value in located.items()}, norms)
+    ranks = [len(tensor.shape) for tensor in looked.values()]
+    for value, shape, rank in zip(converted.graph.outputs, told, ranks, strict=True):
+        value.shape = ir.Shape([None] * rank) if shape is None or len(shape) != rank else shape
+    declare(converted.graph, shapes, open_sizes)
+    found_sites = {site: str(value.name) for site, value in located.items()}
+    return Traced(converted, inputs.names, names, found_sites, norms, explained(inputs.names, shapes, fixed))
 
 
 def dtype_problem(model: Any) -> str | None:
@@ -153,6 +174,26 @@ def prune(model: Any, threshold: float) -> Iterator[dict[str, list[str]]]:
     finally:
         for variable, weight in before:
             variable.assign(weight)
+
+
+def _open_sizes(model: Any, names: Sequence[str], shapes: Sequence[tuple[int, ...]], *, dynamic: bool) -> Open:
+    """Return a name for each first size, with ``dynamic`` for each other size that the model leaves open, too."""
+    sizes = dict(wanted(names, shapes))
+    own = opened(model, [shape[1:] for shape in shapes]) if dynamic else []
+    for index, shape in enumerate(own):
+        for axis in (axis for axis, size in enumerate(shape, 1) if size is None):
+            sizes[index, axis] = label_of(names[index], axis)
+    return sizes
+
+
+def _require_stateless(model: Any) -> None:
+    """Raise `UnsupportedError` for a layer that goes on from the last call, as no file does."""
+    for path, layer in named_layers(model):
+        if isinstance(layer, keras.layers.RNN) and layer.stateful:
+            raise UnsupportedError(
+                f"expected layers that start anew with every call, as a file does, received {path} with "
+                "stateful=True; build it with stateful=False"
+            )
 
 
 def _converter() -> _Converter:

@@ -1,37 +1,85 @@
 """What torch's own exporter writes of a module."""
 
-from typing import Any
+import re
+from collections.abc import Sequence
+from types import FrameType
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ...errors import UnsupportedError
 from ...frameworks.torch import quiet
+from ..dimensions import BATCH, Open, closed, shape_of, traced_sizes
+from ..failures import chain, folders_of, line_of, place_of, reason_of
 
 
 def export_module(
-    module: nn.Module, example: tuple[Tensor, ...], shapes: tuple[Any, ...], *, opset: int, described: str
-) -> ir.Model:
-    """Return ``module`` as torch's exporter writes it, its open sizes named by ``shapes``.
+    module: nn.Module, example: Sequence[Tensor], open_sizes: Open, *, opset: int, described: str
+) -> tuple[ir.Model, list[tuple[int, int]]]:
+    """Return ``module`` as torch's exporter writes it, and which of the ``open_sizes`` are not open in it.
 
-    Raises `UnsupportedError`, which calls the model ``described``, where the exporter fails.
+    Those have the example's own size: what the model fixes is fixed at nothing else. Raises `UnsupportedError`, which
+    calls the model ``described``, where the exporter fails.
     """
-    try:
-        with quiet():
-            program = torch.onnx.export(
-                module, example, dynamo=True, opset_version=opset, optimize=False, verbose=False,
-                dynamic_shapes=(shapes,),
-            )  # fmt: skip
-    except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise UnsupportedError(
-            f"expected a model torch.onnx.export can export, received {described} on which it fails: "
-            f"{reason[0] if reason else type(error).__name__}"
-        ) from error
+    shapes = [tuple(tensor.shape) for tensor in example]
+    waiting = dict(open_sizes)
+    while True:
+        sizes = traced_sizes(shapes, waiting)
+        tensors = [
+            tensor if tensor.shape == size else tensor.repeat_interleave(size[0], 0)
+            for tensor, size in zip(example, sizes, strict=True)
+        ]
+        try:
+            converted = _exported(module, tensors, waiting, opset=opset)
+        except Exception as error:
+            if not waiting or any(isinstance(each, GuardOnDataDependentSymNode) for each in chain(error)):
+                raise UnsupportedError(
+                    f"expected a model torch.onnx.export can export, received {described} on which it fails: "
+                    f"{reason_of(error)}{_place(error, module)}"
+                ) from error
+            rest = {place: name for place, name in waiting.items() if name == BATCH}
+            waiting = rest if len(rest) < len(waiting) else {}
+            continue
+        fixed = closed(converted.graph, waiting)
+        waiting = {place: name for place, name in waiting.items() if place not in fixed}
+        if all(shape_of(converted.graph.inputs[index])[axis] == shapes[index][axis] for index, axis in fixed):
+            _drop_zero_biases(converted.graph)
+            _drop_missing_axes(converted.graph)
+            return converted, [place for place in open_sizes if place not in waiting]
+
+
+def _exported(module: nn.Module, tensors: Sequence[Tensor], open_sizes: Open, *, opset: int) -> ir.Model:
+    dims = {name: torch.export.Dim(name) for name in open_sizes.values()}
+    shapes = tuple(
+        {axis: dims[name] for (input_, axis), name in open_sizes.items() if input_ == index}
+        for index in range(len(tensors))
+    )
+    with quiet():
+        program = torch.onnx.export(
+            module, tuple(tensors), dynamo=True, opset_version=opset, optimize=False, verbose=False,
+            dynamic_shapes=(shapes,),
+        )  # fmt: skip
     assert program is not None
-    _drop_zero_biases(program.model.graph)
     return program.model
+
+
+def _place(error: BaseException, module: nn.Module) -> str:
+    """Return where in a module, which holds the model as ``model``, the exporter failed."""
+    names = {id(layer): name.removeprefix("model.") for name, layer in module.named_modules() if name != "model"}
+    folders = folders_of([torch])
+
+    def told(frame: FrameType) -> tuple[str, str]:
+        node = frame.f_locals.get("node")  # of a graph that is being written
+        if not isinstance(node, torch.fx.Node):
+            return "", ""
+        paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+        stack = re.findall(r'File "(.+)", line (\d+)', node.stack_trace or "")
+        lines = [line_of(file, number, folders) for file, number in stack]
+        return (paths or [""])[-1].partition("model.")[2], next(filter(None, reversed(lines)), "")
+
+    return place_of(error, names, [torch], told=told)
 
 
 def _drop_zero_biases(graph: ir.Graph) -> None:
@@ -42,6 +90,15 @@ def _drop_zero_biases(graph: ir.Graph) -> None:
     for node in graph:
         if node.op_type == "Conv" and len(node.inputs) == 3 and _is_expanded_zero(node.inputs[2]):
             node.resize_inputs(2)
+
+
+def _drop_missing_axes(graph: ir.Graph) -> None:
+    """Leave out the axes of a reduction over all of them, which torch reshapes although there are none."""
+    for node in list(graph):
+        if node.op_type == "Reshape" and node.inputs[0] is None:
+            for use in list(node.outputs[0].uses()):
+                use.node.replace_input_with(use.idx, None)
+            graph.remove(node, safe=True)
 
 
 def _is_expanded_zero(value: ir.Value | None) -> bool:

@@ -1,20 +1,23 @@
 """A PyTorch module as an ONNX graph, and as a reference to hold that graph against."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import onnx_ir as ir
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...convert.targets import BatchRenorm
+from ...errors import UnsupportedError
 from ...frameworks.example import Inputs
-from ...frameworks.torch import Probe, copied, input_names, quiet
+from ...frameworks.names import unique
+from ...frameworks.torch import Probe, copied, input_names, quiet, taken_by
 from ...layers.torch.switch_norm import CLOSED
 from ...patchers.torch.batch_norm import epsilon_of
 from ...patchers.torch.sites import MARK
+from ..dimensions import explained, wanted
+from ..names import settle
 from ..norms import STATISTICS
 from ..traced import Traced
 from .exporter import export_module
@@ -26,7 +29,8 @@ Array = NDArray[Any]
 def trace(model: nn.Module, example: Inputs, *, opset: int, dynamic: bool = False) -> Traced:
     """Return ``model`` in eval mode as an ONNX graph; the arrays of ``example`` have the batch first.
 
-    The batch is left open, with ``dynamic`` every dimension behind the channels too.
+    The batch is left open, with ``dynamic`` every dimension behind the channels too; what the model fixes has the size
+    it has in the example, with a note.
 
     The model itself is left alone. Raises `UnsupportedError` if torch cannot export it.
     """
@@ -35,26 +39,32 @@ def trace(model: nn.Module, example: Inputs, *, opset: int, dynamic: bool = Fals
     stand_ins = StandIns(twin)
     probe = Probe(twin, example, before=stand_ins.calls.clear)
     probe.eval()
-    tensors = tuple(_at_least_two(torch.as_tensor(array).cpu()) for array in example.arrays.values())
+    inputs = input_names(model, example)
+    tensors = [taken_by(twin, array) for array in example.arrays.values()]
+    _require_real("inputs", zip(inputs, tensors, strict=False))
     with stand_ins.looking():
-        probe(*tensors)  # for the names: what a module notes while it is traced is put back
+        outputs = probe(*tensors)  # for the names: what a module notes while it is traced is put back
+    _require_real("outputs", zip(probe.output_names, outputs, strict=False))
     stand_ins.put()
-    sizes = {rank: _open_sizes(rank) if dynamic else {} for rank in {tensor.dim() for tensor in tensors}}
-    shapes = tuple({0: torch.export.Dim("batch"), **sizes[tensor.dim()]} for tensor in tensors)
-    converted = export_module(probe, tensors, shapes, opset=opset, described=type(model).__name__)
+    shapes = [tuple(tensor.shape) for tensor in tensors]
+    open_sizes = wanted(inputs, shapes, dynamic=dynamic)
+    converted, fixed = export_module(probe, tensors, open_sizes, opset=opset, described=type(model).__name__)
     graph = converted.graph
-    for value, name in zip(graph.inputs, input_names(model, example), strict=True):
-        value.name = name
     for initializer in list(graph.initializers.values()):
-        initializer.name = str(initializer.name).removeprefix("model.")
-    outputs = list(graph.outputs)
+        own = str(initializer.name).removeprefix("model.")
+        if own != initializer.name:
+            initializer.name = unique(own, graph.initializers)
     split = len(probe.output_names)
-    for value, name in zip(outputs, probe.output_names, strict=False):
-        value.name = name
+    returned = list(graph.outputs)[split:]
     while len(graph.outputs) > split:
         graph.outputs.pop()
-    sites = {name: _copied(value) for name, value in zip(probe.site_names, outputs[split:], strict=True)}
-    return Traced(converted, sites, dict(zip(stand_ins.marks(graph), stand_ins.calls, strict=True)))
+    for index, value in enumerate(graph.outputs):
+        graph.outputs[index] = _copied(value)
+    settle(graph, inputs, probe.output_names)
+    sites = {name: str(_copied(value).name) for name, value in zip(probe.site_names, returned, strict=True)}
+    norms = dict(zip(stand_ins.marks(graph), stand_ins.calls, strict=True))
+    notes = explained(inputs, shapes, fixed)
+    return Traced(converted, inputs, probe.output_names, sites, norms, notes)
 
 
 def dtype_problem(model: nn.Module) -> str | None:
@@ -111,25 +121,25 @@ def prune(model: nn.Module, threshold: float) -> Iterator[dict[str, list[str]]]:
             weight.copy_(old)
 
 
-def _open_sizes(rank: int) -> dict[int, Any]:
-    """Return a name for each dimension behind the channels."""
-    names = ("height", "width") if rank == 4 else [f"size_{axis}" for axis in range(2, rank)]
-    return {axis: torch.export.Dim(name) for axis, name in enumerate(names, 2)}
+def _require_real(what: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise `UnsupportedError` for a tensor of complex numbers, which ONNX has not."""
+    for name, tensor in tensors:
+        if tensor.is_complex():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UnsupportedError(
+                f"expected {what} of real numbers, which ONNX has alone, received {name} of {kind}; "
+                "let the model take or return torch.view_as_real of it"
+            )
 
 
-def _copied(value: ir.Value) -> str:
-    """Return the name of the value that ``value`` is a copy of."""
+def _copied(value: ir.Value) -> ir.Value:
+    """Return the value that ``value`` is a copy of."""
     node = value.producer()
     while node is not None and node.op_type == "Identity" and node.inputs[0] is not None:
         value = node.inputs[0]
         node = value.producer()
-    return str(value.name)
+    return value
 
 
 def _rounded(gates: Tensor) -> list[float]:
     return [round(float(gate), 6) for gate in gates.detach()]
-
-
-def _at_least_two(tensor: Tensor) -> Tensor:
-    """Double a batch of one, which would be taken for a constant."""
-    return tensor.repeat_interleave(2, dim=0) if len(tensor) == 1 else tensor

@@ -237,8 +237,8 @@ class TestRefusals:
 
         assert str(raised.value) == (
             "expected a model that TensorFlow can trace with inputs of image=(None, None, 2), received "
-            "OperatorNotAllowedInGraphError: Using a symbolic `tf.Tensor` as a Python `bool` is not allowed; "
-            "give every dimension that the model needs"
+            "OperatorNotAllowedInGraphError: Using a symbolic `tf.Tensor` as a Python `bool` is not allowed "
+            "(in up_sampling2d); give every dimension that the model needs"
         )
 
     def test_of_other_backends(self, monkeypatch):
