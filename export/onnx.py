@@ -154,14 +154,23 @@ def to_onnx(
 def _inputs(model: Any, example: Any) -> Inputs:
     """Return the inputs to trace with; noise of the model's own shapes if there is no example."""
     if example is not None:
-        inputs = Inputs.of(example)
-        return inputs.map(lambda x: np.ascontiguousarray(x.detach().cpu() if hasattr(x, "detach") else x))
+        inputs = get_framework(model).ordered(model, Inputs.of(example))
+        return inputs.map(_array)
     shapes = get_framework(model).input_shapes(model)
     if shapes is None or any(size is None for shape in shapes for size in shape):
         wanted = spoken("--input-shape", "an example input")
         raise InputError(f"expected {wanted} to export, received {spoken('none', f'example={example}')}")
     rng = np.random.default_rng(0)
     return Inputs(*(rng.standard_normal((2, *(size or 1 for size in shape)), np.float32) for shape in shapes))
+
+
+def _array(value: Any) -> Array:
+    """Return an array of an example, floats as float32, which the weights are too."""
+    if hasattr(value, "detach"):  # NumPy has no bfloat16
+        value = value.detach().cpu()
+        value = (value.float() if value.is_floating_point() else value).numpy()
+    array = np.array(value, order="C")
+    return array.astype(np.float32) if np.issubdtype(array.dtype, np.floating) else array
 
 
 @contextmanager
