@@ -66,6 +66,7 @@ def to_onnx(
     path: str | Path,
     *,
     example: Any = None,
+    data: Any = None,
     opset: int = 20,
     runtime: Runtime = "portable",
     dynamic_size: bool = False,
@@ -83,7 +84,8 @@ def to_onnx(
         model: A patched model, or any other of PyTorch or Keras, with float32 weights.
         path: File to write. Weights over 2 GB go into ``path`` + ".data".
         example: What the model takes: a tensor or array (N, ...), a tuple of arguments, a mapping of keyword arguments,
-            or `normswap.Inputs`; a Keras model that knows its input shapes needs none.
+            or `normswap.Inputs`; a Keras model that knows its input shapes needs none. The file is proved on it.
+        data: Further batches to prove the file on, each as an example.
         opset: Version of the operator set, from 17 to 24.
         runtime: ``"portable"`` for operators every runtime knows, or ``"ort"`` for what onnxruntime runs fastest.
         dynamic_size: Leave height and width free too.
@@ -136,7 +138,7 @@ def to_onnx(
             if half:
                 to_half(traced.model, forms)
             _save(traced.model, temporary)
-            verdict = verify(model, temporary, example=inputs) if check else None
+            verdict = verify(model, temporary, example=inputs, data=data) if check else None
             if verdict is None or verdict or not forms:
                 break
             notes.append(

@@ -56,8 +56,8 @@ def verify(
     Args:
         model: The model, of PyTorch or Keras.
         path: The ONNX file.
-        example: What the model takes (see `normswap.Inputs`), for a model whose arguments are more than arrays by
-            position.
+        example: What the model takes (see `normswap.Inputs`): the file is run on it, and on inputs made of it. A model
+            needs one whose arguments are more than arrays by position, or not any numbers.
         data: Further inputs of the user's own, each as an example has them: as many arrays as the file has inputs. An
             array by itself is one.
         batch_sizes: One or several numbers of samples of the random inputs, which are standard normal at several
