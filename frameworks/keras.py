@@ -234,7 +234,7 @@ def ordered(model: keras.Layer, example: Inputs) -> Inputs:
     """Return the arguments of an example with those by name in the order of the model's inputs or arguments."""
     if getattr(model, "inputs", None) is None:
         return example.ordered([*_parameters(model), *_parameters(model, by_keyword=True)])
-    structure = model.input
+    structure = None if isinstance(model, keras.Sequential) else model.input  # which that may not have
     named = isinstance(structure, Mapping)
     keys = [path[0] for path, _ in keras.tree.flatten_with_path(structure)] if named else []
     names = keys or [layer_name(tensor) for tensor in model.inputs]
@@ -422,7 +422,7 @@ def _arguments(model: keras.Layer, example: Inputs) -> tuple[tuple[Any, ...], di
         if kwargs and not args:
             return (kwargs,), {}
         arrays = list(example.arrays.values())
-        if len(model.inputs) == len(arrays) == 1 and is_array(model.input):
+        if len(arrays) == 1 and (isinstance(model, keras.Sequential) or is_array(model.input)):
             return (arrays[0],), {}
         if len(args) == 1 and not is_array(args[0]):
             return args, {}
