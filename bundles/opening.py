@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from ..data.dataset import open_data
 from ..data.preprocessing import Preprocessing, preprocessing_of
 from ..errors import InputError, UnsupportedError, UsageError, named, option
 from ..frameworks.detect import framework_of, get_framework
+from ..sources.named_arrays import read_inputs
 from ..sources.spec import PROGRAM_SUFFIX
 from . import bundle as bundles
 from .manifest import is_bundle, is_unfinished
@@ -21,11 +23,12 @@ class ModelOptions:
     """What is said of a model beside its name; None leaves it to what the model or the bundle says.
 
     ``weights`` is a file to load into what a source builds. ``input_shape`` is one sample's shape as the model takes
-    it, ``size`` an image's height and width, or one number for both, where only they differ. ``mean`` is subtracted
-    from images in 0..1 and ``std`` divides them, one number or one for each channel. ``trust`` allows to read files
-    that can run code while they are read.
+    it, ``example`` an ``.npz`` of named arrays in its place (see `sources.named_arrays`), ``size`` an image's height
+    and width, or one number for both, where only they differ. ``mean`` is subtracted from images in 0..1 and ``std``
+    divides them, one number or one for each channel. ``trust`` allows to read files that can run code while they are
+    read.
 
-    Raises `UsageError` for both ``input_shape`` and ``size``.
+    Raises `UsageError` for two of ``input_shape``, ``example`` and ``size``.
     """
 
     weights: Path | None = None
@@ -34,11 +37,13 @@ class ModelOptions:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     trust: bool = False
+    example: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.input_shape is not None and self.size is not None:
-            both = self.told("input_shape", "size")
-            raise UsageError(f"expected one of {named('input_shape')} and {named('size')}, received {both}")
+        shapes = [name for name in ("input_shape", "size", "example") if getattr(self, name) is not None]
+        if len(shapes) > 1:
+            wanted = " and ".join(map(named, shapes[:2]))
+            raise UsageError(f"expected one of {wanted}, received {self.told(*shapes)}")
 
     def given(self) -> list[str]:
         """Return the names of the options that say something."""
@@ -82,7 +87,8 @@ def require_read(options: ModelOptions, *specs: str) -> None:
 class Opened:
     """A model and what is known of its input; ``options`` come before what the model or bundle says.
 
-    ``bundle`` is None for a model that is not one; ``example`` is a batch of zeros, or None if no shape is known.
+    ``bundle`` is None for a model that is not one; ``example`` is what the options say, or else a batch of
+    zeros, or None if no shape is known.
     ``pretrained=False`` builds a zoo's architecture without fetching its weights.
 
     Raises `UsageError` for options that nothing reads.
@@ -102,13 +108,26 @@ class Opened:
         known = self.bundle.preprocessing if self.bundle else preprocessing_of(self.model, input_shape=shape)
         self.preprocessing = _adjust(known, self.framework, options)
         shape = shape or (self.preprocessing.shape if self.preprocessing else None)
-        self.example = None if shape is None else get_framework(self.model).zeros(self.model, shape)
+        if options.example is not None:
+            self.example: Any = read_inputs(options.example)
+        else:
+            self.example = None if shape is None else get_framework(self.model).zeros(self.model, shape)
 
     def require_preprocessing(self) -> Preprocessing:
         """Return how images become the model's input; raises `InputError` if the shape of one is not known."""
         if self.preprocessing is None:
             raise InputError(f"expected the shape of one image, received none: give {named('input_shape')}")
         return self.preprocessing
+
+    def shown(self, spec: str) -> list[Any]:
+        """Return batches of what ``spec`` names: 16 images, or the named arrays of an ``.npz`` for other models.
+
+        Arrays are read as the example is, where that is a file or the model is not known to take images.
+        """
+        if Path(spec).suffix == ".npz" and (self.options.example is not None or self.preprocessing is None):
+            return [read_inputs(Path(spec))]
+        images = open_data(spec, self.require_preprocessing(), labelled=False)
+        return [images.batch(images.sample(16))[0]]
 
     def copy(self) -> Any:
         """Return another model with the same weights, for the one to be patched and the other to stay.
@@ -126,7 +145,7 @@ class Opened:
         twin = self._built_again()
         for model in (self.model, twin):
             if not model.built and self.example is not None:
-                model(self.example, training=False)
+                get_framework(model).call(model, self.example)
         twin.set_weights(self.model.get_weights())
         return twin
 

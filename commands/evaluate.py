@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.option("--data", required=True, help="Labelled images.")
 @click.option("--against", help="Model or bundle to compare with: its accuracy, and how often both say the same.")
 @click.option("--batch-size", default=250, show_default=True, callback=positive)
-@model_options()
+@model_options("example")
 @json_option
 def evaluate(model: str, data: str, against: str | None, batch_size: int, known: "ModelOptions", as_json: bool) -> None:
     """Measure the accuracy of MODEL, a bundle, or an ONNX file (run in onnxruntime).

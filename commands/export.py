@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 @click.option("--dynamic-size", is_flag=True, help="Leave height and width open, not only the batch.")
 @click.option("--half", is_flag=True, help="Weights and arithmetic in float16; norms stay in float32.")
 @click.option("--prune-gates", type=float, default=0.0, metavar="EPS", help="Leave out SN's statistics of gates below.")
+@click.option("--data", help="Images, or an .npz of named arrays, to prove the file on beside drawn inputs.")
 @click.option("--latency/--no-latency", default=None, help="Time a bundle's file beside its original's; default yes.")
 @model_options()
 @overwrite_option
@@ -34,6 +35,7 @@ def export(
     dynamic_size: bool,
     half: bool,
     prune_gates: float,
+    data: str | None,
     latency: bool | None,
     known: "ModelOptions",
     overwrite: bool,
@@ -45,23 +47,28 @@ def export(
     Examples:
       normswap export net-gn -o net-gn.onnx
       normswap export timm:resnet50 --input-shape 3,224,224 --dynamic-size -o resnet50.onnx
+      normswap export net.py:bert --example tokens.npz --data more.npz -o bert.onnx
     """
     from ..bundles.opening import Opened
     from ..export.onnx import to_onnx
     from ..sources.files import require_output
 
-    require_output(output, overwrite=overwrite, sources=read_from(model, known.weights))
+    require_output(output, overwrite=overwrite, sources=read_from(model, known.weights, known.example, data))
     opened = Opened(model, known)
     original = opened.bundle is not None and opened.bundle.has_original
     if latency and not original:
         raise click.UsageError(f"expected a bundle saved with its original beside --latency, received {model}")
+    if latency and known.example is not None:
+        raise click.UsageError("expected the shape of one image beside --latency, received --example")
     settings = opened.preprocessing
-    example = None if opened.example is None else _noise(opened.example)
+    given = known.example is not None or opened.example is None
+    example = opened.example if given else _noise(opened.example)
     form: dict[str, Any] = {"opset": opset, "runtime": runtime, "dynamic_size": dynamic_size, "half": half}
     report = to_onnx(
         opened.model,
         output,
         example=example,
+        data=None if data is None else opened.shown(data),
         **form,
         prune_gates=prune_gates,
         overwrite=overwrite,
@@ -69,13 +76,14 @@ def export(
     )
     assert report.verdict is not None
     facts = [_row(str(output), report)]
-    if latency is not False and original and opened.bundle is not None and example is not None:
+    if latency is not False and original and opened.bundle is not None and not given:
         facts = _beside_original(opened.bundle.original(), facts[0], example, form)
     lines = [*(f"note: {note}" for note in report.notes)]
     lines.append(f"{len(report.folded)} norms folded, {len(report.kept)} kept; verified: largest difference "
                  f"{report.verdict.max_rel:.1e} of scale in {len(report.verdict.checks)} checks")  # fmt: skip
     then = command("verify", *typed("output", "opset", "runtime", "dynamic_size", "half", "prune_gates", "latency",
-                   "overwrite", "input_shape", "size", "mean", "std"), output, "--data", "DATA")  # fmt: skip
+                   "overwrite", "data", "input_shape", "size", "mean", "std"), output,
+                   "--data", data or "DATA")  # fmt: skip
     show(as_json, {**report.to_dict(), "files": facts}, table("what was written", facts, lines), [then])
 
 

@@ -198,7 +198,7 @@ how_it_goes = option_set(
 @what_norms_do
 @how_it_goes
 @click.option("--resume", is_flag=True, help="Go on with the run in the output folder, if there is one.")
-@model_options("weights")
+@model_options("weights", "example")
 @overwrite_option
 @json_option
 def finetune(bundle: str, output: Path, known: "ModelOptions", **options: Any) -> None:

@@ -23,6 +23,9 @@ _MODEL = {
     "input_shape": click.option(
         "--input-shape", callback=numbers(int, above=0), help="One sample's shape, such as 3,224,224."
     ),
+    "example": click.option(
+        "--example", type=Path, help="One batch as the model takes it: an .npz of arrays named like its arguments."
+    ),
     "size": click.option(
         "--size",
         callback=numbers(int, above=0, most=2),

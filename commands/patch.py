@@ -249,9 +249,10 @@ def _again(model: str, target: str | None) -> str:
 def _next(output: Path, known: "ModelOptions") -> list[str]:
     """Return what a bundle is for: to be trained, and to become a file."""
     trust = ["--trust"] if known.trust else []
+    example: list[str | Path] = [] if known.example is None else ["--example", known.example]
     return [
         command("finetune", output, "--data", "DATA", *trust, "-o", f"{output}-tuned"),
-        command("export", output, *trust, "-o", f"{output}.onnx"),
+        command("export", output, *trust, *example, "-o", f"{output}.onnx"),
     ]
 
 

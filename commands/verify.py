@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model")
 @click.argument("file", type=Path, required=False)
-@click.option("--data", help="Images to run beside random inputs; labels are not used.")
+@click.option("--data", help="Images, or an .npz of named arrays, to run beside drawn inputs; labels are not used.")
 @click.option(
     "--provider",
     "providers",
@@ -47,13 +47,25 @@ def verify(
     \b
     Examples:
       normswap verify net-gn net-gn.onnx --data val/
+      normswap verify bert-gn bert-gn.onnx --example tokens.npz
       normswap verify net-gn net-gn.onnx --save-reference net-gn.npz
       normswap verify net-gn.onnx --against net-gn.npz
     """
     if (file is None) == (against is None):
         raise click.UsageError("expected MODEL and FILE, or FILE and --against")
     if against is not None:
-        of_a_model = ["data", "save_reference", "overwrite", "weights", "input_shape", "size", "mean", "std", "trust"]
+        of_a_model = [
+            "data",
+            "save_reference",
+            "overwrite",
+            "weights",
+            "input_shape",
+            "example",
+            "size",
+            "mean",
+            "std",
+            "trust",
+        ]
         require_none(of_a_model, "no option of a MODEL beside --against, which stands in its place")
     if save_reference is None:
         require_none(["overwrite"], "--save-reference FILE to overwrite")
@@ -68,19 +80,20 @@ def verify(
         verdict = verify_against(str(against), file, providers=providers)
     else:
         from ..bundles.opening import Opened
-        from ..data.dataset import open_data
         from ..sources.files import require_output
 
         if save_reference is not None:
-            read = read_from(model, known.weights, file, data)
+            read = read_from(model, known.weights, known.example, file, data)
             require_output(save_reference, overwrite=overwrite, sources=read)
         opened = Opened(model, known)
-        batches = []
-        if data is not None and data != "random":
-            images = open_data(data, opened.require_preprocessing(), labelled=False)
-            batches = [images.batch(images.sample(16))[0]]
         verdict = prove(
-            opened.model, file, data=batches, providers=providers, save_reference=save_reference, overwrite=overwrite
+            opened.model,
+            file,
+            example=None if known.example is None else opened.example,
+            data=[] if data in (None, "random") else opened.shown(str(data)),
+            providers=providers,
+            save_reference=save_reference,
+            overwrite=overwrite,
         )
         if not verdict and opened.draws_weights():
             raise InputError(

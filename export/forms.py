@@ -4,7 +4,8 @@ Which form is taken is measured (docs/export.md). With one value of each map rea
 passes over the data: BatchNormalization 1, the forms below 2.7 to 4.
 
 - ``batch``: statistics are constant, one BatchNormalization, which `fold` then takes away;
-- ``instance``: a group's statistics alone, the InstanceNormalization pattern, γ and β as a BatchNormalization;
+- ``instance``: a group's statistics alone, the InstanceNormalization pattern, γ and β as a BatchNormalization, or
+  InstanceNormalization by itself where every channel is a group;
 - ``moments``: E[x] and E[x²] of each map, all else on arrays (N, C), then one Mul and one Add;
 - ``shifted``: the same with x less the running mean in place of x, for maps whose mean is far above their deviation;
 - ``centred``: the same with x - E[x], where there is no running mean.
@@ -18,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
-from .norms import BATCH, LAYER, SAFE, Array, Norm
+from .norms import BATCH, INSTANCE, LAYER, SAFE, Array, Norm
 
 Form = Literal["batch", "instance", "moments", "shifted", "centred"]
 Runtime = Literal["portable", "ort"]
@@ -65,11 +66,13 @@ def choose(norm: Norm, *, alike: bool = False, careful: bool = False) -> Form:
     if careful and norm.spatial:
         return "centred"
     size = None if norm.values is None else norm.values * norm.channels // norm.groups
-    short = size is not None and size <= (LONG_SUM_ALIKE if alike else LONG_SUM)
+    most = LONG_SUM_ALIKE if alike else LONG_SUM
+    short = size is not None and size <= most
     if norm.gates == (LAYER, LAYER) and short and not norm.unbiased and (norm.seen or 0) <= SAFE:
         return "instance"
     if norm.amplification() <= SAFE or not norm.spatial:
-        return "moments"
+        alone = norm.gates == (INSTANCE, INSTANCE) and norm.values is not None and norm.values <= most
+        return "instance" if alone and norm.spatial and not norm.unbiased else "moments"
     return "centred" if norm.mean is None else "shifted"
 
 
@@ -126,8 +129,14 @@ class _Writer:
         return self.op("batch_norm", "BatchNormalization", x, *constants, epsilon=norm.eps)
 
     def instance(self, x: ir.Value) -> ir.Value:
-        """Write the statistics of each group as InstanceNormalization, γ and β as a BatchNormalization."""
+        """Write the statistics of each group as InstanceNormalization, γ and β as a BatchNormalization.
+
+        Where every channel is a group, it takes γ and β itself.
+        """
         norm, groups = self.norm, self.norm.groups
+        if norm.gates == (INSTANCE, INSTANCE):
+            affine = (self.constant("gamma", _float32(norm.gamma)), self.constant("beta", _float32(norm.beta)))
+            return self.op("normalized", "InstanceNormalization", x, *affine, epsilon=norm.eps)
         one = self.constant("one", np.ones(groups, np.float32))
         zero = self.constant("zero", np.zeros(groups, np.float32))
         grouped = self.reshape("grouped", x, [0, groups, (norm.values or 0) * norm.channels // groups or -1])

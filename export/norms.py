@@ -22,6 +22,7 @@ Gates = tuple[float, float, float]
 
 STATISTICS = ("instance", "layer", "batch")
 BATCH: Gates = (0.0, 0.0, 1.0)
+INSTANCE: Gates = (1.0, 0.0, 0.0)
 LAYER: Gates = (0.0, 1.0, 0.0)
 
 SAFE = 4.0

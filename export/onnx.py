@@ -78,6 +78,7 @@ def to_onnx(
     path: str | Path,
     *,
     example: Any = None,
+    data: Any = None,
     opset: int = 20,
     runtime: Runtime = "portable",
     dynamic_size: bool = False,
@@ -95,7 +96,8 @@ def to_onnx(
         model: A patched model, or any other of PyTorch or Keras, with float32 weights.
         path: File to write. Weights over 2 GB go into ``path`` + ".data".
         example: What the model takes: a tensor or array (N, ...), a tuple of arguments, a mapping of keyword arguments,
-            or `normswap.Inputs`; a Keras model that knows its input shapes needs none.
+            or `normswap.Inputs`; a Keras model that knows its input shapes needs none. The file is proved on it.
+        data: Further batches to prove the file on, each as an example.
         opset: Version of the operator set, from 17 to 24.
         runtime: ``"portable"`` for operators every runtime knows, or ``"ort"`` for what onnxruntime runs fastest.
         dynamic_size: Leave height and width free too.
@@ -154,7 +156,7 @@ def to_onnx(
                 value.shape = shape or value.shape  # as the model has it; what was inferred since may be wrong
             settle(traced.model.graph, traced.inputs, traced.outputs)
             _save(traced.model, temporary)
-            verdict = verify(model, temporary, example=inputs) if check else None
+            verdict = verify(model, temporary, example=inputs, data=data) if check else None
             if verdict is None or verdict or careful or not _curable(verdict, traced, forms):
                 break
             notes.append(
@@ -174,8 +176,7 @@ def to_onnx(
 def _inputs(model: Any, example: Any) -> Inputs:
     """Return the inputs to trace with; noise of the model's own shapes if there is no example."""
     if example is not None:
-        inputs = Inputs.of(example)
-        return inputs.map(lambda x: np.asarray(x.detach().cpu() if hasattr(x, "detach") else x, order="C"))
+        return get_framework(model).ordered(model, Inputs.of(example)).map(_array)
     shapes = get_framework(model).input_shapes(model)
     if shapes is None or any(size is None for shape in shapes for size in shape):
         wanted = spoken("--input-shape", "an example input")
@@ -195,6 +196,14 @@ def _curable(verdict: Verdict, traced: Traced, forms: Mapping[str, Form]) -> boo
         if site == verdict.first_diverging:
             break
     return roundings and any(name in plain for name in until)
+
+
+def _array(value: Any) -> Array:
+    """Return an array of an example."""
+    if hasattr(value, "detach"):  # NumPy has no bfloat16
+        value = value.detach().cpu()
+        value = (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()
+    return np.asarray(value, order="C")
 
 
 @contextmanager

@@ -51,8 +51,14 @@ class Framework(Protocol):
     def input_names(self, model: Any, example: Inputs) -> list[str]:
         """Return a name for each array of an example, in order."""
 
+    def ordered(self, model: Any, example: Inputs) -> Inputs:
+        """Return the arguments of an example, those by name in the model's own order, whatever order they come in."""
+
     def input_shapes(self, model: Any) -> list[tuple[int | None, ...]] | None:
         """Return the shape of each input without the batch, None for a model that does not tell."""
+
+    def tables(self, model: Any) -> dict[str, tuple[Any, int]]:
+        """Return every layer that looks up rows by whole numbers, such as an embedding, with how many rows it has."""
 
     def zeros(self, model: Any, shape: tuple[int, ...]) -> Any:
         """Return two samples of zeros of ``shape``, or as many as the model was traced for."""

@@ -55,6 +55,12 @@ class Inputs:
         following = iter(arrays)
         return self.map(lambda _: next(following))
 
+    def ordered(self, names: Sequence[str]) -> "Inputs":
+        """Return the same arguments, those by keyword in the order of ``names`` and then of the alphabet."""
+        order = {name: index for index, name in enumerate(names)}
+        kwargs = sorted(self.kwargs.items(), key=lambda item: (order.get(item[0], len(order)), item[0]))
+        return Inputs(*self.args, **dict(kwargs))
+
     def __repr__(self) -> str:
         return f"Inputs({', '.join([*map(repr, self.args), *(f'{k}={v!r}' for k, v in self.kwargs.items())])})"
 

@@ -222,16 +222,36 @@ def input_names(model: keras.Layer, example: Inputs) -> list[str]:
         named: list[tuple[Any, ...]] = [(layer_name(tensor),) for tensor in symbolic]
     else:
         names, places = _parameters(model), list(example.arrays)
-        if len(example.args) > len(names):  # in one list
-            places = [(0, *place) for place in places]
+        if len(example.args) > len(names):  # in one list, if anywhere
+            places = [(0, *place) for place in places if names]
         named = [(names[first] if isinstance(first, int) else first, *way) for first, *way in places]
     return distinct(named)
+
+
+def ordered(model: keras.Layer, example: Inputs) -> Inputs:
+    """Return the arguments of an example with those by name in the order of the model's inputs or arguments."""
+    if getattr(model, "inputs", None) is None:
+        return example.ordered([*_parameters(model), *_parameters(model, by_keyword=True)])
+    structure = None if isinstance(model, keras.Sequential) else model.input  # which that may not have
+    named = isinstance(structure, Mapping)
+    keys = [path[0] for path, _ in keras.tree.flatten_with_path(structure)] if named else []
+    names = keys or [layer_name(tensor) for tensor in model.inputs]
+    first = example.args[0] if len(example.args) == 1 and not example.kwargs else None
+    if isinstance(first, Mapping) and set(first) == set(names):
+        return Inputs(**first).ordered(names)
+    return example.ordered(names)
 
 
 def input_shapes(model: Any) -> list[tuple[int | None, ...]] | None:
     """Return the shape of each input of ``model`` without the batch, or None where the model does not know."""
     inputs = getattr(model, "inputs", None)
     return None if not inputs else [tuple(tensor.shape[1:]) for tensor in inputs]
+
+
+def tables(model: keras.Layer) -> dict[str, tuple[keras.Layer, int]]:
+    """Return every embedding with its number of rows."""
+    kind = keras.layers.Embedding
+    return {n: (layer, layer.input_dim) for n, layer in weighted_layers(model).items() if isinstance(layer, kind)}
 
 
 def zeros(model: keras.Layer, shape: tuple[int, ...]) -> Array:
@@ -399,26 +419,24 @@ def _arguments(model: keras.Layer, example: Inputs) -> tuple[tuple[Any, ...], di
     if getattr(model, "inputs", None):
         if kwargs and not args:
             return (kwargs,), {}
+        arrays = list(example.arrays.values())
+        if len(arrays) == 1 and (isinstance(model, keras.Sequential) or is_array(model.input)):
+            return (arrays[0],), {}
         if len(args) == 1 and not is_array(args[0]):
             return args, {}
-        arrays = list(example.arrays.values())
-        if isinstance(model, keras.Sequential):
-            return (arrays[0],), {}
         return (keras.tree.pack_sequence_as(model.input, arrays),), {}
-    names = _parameters(model)
-    if kwargs and not args and not set(kwargs) <= set(names):
+    names, by_keyword = _parameters(model), _parameters(model, by_keyword=True)
+    if kwargs and not args and names and not set(kwargs) <= {*names, *by_keyword}:
         return (kwargs,), {}
     return ((list(args),), kwargs) if len(args) > len(names) else (args, kwargs)
 
 
-def _parameters(model: keras.Layer) -> list[str]:
-    """Return the names of what the model's ``call`` takes beside mode and mask."""
-    return [
-        parameter.name
-        for parameter in inspect.signature(model.call).parameters.values()
-        if parameter.kind in {parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD}
-        and parameter.name not in {"training", "mask"}
-    ]
+def _parameters(model: keras.Layer, *, by_keyword: bool = False) -> list[str]:
+    """Return the names of what the model's ``call`` takes by position, or by keyword alone, beside mode and mask."""
+    kinds = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    wanted = {inspect.Parameter.KEYWORD_ONLY} if by_keyword else kinds
+    parameters = inspect.signature(model.call).parameters.values()
+    return [each.name for each in parameters if each.kind in wanted and each.name not in {"training", "mask"}]
 
 
 def _below(layer: keras.Layer, prefix: str) -> Iterator[tuple[str, keras.Layer]]:

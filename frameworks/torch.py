@@ -31,11 +31,13 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def call(model: nn.Module, example: Any) -> Any:
-    """Call ``model`` on an example, all arrays on its device; NumPy's floats take its type, too."""
+    """Call ``model`` on an example, all arrays on its device; NumPy's floats take its type, and doubles and halves."""
     device = next((state.device for state in _states(model)), None)
 
     def tensor(value: Any) -> Any:
         value = taken_by(model, value) if isinstance(value, np.ndarray) else value
+        if isinstance(value, Tensor) and value.dtype in (torch.float64, torch.float16):
+            value = value.to(float_type(model))  # which NumPy or an image reader has chosen
         return value.to(device) if isinstance(value, Tensor) else value
 
     moved = Inputs.of(example).map(tensor)
@@ -174,7 +176,9 @@ def input_names(model: nn.Module, example: Inputs) -> list[str]:
     An array that the forward has no argument for has none.
     """
     names: list[str] = []
-    for parameter in inspect.signature(model.forward).parameters.values():
+    parameters = inspect.signature(model.forward).parameters
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for parameter in parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:
             names += [f"{parameter.name}_{index}" for index in range(len(example.args) - len(names))]
         elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
@@ -182,14 +186,25 @@ def input_names(model: nn.Module, example: Inputs) -> list[str]:
     named = [
         (names[first] if isinstance(first, int) else first, *way)
         for first, *way in example.arrays
-        if not isinstance(first, int) or first < len(names)
+        if (first < len(names) if isinstance(first, int) else anything or first in parameters)
     ]
     return distinct(named)
+
+
+def ordered(model: nn.Module, example: Inputs) -> Inputs:
+    """Return the arguments of an example with those by name in the order of the forward's arguments."""
+    return example.ordered(list(inspect.signature(model.forward).parameters))
 
 
 def input_shapes(model: nn.Module) -> list[tuple[int | None, ...]] | None:
     """Return what the model says of its input shapes, which for a torch module is nothing (see `sources`)."""
     return None
+
+
+def tables(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
+    """Return every embedding with its number of rows."""
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    return {n: (module, module.num_embeddings) for n, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def zeros(model: nn.Module, shape: tuple[int, ...]) -> Tensor:

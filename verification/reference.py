@@ -1,23 +1,24 @@
 """What a model computes on chosen inputs: the reference an ONNX file is held against.
 
 The inputs are few and differ in all that a file may depend on: batch size, scale, and height and width where the
-file leaves them free.
+file leaves them free. What the user has shown, as an example or as data, is among them.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import cycle
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
-from ..errors import InputError
+from ..frameworks.contract import Framework
 from ..frameworks.detect import get_framework
 from ..frameworks.example import Inputs
+from .drawn import AROUND, NOISE, SHOWN, Drawn, Input, parts, repeated
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
@@ -35,41 +36,17 @@ SAMPLES = 16384
 SAME = 1e-5
 """Largest difference, relative to scale, of two runs that are taken for the same: threads may round otherwise."""
 
-MOST_VALUES = 2**28
-_KINDS = {"FLOAT": np.float32, "FLOAT16": np.float32, "INT32": np.int32, "INT64": np.int64, "BOOL": np.bool_}
-
-
-@dataclass(frozen=True)
-class Input:
-    """An input of a file: name, NumPy type, and shape with a name for each size that is free."""
-
-    name: str
-    dtype: Any
-    shape: tuple[int | str, ...]
-
-    @classmethod
-    def of(cls, value: onnx.ValueInfoProto) -> "Input":
-        """Return what a graph says of an input; raises `InputError` if it is no tensor of a type models take."""
-        tensor = value.type.tensor_type
-        kind = onnx.TensorProto.DataType.Name(tensor.elem_type)
-        if kind not in _KINDS:
-            raise InputError(f"expected inputs of {', '.join(_KINDS)}, received {value.name!r} of {kind}")
-        shape = tuple(
-            size.dim_value if size.HasField("dim_value") else size.dim_param or f"{value.name}.{axis}"
-            for axis, size in enumerate(tensor.shape.dim)
-        )
-        return cls(value.name, np.dtype(_KINDS[kind]), shape)
-
-    def __str__(self) -> str:
-        return f"{self.name} ({', '.join(map(str, self.shape))})"
+COVERING = 32
+"""Most samples that are run for no more than to reach every row of a table, such as an embedding's."""
 
 
 @dataclass
 class Batch:
     """One set of inputs and what the model returns for it; ``layers`` are samples of its layers' outputs.
 
-    ``scale`` is what standard normal inputs were multiplied by, None for data. ``exact`` are outputs and layers in
-    float64, None where they were not asked for yet.
+    ``scale`` is what standard normal inputs were multiplied by, None for others, of which ``origin`` says where they
+    are from. What is ``spare`` need not be right where the model itself is not determined in float32. ``exact`` are
+    outputs and layers in float64, None where they were not asked for yet.
     """
 
     scale: float | None
@@ -77,6 +54,13 @@ class Batch:
     outputs: Arrays
     layers: Arrays
     exact: tuple[Arrays, Arrays] | None = None
+    origin: str = "data"
+    spare: bool = False
+
+    @property
+    def inputs(self) -> str:
+        """What its inputs are: ``x0.1`` for noise, ``example``, ``data``, or ``drawn`` where they are like those."""
+        return self.origin if self.scale is None else f"x{self.scale:g}"
 
     @property
     def size(self) -> int:
@@ -91,12 +75,17 @@ class Batch:
 
 @dataclass
 class Reference:
-    """A model's own answers, batch by batch; ``problems`` say why a model cannot serve as a reference."""
+    """A model's own answers, batch by batch; ``problems`` say why a model cannot serve as a reference.
+
+    ``coverage`` has for each table that indices choose from, such as an embedding, how many of its rows they reached,
+    and how many it has.
+    """
 
     batches: list[Batch]
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     double: Callable[[Arrays], tuple[Arrays, Arrays]] | None = None
+    coverage: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def exact(self, batch: Batch) -> tuple[Arrays, Arrays]:
         """Return outputs and layers of a batch in float64, computed on first use; nothing where there is no copy."""
@@ -115,6 +104,7 @@ def collect(
     template: Inputs,
     inputs: Sequence[Input],
     *,
+    examples: Sequence[Arrays] = (),
     data: Sequence[Arrays] = (),
     batch_sizes: Sequence[int] = BATCH_SIZES,
     seed: int = 0,
@@ -122,50 +112,177 @@ def collect(
     """Return what ``model`` computes on inputs of the kind a file declares.
 
     The model is run twice on the first batch: one that is random at inference is no reference for anything.
-    ``template`` has an array for each of the inputs where the model takes it; ``data`` are further inputs by name.
+    ``template`` has an array for each of the inputs where the model takes it; ``examples`` and ``data`` are inputs of
+    the user's own, by name, which are run as they are and which others are made of.
     """
-    framework = get_framework(model)
-    twin = cache(lambda: framework.in_double(model))
-
-    def run(arrays: Arrays, of: Any = model) -> tuple[Arrays, Arrays]:
-        outputs, layers = framework.record(of, template.filled(list(arrays.values())))
-        return outputs, {name: samples(layer) for name, layer in layers.items()}
-
-    def double(arrays: Arrays) -> tuple[Arrays, Arrays]:
-        return run({n: a.astype(np.float64) if a.dtype == np.float32 else a for n, a in arrays.items()}, twin())
-
-    rng = np.random.default_rng(seed)
-    reference = Reference([], double=double)
+    drawn = Drawn(inputs, [*examples, *data], np.random.default_rng(seed))
+    collecting = _Collecting(model, template, drawn)
+    reference = collecting.reference
     try:
-        sizes = _sizes_taken(run, rng, inputs, batch_sizes[0])
-        if _free(inputs) and len(sizes) == 1:
-            reference.notes.append("one height and width only: of those tried the model takes no second")
-        for count, scale, size in zip(batch_sizes, cycle(SCALES), cycle(sizes), strict=False):
-            arrays = _draw(rng, inputs, count, size, scale)
-            with framework.inference(model):  # what is random goes on from one run to the next
-                batch = Batch(scale, arrays, *run(arrays))
-                problem = None if reference.batches else _random_problem(batch.outputs, run(arrays)[0])
-            if problem is not None:
-                reference.problems.append(problem)
-                return reference
-            if scale == 1 or not batch.infinite:
-                reference.batches.append(batch)
-            else:
-                reference.notes.append(f"inputs x{scale:g} left out: the model itself is not finite there")
-        for given in data:
-            arrays = {
-                entry.name: np.ascontiguousarray(given[entry.name][: entry.shape[0]])
-                if entry.shape and isinstance(entry.shape[0], int)
-                else np.ascontiguousarray(given[entry.name])
-                for entry in inputs
-            }
-            reference.batches.append(Batch(None, arrays, *run(arrays)))
+        counts = list(batch_sizes)
+        most = max(counts)
+        for arrays in examples:
+            whole = drawn.batch is not None and collecting.add(repeated(arrays, drawn, most), "example", trying=True)
+            for part in [] if whole else parts(arrays, inputs):
+                collecting.add(part, "example")
+            if whole and drawn.tells and len(counts) > 1 and most in counts:
+                counts.remove(most)  # which the example stands for
+        for part in (part for arrays in data for part in parts(arrays, inputs)):
+            collecting.add(part, "data")
+        if not reference.problems:
+            collecting.draw(counts, batch_sizes[0])
         for name in (name for batch in reference.batches for name in batch.infinite):
             reference.problems = [f"the model's own {name} is not finite"]
     except Exception as error:
         taken = ", ".join(map(str, inputs))
         reference.problems.append(f"the model does not accept the file's inputs ({taken}): {_first_line(error)}")
+    reference.batches.sort(key=lambda batch: batch.origin != "drawn")  # the small ones first
+    reference.coverage = collecting.tables.coverage
     return reference
+
+
+class _Tables:
+    """The tables of a model that indices choose rows from: what a call looks up, and which rows all calls reached."""
+
+    def __init__(self, framework: Framework, model: Any) -> None:
+        self.framework = framework
+        self.layers = framework.tables(model)
+        self.reached = {name: np.zeros(rows, np.bool_) for name, (_, rows) in self.layers.items()}
+        self.looked_up: list[tuple[Array, int]] = []
+
+    def watching(self) -> Any:
+        """Note what is looked up within the context, and nothing of what was before."""
+        self.looked_up.clear()
+        if not self.layers:
+            return nullcontext()
+        return self.framework.watching({name: layer for name, (layer, _) in self.layers.items()}, self._see)
+
+    def _see(self, name: str, indices: Any, _: Any) -> None:
+        found = np.asarray(self.framework.to_numpy(indices)).astype(np.int64)
+        reached = self.reached[name]
+        reached[found[(found >= 0) & (found < len(reached))]] = True
+        self.looked_up.append((found, len(reached)))
+
+    @property
+    def coverage(self) -> dict[str, tuple[int, int]]:
+        """How many rows of each table were reached, of how many."""
+        return {name: (int(rows.sum()), len(rows)) for name, rows in self.reached.items()}
+
+
+class _Collecting:
+    """The runs of a model that become a reference."""
+
+    def __init__(self, model: Any, template: Inputs, drawn: Drawn) -> None:
+        self.framework = get_framework(model)
+        self.model, self.template, self.drawn = model, template, drawn
+        self.tables = _Tables(self.framework, model)
+        self.how, self.takes = NOISE, False  # how inputs are drawn now, and whether the model took some
+        twin = cache(lambda: self.framework.in_double(model))
+        self.reference = Reference([], double=lambda arrays: self._record(_wide(arrays), twin()))
+
+    def _record(self, arrays: Arrays, model: Any) -> tuple[Arrays, Arrays]:
+        outputs, layers = self.framework.record(model, self.template.filled(list(arrays.values())))
+        return outputs, {name: samples(layer) for name, layer in layers.items()}
+
+    def run(self, arrays: Arrays) -> tuple[Arrays, Arrays]:
+        """Return what the model computes, and note which rows of tables it looks up."""
+        with self.tables.watching():
+            found = self._record(arrays, self.model)
+        if self.tables.looked_up:
+            self.drawn.choosing(arrays, self.tables.looked_up)
+        return found
+
+    def add(self, arrays: Arrays, origin: str, scale: float | None = None, *, trying: bool = False) -> bool:
+        """Run the model on inputs and keep the answers; if ``trying`` only where they are, and are finite."""
+        reference = self.reference
+        try:
+            with self.framework.inference(self.model):  # what is random goes on from one run to the next
+                batch = Batch(scale, arrays, *self.run(arrays), origin=origin)
+                problem = None if reference.batches else _random_problem(batch.outputs, self.run(arrays)[0])
+        except Exception:
+            if trying:
+                return False
+            raise
+        if trying and batch.infinite:
+            return False
+        batch.spare = origin == "drawn" and (scale not in (None, 1.0) or bool(self.drawn.shown))
+        reference.batches.append(batch)
+        if problem is not None:
+            reference.problems.append(problem)
+        return True
+
+    def draw(self, counts: Sequence[int], first: int) -> None:
+        """Add inputs that are drawn, one batch for each of ``counts``, and what reaches the other rows of tables.
+
+        Raises what the model raises if it takes none and nothing was shown.
+        """
+        sizes = self._sizes_taken(first)
+        if self.drawn.free and len(sizes) == 1:
+            self.reference.notes.append("one height and width only: of those tried the model takes no second")
+        if self.tables.layers and not self.drawn.shown:  # to see which inputs choose rows
+            self._takes(self.drawn.draw(first, sizes[0], 1.0, NOISE))
+        for count, scale, size in zip(counts, cycle(SCALES), cycle(sizes), strict=False):
+            self._draw_batch(count, size, scale)
+        self._cover(sizes[0])
+
+    def _draw_batch(self, count: int, size: Mapping[str, int], scale: float) -> None:
+        """Add one batch of noise, as long as the model takes that, or else of what is nearer to what was shown."""
+        drawn, reference = self.drawn, self.reference
+        for how in range(self.how, (SHOWN if drawn.shown else AROUND) + 1):
+            noise = how == NOISE and drawn.noisy
+            if self.add(drawn.draw(count, size, scale, how), "drawn", scale if noise else None, trying=True):
+                self.how, self.takes = how, True
+                return
+            if noise and self.takes and scale != 1:
+                reference.notes.append(f"inputs x{scale:g} left out: the model itself is not finite there")
+                return
+        if drawn.shown:
+            reference.notes.append(f"inputs of batch {count} like those given left out: the model does not take them")
+        else:  # to say why
+            self.add(drawn.draw(count, size, 1.0, NOISE), "drawn", 1.0)
+
+    def _cover(self, size: Mapping[str, int]) -> None:
+        """Reach the rows of tables that were neither shown nor drawn, where a few samples do."""
+        drawn = self.drawn
+        for name in [] if self.how == SHOWN or not self.takes else drawn.rows:
+            one = drawn.draw(1, size, 1.0, SHOWN)[name]
+            per_sample = one.size // max(1, len(one) if one.ndim else 1)
+            samples_needed = math.ceil(drawn.left(name) / max(1, per_sample))
+            at_once = samples_needed if drawn.batch is not None else len(one)
+            if 0 < samples_needed <= COVERING:
+                for _ in range(math.ceil(samples_needed / at_once)):
+                    self.add(drawn.draw(at_once, size, 1.0, self.how), "drawn", trying=True)
+
+    def _sizes_taken(self, count: int) -> list[dict[str, int]]:
+        """Return two sets of sizes for the free dimensions, or as many as the model takes; raises if it takes none.
+
+        What was shown has sizes that it takes.
+        """
+        drawn = self.drawn
+        if not drawn.free:
+            return [{}]
+        taken: list[dict[str, int]] = []
+        for sizes in (dict(zip(drawn.free, cycle(each), strict=False)) for each in SIZES):
+            if any(
+                self._takes(drawn.draw(count, sizes, 1.0, how)) for how in ((NOISE, SHOWN) if drawn.shown else (NOISE,))
+            ):
+                taken.append(sizes)
+            if len(taken) == 2:
+                break
+        if not taken and not drawn.shown:
+            self.run(drawn.draw(count, dict(zip(drawn.free, cycle(SIZES[-1]), strict=False)), 1.0, NOISE))
+        return taken or [{}]
+
+    def _takes(self, arrays: Arrays) -> bool:
+        try:
+            self.run(arrays)
+        except Exception:
+            return False
+        return True
+
+
+def _wide(arrays: Arrays) -> Arrays:
+    return {name: array.astype(np.float64) if array.dtype == np.float32 else array for name, array in arrays.items()}
 
 
 def samples(array: Array) -> Array:
@@ -176,48 +293,6 @@ def samples(array: Array) -> Array:
 def scale_of(array: Array) -> float:
     """Return the largest absolute value, which differences are relative to."""
     return max(float(np.abs(array).max(initial=0.0)), float(np.finfo(np.float32).tiny))
-
-
-def _free(inputs: Sequence[Input]) -> list[str]:
-    """Return the names of the sizes that are free, but for the batch's."""
-    return list(dict.fromkeys(size for entry in inputs for size in entry.shape[1:] if isinstance(size, str)))
-
-
-def _sizes_taken(
-    run: Callable[[Arrays], Any], rng: np.random.Generator, inputs: Sequence[Input], count: int
-) -> list[tuple[int, ...]]:
-    """Return two sets of sizes for the free dimensions, or as many as the model takes; raises if it takes none."""
-    if not _free(inputs):
-        return [()]
-    taken: list[tuple[int, ...]] = []
-    refusal: Exception | None = None
-    for sizes in SIZES:
-        try:
-            run(_draw(rng, inputs, count, sizes, 1.0))
-        except Exception as error:
-            refusal = error
-        else:
-            taken.append(sizes)
-        if len(taken) == 2:
-            break
-    if refusal is not None and not taken:
-        raise refusal
-    return taken
-
-
-def _draw(rng: np.random.Generator, inputs: Sequence[Input], count: int, sizes: Sequence[int], scale: float) -> Arrays:
-    chosen = dict(zip(_free(inputs), cycle(sizes), strict=False)) if sizes else {}
-    arrays = {}
-    for entry in inputs:
-        named = [count if axis == 0 and isinstance(size, str) else size for axis, size in enumerate(entry.shape)]
-        shape = [chosen[size] if isinstance(size, str) else size for size in named]
-        if math.prod(shape) > MOST_VALUES:
-            raise InputError(f"expected inputs of at most {MOST_VALUES} values, received {entry}")
-        if entry.dtype == np.float32:
-            arrays[entry.name] = rng.standard_normal(shape, np.float32) * np.float32(scale)
-        else:
-            arrays[entry.name] = rng.integers(0, 2, shape).astype(entry.dtype)
-    return arrays
 
 
 def _random_problem(first: Mapping[str, Array], second: Mapping[str, Array]) -> str | None:

@@ -26,12 +26,12 @@ def save_reference(reference: Reference, path: Path, *, overwrite: bool = False)
         kinds = {"inputs": batch.arrays, "outputs": batch.outputs, "exact_outputs": outputs}
         if number == 0:
             kinds |= {"layers": batch.layers, "exact_layers": layers}
-        told: dict[str, Any] = {"scale": batch.scale}
+        told: dict[str, Any] = {"scale": batch.scale, "origin": batch.origin, "spare": batch.spare}
         for kind, arrays in kinds.items():
             told[kind] = list(arrays)
             stored |= {f"{number}.{kind}.{index}": array for index, array in enumerate(arrays.values())}
         batches.append(told)
-    index = json.dumps({"format": FORMAT, "notes": reference.notes, "batches": batches})
+    index = json.dumps({"format": FORMAT, "notes": reference.notes, "coverage": reference.coverage, "batches": batches})
     with staged(path, overwrite=overwrite) as temporary, temporary.open("wb") as file:
         np.savez(file, **{"index": np.array(index), **stored})  # type: ignore[arg-type]
 
@@ -52,7 +52,8 @@ def load_reference(path: Path) -> Reference:
                 raise ValueError("no batch in it")
             if len({(*b.arrays, "", *b.outputs) for b in batches}) != 1:
                 raise ValueError("batches of different inputs or outputs")
-            return Reference(batches, notes=[str(note) for note in index["notes"]])
+            coverage = {str(name): (int(a), int(b)) for name, (a, b) in index.get("coverage", {}).items()}
+            return Reference(batches, notes=[str(note) for note in index["notes"]], coverage=coverage)
     except KeyError as error:
         reason = f"no {str(error.args[0]).split()[0]} in it"
     except Exception as error:
@@ -70,4 +71,6 @@ def _batch(stored: Any, number: int, told: dict[str, Any]) -> Batch:
         raise ValueError(f"batch {number} without inputs or outputs")
     scale = told["scale"]
     exact = (read("exact_outputs"), read("exact_layers"))
-    return Batch(None if scale is None else float(scale), inputs, outputs, read("layers"), exact)
+    scale = None if scale is None else float(scale)
+    spare = bool(told.get("spare", scale not in (None, 1.0)))
+    return Batch(scale, inputs, outputs, read("layers"), exact, str(told.get("origin", "data")), spare)

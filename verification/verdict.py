@@ -1,7 +1,7 @@
 """What is said of a file: each output of each run against the bounds, and what came of it all."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,8 @@ _NOISE = 1e-6
 class Check:
     """One output of one run: the largest difference to the framework, absolute and relative to scale.
 
-    ``inputs`` are ``x0.1`` (standard normal, scaled) or ``data``. ``own`` is the framework's float32 error relative
+    ``inputs`` are ``x0.1`` (standard normal, scaled), ``example``, ``data``, or ``drawn``: made of these.
+    ``own`` is the framework's float32 error relative
     to scale, ``ratio`` the file's error over it, both against float64; None where they were not asked for or there
     is no such reference.
     """
@@ -77,13 +78,18 @@ class Check:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a file computes what a model computes, with the figures; false in a condition where it does not."""
+    """Whether a file computes what a model computes, with the figures; false in a condition where it does not.
+
+    ``coverage`` has for each embedding how many of its rows the inputs reached, and how many it has: what the proof
+    says nothing of are the others.
+    """
 
     checks: tuple[Check, ...]
     problems: tuple[str, ...] = ()
     first_diverging: str | None = None
     notes: tuple[str, ...] = ()
     first_infinite: str | None = None
+    coverage: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -120,7 +126,8 @@ class Verdict:
         """Return what the file passed, or why it failed, for people."""
         if self.passed:
             passed = f"passed: {len(self.checks)} checks, largest difference {self.max_rel:.1e} of scale"
-            return "\n".join([*(f"note: {note}" for note in self.notes), passed])
+            covered = [f"{name}: {reached} of {rows} rows reached" for name, (reached, rows) in self.coverage.items()]
+            return "\n".join([*(f"note: {note}" for note in self.notes), *covered, passed])
         failed = [check for check in self.checks if not check.passed]
         lines = [*self.problems, *map(str, self.worst)]
         if failed:
@@ -149,6 +156,7 @@ class Verdict:
             "first_infinite": self.first_infinite,
             "problems": list(self.problems),
             "notes": list(self.notes),
+            "coverage": {name: {"reached": r, "rows": rows} for name, (r, rows) in self.coverage.items()},
             "checks": [asdict(check) | {"passed": check.passed} for check in self.checks],
         }
 

@@ -22,9 +22,10 @@ from ..frameworks import several
 from ..frameworks.detect import get_framework
 from ..frameworks.example import Inputs
 from ..frameworks.several import texts
+from .drawn import Input
 from .evaluator import evaluate, first_infinite
 from .file import OnnxFile, read_model
-from .reference import BATCH_SIZES, Arrays, Batch, Input, Reference, collect, samples
+from .reference import BATCH_SIZES, Arrays, Batch, Reference, collect, samples
 from .runtime import chosen_providers, session
 from .stored import load_reference
 from .stored import save_reference as save
@@ -55,8 +56,8 @@ def verify(
     Args:
         model: The model, of PyTorch or Keras.
         path: The ONNX file.
-        example: What the model takes (see `normswap.Inputs`), for a model whose arguments are more than arrays by
-            position.
+        example: What the model takes (see `normswap.Inputs`): the file is run on it, and on inputs made of it. A model
+            needs one whose arguments are more than arrays by position, or not any numbers.
         data: Further inputs of the user's own, each as an example has them: as many arrays as the file has inputs. An
             array by itself is one.
         batch_sizes: One or several numbers of samples of the random inputs, which are standard normal at several
@@ -88,15 +89,25 @@ def verify(
         False
     """
     sizes = _sizes(batch_sizes)
-    further = () if data is None else several.batches(data)
+    framework = get_framework(model)
+    further = [framework.ordered(model, Inputs.of(batch)) for batch in ([] if data is None else several.batches(data))]
     file = read_model(Path(path))
     runs = _Runs(file, providers)
     inputs = [Input.of(value) for value in file.inputs]
-    template = _template(inputs, example)
+    examples = [] if example is None else [framework.ordered(model, Inputs.of(example))]
+    shown = [*examples, *(batch for batch in further if len(batch) == len(inputs))]
+    template = shown[0] if shown else _by_name(model, inputs)
     if problems := _input_problems(model, inputs, template):
         return Verdict((), tuple(problems))
-    batches = [_batch(file, entry) for entry in further]
-    reference = collect(model, template, inputs, data=batches, batch_sizes=sizes, seed=seed)
+    reference = collect(
+        model,
+        template,
+        inputs,
+        examples=[_arrays(inputs, batch, template) for batch in examples],
+        data=[_arrays(inputs, batch, template) for batch in further],
+        batch_sizes=sizes,
+        seed=seed,
+    )
     if save_reference is not None and not reference.problems:
         save(reference, Path(save_reference), overwrite=overwrite)
     return _judge(runs, reference)
@@ -199,7 +210,7 @@ class _Runs:
 
 def _judge(runs: _Runs, reference: Reference) -> Verdict:
     if problems := reference.problems or _output_problems(runs, reference.batches[0]):
-        return Verdict((), tuple(problems), notes=(*reference.notes, *runs.notes))
+        return Verdict((), tuple(problems), notes=(*reference.notes, *runs.notes), coverage=reference.coverage)
     checks: list[Check] = []
     ran: list[Batch] = []
     failed: list[Batch] = []
@@ -215,7 +226,7 @@ def _judge(runs: _Runs, reference: Reference) -> Verdict:
         new = [c for how, out in found.items() for c in _checks(out, batch, reference, how, half=runs.file.half)]
         if not all(check.passed for check in new) and (own := _undetermined(batch, reference)):
             reference.notes.append(
-                f"inputs x{batch.scale:g} left out: float32 does not determine the model there, {own} of scale"
+                f"inputs {batch.inputs} left out: float32 does not determine the model there, {own} of scale"
             )
             continue
         checks += new
@@ -235,16 +246,18 @@ def _judge(runs: _Runs, reference: Reference) -> Verdict:
     diverging = suspect and _first_diverging(runs, reference, suspect, bound)
     diverging = diverging or next((check.output for check in checks if not check.passed), None)
     infinite = None if all(check.finite for check in checks) else first_infinite(runs.file, values)
-    return Verdict(tuple(checks), tuple(problems), diverging, (*reference.notes, *runs.notes), infinite)
+    notes = (*reference.notes, *runs.notes)
+    return Verdict(tuple(checks), tuple(problems), diverging, notes, infinite, reference.coverage)
 
 
 def _undetermined(batch: Batch, reference: Reference) -> str:
-    """Return where the framework's own error on scaled inputs is beyond what a file could be held to, or nothing.
+    """Return where the framework's own error on drawn inputs is beyond what a file could be held to, or nothing.
 
     A BatchNorm's running statistics do not scale with its input: what is multiplied behind it (gates, stars) may grow
-    by powers. Inputs as they are, and data, count in any case.
+    by powers. Inputs of the user's own count in any case, and
+    plain noise where there are none.
     """
-    if batch.scale in (None, 1.0):
+    if not batch.spare:
         return ""
     exact_outputs, exact_layers = reference.exact(batch)
     for found, exact in ((batch.layers, exact_layers), (batch.outputs, exact_outputs)):
@@ -258,13 +271,12 @@ def _undetermined(batch: Batch, reference: Reference) -> str:
 def _checks(
     found: Mapping[str, Array], batch: Batch, reference: Reference, how: tuple[str, str], *, half: bool
 ) -> Iterator[Check]:
-    inputs = "data" if batch.scale is None else f"x{batch.scale:g}"
     tolerance = HALF_TOLERANCE if half else TOLERANCE
     for name, expected in batch.outputs.items():
         figures = compare(found[name], expected)
         if figures["finite"] and figures["max_rel"] > tolerance and not half:
             figures = compare(found[name], expected, reference.exact(batch)[0].get(name))
-        yield Check(name, batch.size, inputs, *how, tolerance=tolerance, **figures)
+        yield Check(name, batch.size, batch.inputs, *how, tolerance=tolerance, **figures)
 
 
 def _first_diverging(runs: _Runs, reference: Reference, batch: Batch, tolerance: float) -> str | None:
@@ -285,22 +297,30 @@ def _first_diverging(runs: _Runs, reference: Reference, batch: Batch, tolerance:
     return None
 
 
-def _template(inputs: Sequence[Input], example: Any) -> Inputs:
-    """Return arguments as the model takes them, with an array in each input's place: by position at least."""
-    if example is not None and len(found := Inputs.of(example)) == len(inputs):
-        return found
-    return Inputs(*(np.zeros((), entry.dtype) for entry in inputs))  # whatever size a file says it has
+def _by_name(model: Any, inputs: Sequence[Input]) -> Inputs:
+    """Return arguments with an array of no size in each input's place: by position, those behind by keyword."""
+    arrays = [np.zeros((), entry.dtype) for entry in inputs]
+    positional = len(get_framework(model).input_names(model, Inputs(*arrays)))
+    by_keyword = zip(inputs[positional:], arrays[positional:], strict=True)
+    return Inputs(*arrays[:positional], **{entry.name: array for entry, array in by_keyword})
 
 
-def _batch(file: OnnxFile, data: Any) -> Arrays:
-    """Return one entry of the data by the names of the file's inputs; raises `InputError` if it has not as many."""
-    found = Inputs.of(data).arrays
-    if len(found) != len(file.inputs):
+def _arrays(inputs: Sequence[Input], given: Inputs, template: Inputs) -> Arrays:
+    """Return inputs of the user's own by the names of the file's; raises `InputError` if they are not as many."""
+    found = given.arrays
+    if len(found) != len(inputs):
         raise InputError(
-            f"expected data of {len(file.inputs)} arrays, one for each input of the file, received {len(found)}"
+            f"expected data of {len(inputs)} arrays, one for each input of the file, received {len(found)}"
         )
-    arrays = (x.detach().cpu().numpy() if hasattr(x, "detach") else np.asarray(x) for x in found.values())
-    return {value.name: array for value, array in zip(file.inputs, arrays, strict=True)}
+    places = template.arrays if set(template.arrays) == set(found) else found  # keywords come in any order
+    arrays = {entry.name: entry.as_taken(_to_numpy(found[place])) for entry, place in zip(inputs, places, strict=True)}
+    if unfit := [f"{entry} with {arrays[entry.name].shape}" for entry in inputs if not entry.takes(arrays[entry.name])]:
+        raise InputError(f"expected data of the shapes the file takes, received {', '.join(unfit)}")
+    return arrays
+
+
+def _to_numpy(value: Any) -> Array:
+    return np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
 
 
 def _input_problems(model: Any, inputs: Sequence[Input], template: Inputs) -> list[str]:
