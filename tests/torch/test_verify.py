@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from onnx import numpy_helper
@@ -206,11 +207,19 @@ class TestVerify:
 
     def test_export_promotes_no_wrong_file(self, model, images, tmp_path, monkeypatch):
         """If the exported file computes something else, the command fails, and the old file stays."""
-        from normswap.export import fold
+        from normswap.export import onnx as exporter
 
         path = tmp_path / "m.onnx"
         path.write_text("old")
-        monkeypatch.setattr(fold, "folded_affine", lambda g, b, m, v, eps: (g / np.sqrt(v), b))
+        save = exporter._save
+
+        def careless(graph, to):
+            """Write the file with another shift in the stem."""
+            bias = next(node for node in graph.graph if node.op_type == "Conv").inputs[2]
+            bias.const_value = ir.tensor(bias.const_value.numpy() + 0.1)
+            save(graph, to)
+
+        monkeypatch.setattr(exporter, "_save", careless)
         with pytest.raises(VerificationError, match="first diverging layer: stem.1"):
             normswap.to_onnx(model, path, example=images, overwrite=True)
 
