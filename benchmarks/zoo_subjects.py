@@ -54,7 +54,7 @@ class Subject:
         raise NotImplementedError
 
     def step(self) -> list[str]:
-        """Train for one step, and return the names of weights without a finite gradient."""
+        """Train for one step, and return the names of weights without a finite gradient, of layers that have run."""
         raise NotImplementedError
 
 
@@ -105,6 +105,8 @@ class Torch(Subject):
 
         torch.manual_seed(0)
         self.model.train()
+        ran: set[torch.nn.Module] = set()
+        hooks = [each.register_forward_hook(lambda each, *_: ran.add(each)) for each in self.model.modules()]
         try:
             outputs = list(_floating(self._call()))
         except Exception:  # detectors ask for targets in train mode
@@ -114,9 +116,13 @@ class Torch(Subject):
         optimizer = torch.optim.SGD([p for p in self.model.parameters() if p.requires_grad], 1e-4)
         optimizer.zero_grad()
         loss.backward()
+        for hook in hooks:
+            hook.remove()
         lacking = [
-            name
-            for name, weight in self.model.named_parameters()
+            f"{place}.{name}"
+            for place, module in self.model.named_modules()
+            if module in ran
+            for name, weight in module.named_parameters(recurse=False)
             if weight.requires_grad and (weight.grad is None or not bool(weight.grad.isfinite().all()))
         ]
         optimizer.step()
