@@ -130,7 +130,8 @@ class Torch(Subject):
         return lacking
 
     def _call(self) -> Any:
-        return self.model(*self.example.args, **self.example.kwargs)
+        own = self.example.map(lambda x: x)  # lists of its own: some models write into what they are given
+        return self.model(*own.args, **own.kwargs)
 
     def _state(self) -> Iterator[tuple[str, Any]]:
         import torch
