@@ -1,6 +1,7 @@
 """A network under test in its framework: what `zoo_checks` asks of PyTorch's and of Keras's alike."""
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,35 +28,35 @@ def subject_of(build: Callable[[], Network], seed: int) -> "Subject":
     return subject
 
 
-class Subject:
+class Subject(ABC):
     """A model and the arguments of a call of it."""
 
     def __init__(self, model: Any, example: Inputs) -> None:
         self.model, self.example = model, example
 
+    @abstractmethod
     def randomize(self, generator: np.random.Generator) -> None:
         """Draw running statistics, which are 0 and 1 in a network that has not been trained."""
-        raise NotImplementedError
 
+    @abstractmethod
     def norms(self) -> list[str]:
         """Return the names of the layers that are BatchNorms."""
-        raise NotImplementedError
 
+    @abstractmethod
     def outputs(self) -> list[np.ndarray]:
         """Return all floating outputs at inference."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weights(self) -> dict[str, np.ndarray]:
         """Return all of the model's state by name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def put(self, state: dict[str, np.ndarray]) -> None:
         """Set all of the model's state."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self) -> list[str]:
         """Train for one step, and return the names of weights without a finite gradient, of layers that have run."""
-        raise NotImplementedError
 
 
 class Torch(Subject):
