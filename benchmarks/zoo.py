@@ -1,23 +1,25 @@
-"""Whether networks of many libraries can be patched to every target, compute, train, be taken back and be stored.
+"""Whether networks of many libraries can be patched to every target, compute, train, be undone, stored and exported.
 
 Each network is built with random weights and running statistics in a process of its own, then for every target planned,
-patched, run, trained for one step, undone, and saved and loaded as a bundle (`zoo_checks`). The results file has a line
-of JSON a network and lets a sweep go on where it was left.
+patched, run, trained for one step, undone, saved and loaded as a bundle, and written to a proven ONNX file
+(`zoo_checks`). The results file has a line of JSON a network and lets a sweep go on where it was left.
 
     make build/zoo                                      # the libraries, beside .venv
     python benchmarks/zoo.py --results zoo.jsonl        # all of them
     python benchmarks/zoo.py --results zoo.jsonl monai "torchvision:r*"
+    python benchmarks/zoo.py --results zoo.jsonl --checks export  # this alone, where it was not asked yet
     python benchmarks/zoo.py --results zoo.jsonl --table
 """
 
 import argparse
 import fnmatch
+import functools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -25,7 +27,7 @@ import zoos
 from rich.console import Console
 from rich.progress import track
 
-CHECKS = ("plan", "patch", "eval", "train", "undo", "bundle")
+CHECKS = ("plan", "patch", "eval", "train", "undo", "bundle", "export")
 TARGETS = ("sn", "sn frozen", "brn", "gn")
 SECONDS = 900
 
@@ -35,7 +37,8 @@ class Row:
     """What was found for one network.
 
     ``checks`` says by target and check what went wrong: "" where nothing did; a check that the network itself does not
-    pass with its BatchNorms is left out. ``error`` is why the network could not be built or run as it is.
+    pass with its BatchNorms is left out. ``asked`` are the checks that were tried. ``error`` is why the network could
+    not be built or run as it is.
     """
 
     library: str
@@ -44,6 +47,7 @@ class Row:
     replaced: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     checks: dict[str, dict[str, str]] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
     error: str = ""
     seconds: float = 0.0
 
@@ -51,6 +55,21 @@ class Row:
     def tried(self) -> bool:
         """Whether there was anything to patch."""
         return not self.error and any(self.replaced.values())
+
+    def joined(self, other: "Row | None") -> "Row":
+        """Return this row with what ``other``, an older one of the same network, says of the checks not asked here."""
+        if other is None or self.error or other.error:
+            return self
+        targets = dict.fromkeys([*other.checks, *self.checks])
+        old = {
+            target: {c: p for c, p in other.checks.get(target, {}).items() if c not in self.asked} for target in targets
+        }
+        return replace(
+            self,
+            checks={target: old[target] | self.checks.get(target, {}) for target in targets},
+            asked=sorted({*self.asked, *other.asked}),
+            seconds=round(self.seconds + other.seconds, 1),
+        )
 
     @property
     def failures(self) -> list[str]:
@@ -72,22 +91,30 @@ def main() -> None:
     )
     parser.add_argument("--table", action="store_true", help="print the table of what is there, and run nothing")
     parser.add_argument("--jobs", type=int, default=1, help="how many at once")
+    parser.add_argument("--checks", nargs="+", choices=CHECKS, default=CHECKS, help="what to ask (default: all)")
     parser.add_argument("--again", action="store_true", help="run what failed once more")
     parser.add_argument("--one", metavar="LIBRARY:NAME", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         import zoo_checks
 
-        zoo_checks.run(arguments.one)
+        zoo_checks.run(arguments.one, arguments.checks)
         return
     console = Console()
     rows = read(arguments.results)
     if not arguments.table:
-        done = {key for key, row in rows.items() if not arguments.again or not (row.failures or row.error)}
+        done = {
+            key
+            for key, row in rows.items()
+            if (row.error or not row.replaced or {*arguments.checks} <= {*row.asked})
+            and not (arguments.again and (row.failures or row.error))
+        }
         wanted = [key for key in listed(arguments.patterns or ["*"]) if key not in done]
+        examine = functools.partial(examined, checks=arguments.checks)
         with ThreadPool(arguments.jobs) as pool:
-            for row in track(pool.imap_unordered(examined, wanted), "networks", len(wanted), console=console):
-                rows[f"{row.library}:{row.name}"] = row
+            for row in track(pool.imap_unordered(examine, wanted), "networks", len(wanted), console=console):
+                key = f"{row.library}:{row.name}"
+                rows[key] = row.joined(rows.get(key))
                 write(rows, arguments.results)
                 for line in [*row.failures, *([f"{row.library}:{row.name}: {row.error}"] if row.error else [])]:
                     console.print(line, markup=False, soft_wrap=True)
@@ -104,14 +131,13 @@ def listed(patterns: list[str]) -> list[str]:
     ]
 
 
-def examined(key: str) -> Row:
-    """Return what a process of its own says of one network."""
+def examined(key: str, checks: Sequence[str]) -> Row:
+    """Return what a process of its own says of one network, of the ``checks`` alone."""
     library, _, name = key.partition(":")
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, "--one", key, "--checks", *checks]
     try:
-        done = subprocess.run(
-            [sys.executable, __file__, "--one", key], capture_output=True, text=True, timeout=SECONDS, env=environment
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment)
     except subprocess.TimeoutExpired:
         return Row(library, name, error=f"took over {SECONDS} s")
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"library"')]

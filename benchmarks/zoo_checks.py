@@ -4,7 +4,7 @@ import json
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -22,14 +22,14 @@ from normswap.errors import NormswapError
 _SPELLED = {"sn frozen": SwitchNorm(batch_statistics="frozen")}
 
 
-def run(key: str) -> None:
-    """Check one network against every target and print its row as JSON."""
+def run(key: str, asked: Sequence[str]) -> None:
+    """Ask of one network the checks of these names for every target, and print its row as JSON."""
     warnings.simplefilter("ignore")
     peers.make_importable(peers.ZOO)
     library, _, name = key.partition(":")
     if library in ("torchvision", "ultralytics"):
         peers.run_detectors()
-    row, start = Row(library, name), time.process_time()
+    row, start = Row(library, name, asked=list(asked)), time.process_time()
     build = zoos.networks(library)[name]
     try:
         subject = subject_of(build, seed=0)
@@ -39,9 +39,12 @@ def run(key: str) -> None:
         print(json.dumps(asdict(row)))
         return
     row.batch_norms = len(subject.norms())
-    lacking = _without_gradient(build) if row.batch_norms else None
+    lacking = _without_gradient(build) if row.batch_norms and "train" in asked else None
     for target in TARGETS if row.batch_norms else ():
         row.checks[target] = dict(_checked(build, subject, before, target, lacking, row))
+        if (problem := row.checks[target].get("export")) and _own_export_fails(build):
+            del row.checks[target]["export"]
+            row.notes.append(f"no file for {target}, nor by the framework's own exporter: {problem}")
         if not row.replaced[target]:
             del row.checks[target]
     row.seconds = round(time.process_time() - start, 1)
@@ -81,11 +84,18 @@ def _checked(
     except Exception as error:
         yield "patch", _told(error)
         return
-    yield "eval", _attempt(lambda: _evaluated(subject, before, target))
-    yield "bundle", _attempt(lambda: _stored(build, subject, report))
-    yield "undo", _attempt(lambda: _undone(subject, report, before, state))
-    if lacking is not None:
-        yield "train", _attempt(lambda: _trained(build, spelled, lacking))
+    checks = {
+        "eval": lambda: _evaluated(subject, before, target),
+        "export": lambda: _exported(subject),
+        "bundle": lambda: _stored(build, subject, report),
+        "undo": lambda: _undone(subject, report, before, state),
+        "train": lambda: _trained(build, spelled, lacking or set()),
+    }
+    left_out = {check for check, out in {"export": target == "sn frozen", "train": lacking is None}.items() if out}
+    for check in (check for check in checks if check in row.asked and check not in left_out):
+        yield check, _attempt(checks[check])
+    if "undo" not in row.asked:
+        report.undo()
 
 
 def _evaluated(subject: Subject, before: list[np.ndarray], target: str) -> str:
@@ -97,6 +107,23 @@ def _evaluated(subject: Subject, before: list[np.ndarray], target: str) -> str:
     if target == "brn" and not all(np.array_equal(a, b, equal_nan=True) for a, b in zip(after, before, strict=True)):
         return f"differs by {max(float(np.abs(a - b).max()) for a, b in zip(after, before, strict=True)):.1e}"
     return ""
+
+
+def _exported(subject: Subject) -> str:
+    """Write the file and prove it: `to_onnx` raises what is wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        normswap.to_onnx(subject.model, f"{folder}/model.onnx", example=subject.example)
+    return ""
+
+
+def _own_export_fails(build: Callable[[], Network]) -> bool:
+    """Return whether the framework's own exporter writes no file of the network as it is, at the example's sizes."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            subject_of(build, seed=0).export(f"{folder}/model.onnx")
+    except Exception:
+        return True
+    return False
 
 
 def _stored(build: Callable[[], Network], subject: Subject, report: Any) -> str:

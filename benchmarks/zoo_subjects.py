@@ -58,6 +58,10 @@ class Subject(ABC):
     def step(self) -> list[str]:
         """Train for one step, and return the names of weights without a finite gradient, of layers that have run."""
 
+    @abstractmethod
+    def export(self, path: str) -> None:
+        """Write an ONNX file by the framework's own exporter."""
+
 
 class Torch(Subject):
     """A module: one step of SGD on the mean square of all outputs, in train mode where it takes no targets there."""
@@ -130,6 +134,13 @@ class Torch(Subject):
         optimizer.zero_grad()
         return lacking
 
+    def export(self, path: str) -> None:  # noqa: D102
+        import torch
+
+        self.model.eval()
+        own = self.example.map(lambda x: x)
+        torch.onnx.export(self.model, own.args, path, kwargs=own.kwargs, dynamo=True, opset_version=20, verbose=False)
+
     def _call(self) -> Any:
         own = self.example.map(lambda x: x)  # lists of its own: some models write into what they are given
         return self.model(*own.args, **own.kwargs)
@@ -188,6 +199,19 @@ class Keras(Subject):
             [weight for weight, g in zip(trained, gradients, strict=True) if g is not None],
         )
         return lacking
+
+    def export(self, path: str) -> None:  # noqa: D102
+        import tensorflow as tf
+        import tf2onnx
+
+        signature = [tf.TensorSpec(x.shape, x.dtype) for x in self.example.arrays.values()]
+
+        @tf.function(input_signature=signature)
+        def call(*arrays: Any) -> Any:
+            own = self.example.filled(list(arrays))
+            return self.model(*own.args, **own.kwargs, training=False)
+
+        tf2onnx.convert.from_function(call, input_signature=signature, opset=18, output_path=path)
 
     def _found(self) -> list[Any]:
         import keras
