@@ -6,6 +6,7 @@ networks of its own alone.
 
 import functools
 import importlib
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -41,3 +42,14 @@ def networks(library: str) -> Mapping[str, Callable[[], Network]]:
 def each(names: str, build: Callable[[str], Network]) -> dict[str, Callable[[], Network]]:
     """Return a builder for each of the names that are parted by blanks."""
     return {name: functools.partial(build, name) for name in names.split()}
+
+
+def of(place: str, x: Any, *args: Any, **options: Any) -> Callable[[], Network]:
+    """Return what builds ``place``, spelled module:name, with these arguments; it is called on the example ``x``."""
+    module, _, name = place.partition(":")
+
+    def build() -> Network:
+        found = operator.attrgetter(name)(importlib.import_module(module))
+        return Network(found(*args, **options), Inputs.of(x))
+
+    return build

@@ -6,9 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normswap import Inputs
-
-from . import Network
+from . import Network, of
 
 SMALL = {"spatial_dims": 3, "in_channels": 1, "out_channels": 2}
 
@@ -36,7 +34,14 @@ def networks() -> dict[str, Callable[[], Network]]:
         "SegResNet": _of(volume, "SegResNet", **SMALL, init_filters=8, norm="batch"),
         "SegResNetDS": _of(volume, "SegResNetDS", **SMALL, init_filters=8, norm="batch"),
         "HighResNet": _of(volume, "HighResNet", **SMALL),
-        "AHNet": _of(torch.randn(2, 1, 32, 128, 128), "AHNet", **SMALL, layers=(1, 1, 1, 1), upsample_mode="trilinear"),
+        "AHNet": _of(
+            torch.randn(2, 1, 32, 64, 64),
+            "AHNet",
+            **SMALL,
+            layers=(1, 1, 1, 1),
+            psp_block_num=2,
+            upsample_mode="trilinear",
+        ),
         "FlexibleUNet": _of(plane, "FlexibleUNet", 3, 2, "efficientnet-b0"),
         "EfficientNetBN": _of(
             plane, "EfficientNetBN", "efficientnet-b0", spatial_dims=2, num_classes=3, pretrained=False
@@ -57,21 +62,8 @@ def networks() -> dict[str, Callable[[], Network]]:
         "VISTA-like SegResNetVAE": _of(
             volume, "SegResNetVAE", (32, 32, 32), init_filters=8, in_channels=1, norm="batch"
         ),
-        "TopologySearch": _of(torch.randn(2, 1, 32, 32, 32), "DiNTS", _dints, 1, 2),
     }
 
 
 def _of(x: Tensor, name: str, *args: Any, **options: Any) -> Callable[[], Network]:
-    def build() -> Network:
-        import monai.networks.nets
-
-        made = [argument() if callable(argument) else argument for argument in args]
-        return Network(getattr(monai.networks.nets, name)(*made, **options), Inputs(x))
-
-    return build
-
-
-def _dints() -> Any:
-    from monai.networks.nets import TopologySearch
-
-    return TopologySearch(num_blocks=4, num_depths=3, spatial_dims=3, channel_mul=0.25)
+    return of(f"monai.networks.nets:{name}", x, *args, **options)

@@ -129,7 +129,9 @@ def _informer() -> Network:
 def _wav2vec2_conformer() -> Network:
     from transformers import Wav2Vec2ConformerConfig, Wav2Vec2ConformerForCTC
 
-    config = Wav2Vec2ConformerConfig(num_hidden_layers=2, hidden_size=64, num_attention_heads=4, intermediate_size=64)
+    config = Wav2Vec2ConformerConfig(
+        vocab_size=32, num_hidden_layers=2, hidden_size=64, num_attention_heads=4, intermediate_size=64
+    )
     return Network(Wav2Vec2ConformerForCTC(config), Inputs(torch.randn(2, 8000)))
 
 

@@ -1,55 +1,50 @@
 """pytorchvideo, Asteroid, SpeechBrain, Open-Unmix and others: clips, speech and music."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from normswap import Inputs
 
-from . import Network
+from . import Network, of
 
 
 def networks() -> dict[str, Callable[[], Network]]:
     """Return the builders by their names."""
     clip, wave, frames = torch.randn(2, 3, 8, 96, 96), torch.randn(2, 4000), torch.randn(2, 40, 80)
     return {
-        "slow_r50": _of("pytorchvideo.models", "create_resnet", clip, model_depth=50, head_pool_kernel_size=(4, 3, 3)),
+        "slow_r50": of("pytorchvideo.models:create_resnet", clip, model_depth=50, head_pool_kernel_size=(4, 3, 3)),
         "slowfast_r50": _slowfast,
-        "csn_r50": _of("pytorchvideo.models", "create_csn", clip, model_depth=50, head_pool_kernel_size=(1, 3, 3)),
-        "x3d_xs": _of("pytorchvideo.models.x3d", "create_x3d", clip[:, :, :4], input_clip_length=4, input_crop_size=96),
-        "r2plus1d_r50": _of(
-            "pytorchvideo.models.r2plus1d", "create_r2plus1d", clip, model_depth=50, head_pool_kernel_size=(1, 3, 3)
+        "csn_r50": of("pytorchvideo.models:create_csn", clip, model_depth=50, head_pool_kernel_size=(1, 3, 3)),
+        "x3d_xs": of("pytorchvideo.models.x3d:create_x3d", clip[:, :, :4], input_clip_length=4, input_crop_size=96),
+        "r2plus1d_r50": of(
+            "pytorchvideo.models.r2plus1d:create_r2plus1d", clip, model_depth=50, head_pool_kernel_size=(1, 3, 3)
         ),
-        "DCCRNet": _of("asteroid.models", "DCCRNet", torch.randn(2, 1, 8000), architecture="mini"),
-        "DCUNet": _of("asteroid.models", "DCUNet", torch.randn(2, 1, 8000), architecture="mini"),
-        "ConvTasNet bN": _of("asteroid.models", "ConvTasNet", wave, n_src=2, n_blocks=2, n_repeats=1, norm_type="bN"),
-        "XUMX": _xumx,
-        "ECAPA-TDNN": _of("speechbrain.lobes.models.ECAPA_TDNN", "ECAPA_TDNN", frames, 80, channels=[64] * 4 + [192]),
-        "x-vector": _of("speechbrain.lobes.models.Xvector", "Xvector", frames, in_channels=80),
-        "ResNet-SE speaker": _of(
-            "speechbrain.lobes.models.ResNet", "ResNet", frames, in_channels=80, channels=[8, 8, 16, 16]
+        "DCUNet": of("asteroid.models:DCUNet", torch.randn(2, 1, 8000), architecture="mini", fix_length_mode="pad"),
+        "ConvTasNet bN": of("asteroid.models:ConvTasNet", wave, n_src=2, n_blocks=2, n_repeats=1, norm_type="bN"),
+        "ECAPA-TDNN": of("speechbrain.lobes.models.ECAPA_TDNN:ECAPA_TDNN", frames, 80, channels=[64] * 4 + [192]),
+        "x-vector": of("speechbrain.lobes.models.Xvector:Xvector", frames, in_channels=80),
+        "ResNet-SE speaker": of(
+            "speechbrain.lobes.models.ResNet:ResNet", frames, input_size=80, channels=[8, 8, 16, 16]
         ),
-        "ContextNet": _of("speechbrain.lobes.models.ContextNet", "ContextNet", frames, (2, 40, 80), out_channels=16),
-        "CRDNN": _of(
-            "speechbrain.lobes.models.CRDNN", "CRDNN", frames, input_shape=(2, 40, 80), rnn_layers=1, rnn_neurons=16
+        "ContextNet": of("speechbrain.lobes.models.ContextNet:ContextNet", frames, (2, 40, 80), out_channels=16),
+        "CRDNN": of(
+            "speechbrain.lobes.models.CRDNN:CRDNN", frames, input_shape=(2, 40, 80), rnn_layers=1, rnn_neurons=16
         ),
-        "Cnn14": _of("speechbrain.lobes.models.Cnn14", "Cnn14", torch.randn(2, 128, 80), mel_bins=80, emb_dim=128),
-        "SEGAN discriminator": _of(
-            "speechbrain.lobes.models.segan_model", "Discriminator", torch.randn(2, 16384, 2), *SEGAN
+        "Cnn14": of("speechbrain.lobes.models.Cnn14:Cnn14", torch.randn(2, 128, 80), mel_bins=80, emb_dim=128),
+        "SEGAN discriminator": of(
+            "speechbrain.lobes.models.segan_model:Discriminator", torch.randn(2, 16384, 2), kernel_size=31
         ),
         "Tacotron2": _tacotron2,
-        "Open-Unmix": _of(
-            "openunmix.model", "OpenUnmix", torch.rand(2, 2, 129, 16), nb_bins=129, nb_channels=2, hidden_size=32
+        "Open-Unmix": of(
+            "openunmix.model:OpenUnmix", torch.rand(2, 2, 129, 16), nb_bins=129, nb_channels=2, hidden_size=32
         ),
         "conformer": _conformer,
-        "wav2letter": _of("torchaudio.models", "Wav2Letter", torch.randn(2, 1, 4000), input_type="waveform"),
+        "wav2letter": of("torchaudio.models:Wav2Letter", torch.randn(2, 1, 4000), input_type="waveform"),
         "torchaudio conformer": _torchaudio_conformer,
-        "WaveRNN": _of(
-            "torchaudio.models",
-            "WaveRNN",
-            (torch.randn(2, 1, 640), torch.randn(2, 1, 8, 20)),
+        "WaveRNN": of(
+            "torchaudio.models:WaveRNN",
+            (torch.randn(2, 1, 3200), torch.randn(2, 1, 8, 20)),
             upsample_scales=[5, 5, 8],
             n_classes=16,
             hop_length=200,
@@ -62,31 +57,11 @@ def networks() -> dict[str, Callable[[], Network]]:
     }
 
 
-SEGAN = ([16, 32, 64], 31, [2, 4, 4])
-
-
-def _of(module: str, name: str, x: Tensor | tuple[Tensor, ...], *args: Any, **options: Any) -> Callable[[], Network]:
-    def build() -> Network:
-        import importlib
-
-        inputs = x if isinstance(x, tuple) else (x,)
-        return Network(getattr(importlib.import_module(module), name)(*args, **options), Inputs(*inputs))
-
-    return build
-
-
 def _slowfast() -> Network:
     from pytorchvideo.models import create_slowfast
 
     model = create_slowfast(model_depth=50, head_pool_kernel_sizes=((2, 3, 3), (8, 3, 3)))
     return Network(model, Inputs([torch.randn(2, 3, 2, 96, 96), torch.randn(2, 3, 8, 96, 96)]))
-
-
-def _xumx() -> Network:
-    from asteroid.models import XUMX
-
-    model = XUMX(sources=["bass", "drums"], window_length=512, in_chan=512, n_hop=256, hidden_size=16, nb_channels=2)
-    return Network(model, Inputs(torch.randn(2, 2, 8192)))
 
 
 def _tacotron2() -> Network:

@@ -1,15 +1,13 @@
 """Other libraries of images: timm, pretrainedmodels, docTR, EasyOCR, kornia, faces, X-rays, transformers."""
 
-import importlib
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from normswap import Inputs
 
-from . import Network
+from . import Network, of
 
 TIMM = (
     "resnet26t resnetv2_50d_gn seresnext26d_32x4d regnetz_c16 repvgg_a0 mobileone_s0 fastvit_t8 efficientvit_b0"
@@ -32,29 +30,28 @@ OWN_SIDES = {
 
 def networks() -> dict[str, Callable[[], Network]]:
     """Return the builders by their names."""
-    found = {f"timm {name}": _of("timm", "create_model", _images(name), name) for name in TIMM.split()}
+    found = {f"timm {name}": of("timm:create_model", _images(name), name) for name in TIMM.split()}
     found |= {
-        f"pretrainedmodels {name}": _of("pretrainedmodels", name, _images(name), pretrained=None)
+        f"pretrainedmodels {name}": of(f"pretrainedmodels:{name}", _images(name), pretrained=None)
         for name in PRETRAINED.split()
     }
     found |= {
-        f"doctr {name}": _of("doctr.models.classification", name, _images(), pretrained=False) for name in DOCTR.split()
+        f"doctr {name}": of(f"doctr.models.classification:{name}", _images(), pretrained=False)
+        for name in DOCTR.split()
     }
     return found | {
-        "easyocr CRAFT": _of("easyocr.craft", "CRAFT", _images(), pretrained=False),
-        "kornia HardNet": _of("kornia.feature", "HardNet", torch.rand(2, 1, 32, 32)),
-        "kornia KeyNet": _of("kornia.feature", "KeyNet", torch.rand(2, 1, 64, 64)),
+        "easyocr CRAFT": of("easyocr.craft:CRAFT", _images(), pretrained=False),
+        "kornia HardNet": of("kornia.feature:HardNet", torch.rand(2, 1, 32, 32), pretrained=False),
+        "kornia KeyNet": of("kornia.feature:KeyNet", torch.rand(2, 1, 64, 64), pretrained=False),
         "kornia LoFTR": _loftr,
-        "kornia XFeat": _of("kornia.feature", "XFeatModel", torch.rand(2, 1, 64, 64)),
-        "facenet": _of("facenet_pytorch", "InceptionResnetV1", torch.randn(2, 3, 160, 160)),
-        "X-ray DenseNet": _of("torchxrayvision.models", "DenseNet", torch.randn(2, 1, 64, 64), num_classes=3),
-        "EfficientNet of lukemelas": _of(
-            "efficientnet_pytorch.EfficientNet", "from_name", _images(), "efficientnet-b0"
-        ),
-        "torchreid OSNet": _of("torchreid.reid.models.osnet", "osnet_x0_25", torch.randn(2, 3, 256, 128), **OSNET),
-        "vit_pytorch LeViT": _of("vit_pytorch.levit", "LeViT", torch.randn(2, 3, 64, 64), **LEVIT),
-        "vit_pytorch MobileViT": _of("vit_pytorch.mobile_vit", "MobileViT", torch.randn(2, 3, 64, 64), **MOBILE),
-        "vit_pytorch CvT": _of("vit_pytorch.cvt", "CvT", torch.randn(2, 3, 64, 64), num_classes=4),
+        "kornia XFeat": of("kornia.feature:XFeatModel", torch.rand(2, 1, 64, 64)),
+        "facenet": of("facenet_pytorch:InceptionResnetV1", torch.randn(2, 3, 160, 160)),
+        "X-ray DenseNet": of("torchxrayvision.models:DenseNet", torch.randn(2, 1, 64, 64), num_classes=3),
+        "EfficientNet of lukemelas": of("efficientnet_pytorch:EfficientNet.from_name", _images(), "efficientnet-b0"),
+        "torchreid OSNet": of("torchreid.reid.models.osnet:osnet_x0_25", torch.randn(2, 3, 256, 128), **OSNET),
+        "vit_pytorch LeViT": of("vit_pytorch.levit:LeViT", torch.randn(2, 3, 64, 64), **LEVIT),
+        "vit_pytorch MobileViT": of("vit_pytorch.mobile_vit:MobileViT", torch.randn(2, 3, 64, 64), **MOBILE),
+        "vit_pytorch CvT": of("vit_pytorch.cvt:CvT", torch.randn(2, 3, 64, 64), num_classes=4),
     }
 
 
@@ -79,19 +76,6 @@ MOBILE = {
 def _images(name: str = "") -> Tensor:
     side = OWN_SIDES.get(name, 96)
     return torch.randn(2, 3, side, side)
-
-
-def _of(module: str, name: str, x: Tensor, *args: Any, **options: Any) -> Callable[[], Network]:
-    def build() -> Network:
-        *path, kind = module.split(".")
-        found = (
-            importlib.import_module(module)
-            if kind[0].islower()
-            else getattr(importlib.import_module(".".join(path)), kind)
-        )
-        return Network(getattr(found, name)(*args, **options), Inputs(x))
-
-    return build
 
 
 def _loftr() -> Network:
