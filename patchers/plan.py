@@ -366,7 +366,8 @@ def _as_chosen(site: Site, recipe: Recipe) -> Site:
     """Return a site with the shape and the layer in front that a recipe's choice was made for."""
     for choice in recipe.choices:
         if choice.name == site.name:
-            return replace(site, spatial=choice.spatial, front=choice.front or site.front)
+            any_rank = site.any_rank and choice.spatial is None
+            return replace(site, spatial=choice.spatial, any_rank=any_rank, front=choice.front or site.front)
     return site
 
 

@@ -216,6 +216,30 @@ def test_sync_batch_norm_without_an_example_asks_for_its_rank():
     assert normswap.patch(nn.Sequential(nn.SyncBatchNorm(4)), "gn").replaced[0].action == "replace"
 
 
+class AnyRank(nn.modules.batchnorm._BatchNorm):
+    """One class for several numbers of dimensions, as speech libraries have it."""
+
+    def _check_input_dim(self, x):
+        if not 2 <= x.dim() <= 4:
+            raise ValueError(f"expected 2 to 4 dimensions, got {x.dim()}")
+
+
+@pytest.mark.parametrize("norm", [AnyRank, nn.SyncBatchNorm])
+@pytest.mark.parametrize("target", ["sn", "brn", "gn"])
+@pytest.mark.parametrize("shape", [(2, 4), (2, 4, 6), (2, 4, 5, 6)])
+def test_a_class_of_any_rank_comes_back_from_its_bundle_without_an_example(norm, target, shape, tmp_path):
+    """The bundle's recipe tells the rank that an example told the patch."""
+    x = torch.randn(shape)
+    report = normswap.patch(trained_(nn.Sequential(norm(4))).eval(), target, example=x)
+    expected = report.model(x)
+    normswap.save(report, tmp_path / "bundle")
+    model = normswap.load(tmp_path / "bundle", model=nn.Sequential(norm(4)))
+    again = normswap.patch(nn.Sequential(norm(4)), report.recipe)
+
+    assert type(model[0]) is type(again.model[0]) is type(report.model[0])
+    assert torch.equal(model(x), expected)
+
+
 def test_each_rank_becomes_the_layer_of_its_rank():
     """Each rank of BatchNorm becomes the layer of its rank."""
     model = nn.ModuleList([nn.BatchNorm1d(4), nn.BatchNorm2d(4), nn.BatchNorm3d(4)])
