@@ -124,11 +124,12 @@ def main() -> None:
 
 
 def listed(patterns: list[str]) -> list[str]:
-    """Return the networks whose library, or library and name, match a pattern."""
+    """Return the networks whose library, or library and name, match a pattern, in the order of the patterns."""
     keys = [f"{library}:{name}" for library in zoos.LIBRARIES for name in zoos.networks(library)]
-    return [
-        key for key in keys if any(fnmatch.fnmatchcase(key, p) or fnmatch.fnmatchcase(key, f"{p}:*") for p in patterns)
-    ]
+    matching = (
+        key for p in patterns for key in keys if fnmatch.fnmatchcase(key, p) or fnmatch.fnmatchcase(key, f"{p}:*")
+    )
+    return list(dict.fromkeys(matching))
 
 
 def examined(key: str, checks: Sequence[str]) -> Row:

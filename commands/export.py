@@ -82,8 +82,9 @@ def export(
     lines.append(f"{len(report.folded)} norms folded, {len(report.kept)} kept; verified: largest difference "
                  f"{report.verdict.max_rel:.1e} of scale in {len(report.verdict.checks)} checks")  # fmt: skip
     then = command("verify", *typed("output", "opset", "runtime", "dynamic_size", "half", "prune_gates", "latency",
-                   "overwrite", "data", "input_shape", "size", "mean", "std"), output,
-                   "--data", data or "DATA")  # fmt: skip
+                   "overwrite", "data", "input_shape", "example", "size", "mean", "std"), output,
+                   *(() if known.example is None else ("--example", known.example)),
+                   "--data", data or ("DATA" if known.example is None else "DATA.npz"))  # fmt: skip
     show(as_json, {**report.to_dict(), "files": facts}, table("what was written", facts, lines), [then])
 
 

@@ -80,7 +80,7 @@ def test_a_session(name, run, tmp_path):
     assert f"normswap export b --example {name}.npz -o b.onnx" in err
     code, _, err = run("export", "b", *example, "--data", f"{name}.npz", "-o", "b.onnx")
     assert code == 0, err
-    assert f"normswap verify b --example {name}.npz b.onnx --data {name}.npz" in err
+    assert f"normswap verify b b.onnx --example {name}.npz --data {name}.npz" in err
     code, said, err = run(
         "verify", "b", "b.onnx", *example, "--data", f"{name}.npz", "--save-reference", "r.npz", "--json"
     )
