@@ -13,7 +13,6 @@ patched, run, trained for one step, undone, saved and loaded as a bundle, and wr
 
 import argparse
 import fnmatch
-import functools
 import json
 import os
 import subprocess
@@ -91,7 +90,7 @@ def main() -> None:
     )
     parser.add_argument("--table", action="store_true", help="print the table of what is there, and run nothing")
     parser.add_argument("--jobs", type=int, default=1, help="how many at once")
-    parser.add_argument("--checks", nargs="+", choices=CHECKS, default=CHECKS, help="what to ask (default: all)")
+    parser.add_argument("--checks", type=_checks, default=[*CHECKS], help=f"what to ask: {','.join(CHECKS)} (default)")
     parser.add_argument("--again", action="store_true", help="run what failed once more")
     parser.add_argument("--one", metavar="LIBRARY:NAME", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -103,16 +102,16 @@ def main() -> None:
     console = Console()
     rows = read(arguments.results)
     if not arguments.table:
-        done = {
-            key
-            for key, row in rows.items()
-            if (row.error or not row.replaced or {*arguments.checks} <= {*row.asked})
-            and not (arguments.again and (row.failures or row.error))
-        }
-        wanted = [key for key in listed(arguments.patterns or ["*"]) if key not in done]
-        examine = functools.partial(examined, checks=arguments.checks)
+        left = {}
+        for key in listed(arguments.patterns or ["*"]):
+            row = rows.get(key)
+            if row is None or (arguments.again and (row.failures or row.error)):
+                left[key] = arguments.checks
+            elif not row.error and row.replaced:
+                left[key] = [check for check in arguments.checks if check not in row.asked]
+        wanted = {key: checks for key, checks in left.items() if checks}
         with ThreadPool(arguments.jobs) as pool:
-            for row in track(pool.imap_unordered(examine, wanted), "networks", len(wanted), console=console):
+            for row in track(pool.imap_unordered(examined, wanted.items()), "networks", len(wanted), console=console):
                 key = f"{row.library}:{row.name}"
                 rows[key] = row.joined(rows.get(key))
                 write(rows, arguments.results)
@@ -121,6 +120,12 @@ def main() -> None:
     for line in table(list(rows.values())):
         print(line)
     sys.exit(any(row.failures for row in rows.values()))
+
+
+def _checks(text: str) -> list[str]:
+    if unknown := sorted({*text.split(",")} - {*CHECKS}):
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(CHECKS)}, received {','.join(unknown)}")
+    return text.split(",")
 
 
 def listed(patterns: list[str]) -> list[str]:
@@ -132,11 +137,12 @@ def listed(patterns: list[str]) -> list[str]:
     return list(dict.fromkeys(matching))
 
 
-def examined(key: str, checks: Sequence[str]) -> Row:
-    """Return what a process of its own says of one network, of the ``checks`` alone."""
+def examined(asked: tuple[str, Sequence[str]]) -> Row:
+    """Return what a process of its own says of one network, of the checks alone that are asked of it."""
+    key, checks = asked
     library, _, name = key.partition(":")
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "--one", key, "--checks", *checks]
+    command = [sys.executable, __file__, "--one", key, "--checks", ",".join(checks)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment)
     except subprocess.TimeoutExpired:
