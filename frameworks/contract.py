@@ -12,6 +12,9 @@ Array = NDArray[Any]
 Arrays = dict[str, Array]
 Key = TypeVar("Key")
 
+ROUNDING = 2.0**-24
+"""What rounding to float32 moves a number by at most, relative to it."""
+
 
 class Framework(Protocol):
     """A framework, as the rest of the library sees it; each of its modules here has these functions."""
@@ -41,6 +44,9 @@ class Framework(Protocol):
 
     def in_double(self, model: Any) -> Any:
         """Return a copy of ``model`` that computes in float64; raises `UnsupportedError` if none can be made."""
+
+    def round_weights(self, model: Any, seed: int) -> None:
+        """Move every weight of a model in float64 as rounding it to float32 may, up or down as ``seed`` has it."""
 
     def record(self, model: Any, example: Inputs) -> tuple[Arrays, Arrays]:
         """Return the model's outputs at inference by name, and those of its layers with weights in call order.

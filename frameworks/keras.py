@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import InputError, UnsupportedError
 from ..layers.keras import BatchRenormalization, SwitchNormalization
 from ..layers.keras.statistics import wide
-from .contract import Array, Arrays, Key
+from .contract import ROUNDING, Array, Arrays, Key
 from .example import Inputs, is_array
 from .names import distinct
 from .outputs import tensors_in
@@ -199,6 +199,15 @@ def in_double(model: Any) -> Any:
             f"expected a model that can be rebuilt in float64 from its configuration, received {described}: {reason}"
         ) from error
     return copy
+
+
+def round_weights(model: keras.Layer, seed: int) -> None:
+    """Move every weight of a model in float64 as rounding it to float32 may, up or down as ``seed`` has it."""
+    generator = np.random.default_rng(seed)
+    for variable in model.variables:
+        value = np.asarray(keras.ops.convert_to_numpy(variable))
+        if value.dtype == np.float64:
+            variable.assign(value * (1 + ROUNDING * generator.choice([-1, 1], value.shape)))
 
 
 def record(model: keras.Layer, example: Inputs) -> tuple[Arrays, Arrays]:

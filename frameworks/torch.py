@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedError
-from .contract import Array, Arrays, Key
+from .contract import ROUNDING, Array, Arrays, Key
 from .detect import traced_shape
 from .example import Inputs, Place
 from .names import distinct
@@ -156,6 +156,15 @@ def in_double(model: nn.Module) -> nn.Module:
     """Return a copy of ``model`` that computes in float64."""
     with quiet():
         return copied(model).double()
+
+
+def round_weights(model: nn.Module, seed: int) -> None:
+    """Move every weight of a model in float64 as rounding it to float32 may, up or down as ``seed`` has it."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for value in (value for value in _states(model) if value.is_floating_point()):
+            signs = torch.randint(0, 2, value.shape, generator=generator).to(value) * 2 - 1
+            value.mul_(1 + ROUNDING * signs)
 
 
 def record(model: nn.Module, example: Inputs) -> tuple[Arrays, Arrays]:

@@ -5,7 +5,7 @@ file leaves them free. What the user has shown, as an example or as data, is amo
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -22,6 +22,7 @@ from .drawn import AROUND, NOISE, SHOWN, Drawn, Input, parts, repeated
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
+Errors = dict[str, float]
 
 BATCH_SIZES = (1, 2, 5, 3)
 SCALES = (1.0, 0.1, 1.0, 100.0)
@@ -36,6 +37,9 @@ SAMPLES = 16384
 SAME = 1e-5
 """Largest difference, relative to scale, of two runs that are taken for the same: threads may round otherwise."""
 
+ROUNDINGS = 4
+"""Ways to round the model's weights by which, on a miss, the error that float32 owes to the model is judged."""
+
 COVERING = 32
 """Most samples that are run for no more than to reach every row of a table, such as an embedding's."""
 
@@ -46,7 +50,8 @@ class Batch:
 
     ``scale`` is what standard normal inputs were multiplied by, None for others, of which ``origin`` says where they
     are from. What is ``spare`` need not be right where the model itself is not determined in float32. ``exact`` are
-    outputs and layers in float64, None where they were not asked for yet.
+    outputs and layers in float64, ``rounded`` how far rounding the model's weights moves these, None where they were
+    not asked for yet.
     """
 
     scale: float | None
@@ -56,6 +61,7 @@ class Batch:
     exact: tuple[Arrays, Arrays] | None = None
     origin: str = "data"
     spare: bool = False
+    rounded: tuple[Errors, Errors] | None = None
 
     @property
     def inputs(self) -> str:
@@ -85,6 +91,7 @@ class Reference:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     double: Callable[[Arrays], tuple[Arrays, Arrays]] | None = None
+    roundings: Callable[[Arrays], Iterator[tuple[Arrays, Arrays]]] | None = None
     coverage: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def exact(self, batch: Batch) -> tuple[Arrays, Arrays]:
@@ -97,6 +104,18 @@ class Reference:
                 except Exception as error:
                     self.notes.append(f"no float64 reference: {_first_line(error)}")
         return batch.exact
+
+    def rounded(self, batch: Batch) -> tuple[Errors, Errors]:
+        """Return how far rounding the weights moves the outputs and layers of a batch, computed on first use."""
+        if batch.rounded is None:
+            batch.rounded = ({}, {})
+            if self.roundings is not None and any(self.exact(batch)):
+                for answer in self.roundings(batch.arrays):
+                    for errors, found, exact in zip(batch.rounded, answer, self.exact(batch), strict=True):
+                        for name in (name for name in found if name in exact):
+                            error = float(np.abs(found[name] - exact[name]).max(initial=0.0))
+                            errors[name] = max(errors.get(name, 0.0), error)
+        return batch.rounded
 
 
 def collect(
@@ -178,11 +197,22 @@ class _Collecting:
         self.tables = _Tables(self.framework, model)
         self.how, self.takes = NOISE, False  # how inputs are drawn now, and whether the model took some
         twin = cache(lambda: self.framework.in_double(model))
-        self.reference = Reference([], double=lambda arrays: self._record(_wide(arrays), twin()))
+        self.reference = Reference(
+            [],
+            double=lambda arrays: self._record(_wide(arrays), twin()),
+            roundings=lambda arrays: self._rounded(_wide(arrays), twin()),
+        )
 
     def _record(self, arrays: Arrays, model: Any) -> tuple[Arrays, Arrays]:
         outputs, layers = self.framework.record(model, self.template.filled(list(arrays.values())))
         return outputs, {name: samples(layer) for name, layer in layers.items()}
+
+    def _rounded(self, arrays: Arrays, twin: Any) -> Iterator[tuple[Arrays, Arrays]]:
+        back = self.framework.snapshot(twin)
+        for seed in range(ROUNDINGS):
+            self.framework.round_weights(twin, seed)
+            yield self._record(arrays, twin)
+            back()
 
     def run(self, arrays: Arrays) -> tuple[Arrays, Arrays]:
         """Return what the model computes, and note which rows of tables it looks up."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import InputError, spoken
 from ..sources.files import require_file, staged
-from .reference import Arrays, Batch, Reference
+from .reference import Arrays, Batch, Errors, Reference
 
 FORMAT = 1
 
@@ -27,6 +27,7 @@ def save_reference(reference: Reference, path: Path, *, overwrite: bool = False)
         if number == 0:
             kinds |= {"layers": batch.layers, "exact_layers": layers}
         told: dict[str, Any] = {"scale": batch.scale, "origin": batch.origin, "spare": batch.spare}
+        told["rounded"] = list(reference.rounded(batch))
         for kind, arrays in kinds.items():
             told[kind] = list(arrays)
             stored |= {f"{number}.{kind}.{index}": array for index, array in enumerate(arrays.values())}
@@ -73,4 +74,10 @@ def _batch(stored: Any, number: int, told: dict[str, Any]) -> Batch:
     exact = (read("exact_outputs"), read("exact_layers"))
     scale = None if scale is None else float(scale)
     spare = bool(told.get("spare", scale not in (None, 1.0)))
-    return Batch(scale, inputs, outputs, read("layers"), exact, str(told.get("origin", "data")), spare)
+    of_outputs, of_layers = (_errors(errors) for errors in told.get("rounded", ({}, {})))
+    origin = str(told.get("origin", "data"))
+    return Batch(scale, inputs, outputs, read("layers"), exact, origin, spare, (of_outputs, of_layers))
+
+
+def _errors(told: dict[str, Any]) -> Errors:
+    return {str(name): float(error) for name, error in told.items()}

@@ -10,7 +10,7 @@ from keras import layers, ops
 from normswap.errors import InputError, UnsupportedError
 from normswap.export.keras.trace import dtype_problem, trace
 from normswap.frameworks.example import Inputs
-from normswap.frameworks.keras import in_double, record
+from normswap.frameworks.keras import in_double, record, round_weights, snapshot
 
 from .exporting import assert_close, assert_traced, drawn, operators, settled, small_net
 
@@ -179,6 +179,23 @@ class TestRun:
 
         assert double["scores"].dtype == sites["norm"].dtype == np.float64
         assert_close(single["scores"], double["scores"])
+
+    def test_weights_are_rounded_each_time_otherwise(self):
+        """Up or down by half a unit in the last place of float32, and nothing else."""
+        twin = in_double(small_net())
+        before = [np.array(variable) for variable in twin.variables]
+        found = []
+        for seed in (0, 1):
+            back = snapshot(twin)
+            round_weights(twin, seed)
+            found.append(np.concatenate([np.array(v).ravel() for v in twin.variables if v.dtype == "float64"]))
+            back()
+        plain = np.concatenate([value.ravel() for value in before if value.dtype == np.float64])
+
+        for each in found:
+            np.testing.assert_allclose(np.abs(each - plain), np.abs(plain) * 2.0**-24, rtol=1e-6)
+        assert 0.3 < (found[0] == found[1])[plain != 0].mean() < 0.7
+        assert all(np.array_equal(v, value) for v, value in zip(twin.variables, before, strict=True))
 
     def test_in_double_refuses_what_it_cannot_rebuild(self):
         """A subclassed model has no float64 reference, and says so."""

@@ -225,3 +225,36 @@ class TestVerify:
 
         assert path.read_text() == "old"
         assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
+
+
+class Cancelling(nn.Module):
+    """Returns what is left of two numbers that cancel, exactly in float32: 0.01, of weights that were rounded at 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+        self.last = nn.Linear(2, 1, bias=False)
+        with torch.no_grad():
+            self.last.weight.copy_(torch.tensor([[1.01, -1.0]]))
+
+    def forward(self, x):
+        return self.last(self.norm(x) * 0 + 1)
+
+
+@pytest.mark.parametrize(("units", "passes"), [(1, True), (40, False)])
+def test_weights_rounded_otherwise_are_right_where_they_cancel(tmp_path, units, passes):
+    """A file rounds folded weights anew, which a model that is exact on its own may magnify."""
+    model, path = trained_(Cancelling()).eval(), tmp_path / "m.onnx"
+    normswap.to_onnx(model, path, example=torch.randn(2, 2))
+    proto = onnx.load(path)
+    weight = next(tensor for tensor in proto.graph.initializer if tensor.dims and tensor.dims[:] in ([1, 2], [2, 1]))
+    moved = numpy_helper.to_array(weight) + np.float32(units * np.spacing(np.float32(1))) * np.float32([1, 0]).reshape(
+        weight.dims
+    )
+    weight.CopyFrom(numpy_helper.from_array(moved, weight.name))
+    onnx.save(proto, path)
+    verdict = normswap.verify(model, path, save_reference=tmp_path / "r.npz")
+
+    assert verdict.max_rel > 1e-5
+    assert bool(verdict) is passes
+    assert normswap.verify_against(tmp_path / "r.npz", path) == verdict
