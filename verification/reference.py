@@ -19,9 +19,11 @@ from ..frameworks.contract import Framework
 from ..frameworks.detect import get_framework
 from ..frameworks.example import Inputs
 from .drawn import AROUND, NOISE, SHOWN, Drawn, Input, parts, repeated
+from .rows import marks
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
+Errors = dict[str, float]
 
 BATCH_SIZES = (1, 2, 5, 3)
 SCALES = (1.0, 0.1, 1.0, 100.0)
@@ -36,6 +38,15 @@ SAMPLES = 16384
 SAME = 1e-5
 """Largest difference, relative to scale, of two runs that are taken for the same: threads may round otherwise."""
 
+FEW = 64
+"""Number of values below which the framework's own error in them is the largest of several draws.
+
+The rounding of one number is one draw, and may be none by chance, where the next is the size of all that cancels in it.
+"""
+
+DRAWS, NEAR = 8, 1e-3
+"""How many, and the deviation of what the inputs are multiplied by in each, about one."""
+
 COVERING = 32
 """Most samples that are run for no more than to reach every row of a table, such as an embedding's."""
 
@@ -46,7 +57,8 @@ class Batch:
 
     ``scale`` is what standard normal inputs were multiplied by, None for others, of which ``origin`` says where they
     are from. What is ``spare`` need not be right where the model itself is not determined in float32. ``exact`` are
-    outputs and layers in float64, None where they were not asked for yet.
+    outputs and layers in float64, ``errors`` the largest of float32 in those of few values; None where they were not
+    asked for yet.
     """
 
     scale: float | None
@@ -54,6 +66,7 @@ class Batch:
     outputs: Arrays
     layers: Arrays
     exact: tuple[Arrays, Arrays] | None = None
+    errors: tuple[Errors, Errors] | None = None
     origin: str = "data"
     spare: bool = False
 
@@ -78,7 +91,7 @@ class Reference:
     """A model's own answers, batch by batch; ``problems`` say why a model cannot serve as a reference.
 
     ``coverage`` has for each table that indices choose from, such as an embedding, how many of its rows they reached,
-    and how many it has.
+    and how many it has; ``rows`` the `marks` of all of them.
     """
 
     batches: list[Batch]
@@ -86,6 +99,28 @@ class Reference:
     notes: list[str] = field(default_factory=list)
     double: Callable[[Arrays], tuple[Arrays, Arrays]] | None = None
     coverage: dict[str, tuple[int, int]] = field(default_factory=dict)
+    rows: Arrays = field(default_factory=dict)
+    single: Callable[[Arrays], tuple[Arrays, Arrays]] | None = None
+
+    def errors(self, batch: Batch) -> tuple[Errors, Errors]:
+        """Return the framework's largest error in each output and layer of few values, on inputs about a batch's."""
+        if batch.errors is None:
+            batch.errors = ({}, {})
+            single, double = self.single, self.double
+            rng = np.random.default_rng(0)
+            if single is None or double is None or not any(self.exact(batch)):
+                return batch.errors
+            for _ in range(DRAWS):
+                near = {name: _near(array, rng) for name, array in batch.arrays.items()}
+                try:
+                    both = zip(batch.errors, single(near), double(near), strict=True)
+                except Exception:  # of a model that takes no numbers but those
+                    break
+                for errors, narrow, wide in both:
+                    for name in (name for name in narrow if narrow[name].size < FEW and name in wide):
+                        apart = np.abs(narrow[name].astype(np.float64) - wide[name]).max(initial=0.0)
+                        errors[name] = max(errors.get(name, 0.0), float(np.nan_to_num(apart)))
+        return batch.errors
 
     def exact(self, batch: Batch) -> tuple[Arrays, Arrays]:
         """Return outputs and layers of a batch in float64, computed on first use; nothing where there is no copy."""
@@ -137,7 +172,7 @@ def collect(
         taken = ", ".join(map(str, inputs))
         reference.problems.append(f"the model does not accept the file's inputs ({taken}): {_first_line(error)}")
     reference.batches.sort(key=lambda batch: batch.origin != "drawn")  # the small ones first
-    reference.coverage = collecting.tables.coverage
+    reference.coverage, reference.rows = collecting.tables.coverage, collecting.tables.rows
     return reference
 
 
@@ -146,8 +181,10 @@ class _Tables:
 
     def __init__(self, framework: Framework, model: Any) -> None:
         self.framework = framework
-        self.layers = framework.tables(model)
-        self.reached = {name: np.zeros(rows, np.bool_) for name, (_, rows) in self.layers.items()}
+        found = framework.tables(model)
+        self.layers = {name: layer for name, (layer, _) in found.items()}
+        self.rows = {name: marks(framework.to_numpy(rows)) for name, (_, rows) in found.items()}
+        self.reached = {name: np.zeros(len(rows), np.bool_) for name, rows in self.rows.items()}
         self.looked_up: list[tuple[Array, int]] = []
 
     def watching(self) -> Any:
@@ -155,7 +192,7 @@ class _Tables:
         self.looked_up.clear()
         if not self.layers:
             return nullcontext()
-        return self.framework.watching({name: layer for name, (layer, _) in self.layers.items()}, self._see)
+        return self.framework.watching(self.layers, self._see)
 
     def _see(self, name: str, indices: Any, _: Any) -> None:
         found = np.asarray(self.framework.to_numpy(indices)).astype(np.int64)
@@ -179,6 +216,7 @@ class _Collecting:
         self.how, self.takes = NOISE, False  # how inputs are drawn now, and whether the model took some
         twin = cache(lambda: self.framework.in_double(model))
         self.reference = Reference([], double=lambda arrays: self._record(_wide(arrays), twin()))
+        self.reference.single = lambda arrays: self._record(arrays, self.model)
 
     def _record(self, arrays: Arrays, model: Any) -> tuple[Arrays, Arrays]:
         outputs, layers = self.framework.record(model, self.template.filled(list(arrays.values())))
@@ -283,6 +321,13 @@ class _Collecting:
 
 def _wide(arrays: Arrays) -> Arrays:
     return {name: array.astype(np.float64) if array.dtype == np.float32 else array for name, array in arrays.items()}
+
+
+def _near(array: Array, rng: np.random.Generator) -> Array:
+    """Return inputs whose floats are multiplied by about one each, which moves no whole number, and no zero."""
+    if array.dtype != np.float32:
+        return array
+    return np.asarray(array * (1 + np.float32(NEAR) * rng.standard_normal(array.shape, np.float32)))
 
 
 def samples(array: Array) -> Array:

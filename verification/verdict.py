@@ -161,8 +161,11 @@ class Verdict:
         }
 
 
-def compare(found: Array, expected: Array, exact: Array | None = None) -> dict[str, Any]:
-    """Return the figures of a `Check`: how far an array is from the framework's, and both from float64."""
+def compare(found: Array, expected: Array, exact: Array | None = None, error: float = 0.0) -> dict[str, Any]:
+    """Return the figures of a `Check`: how far an array is from the framework's, and both from float64.
+
+    ``error`` is one of the framework's own that is known besides.
+    """
     if found.shape != expected.shape:
         return {"max_abs": float("inf"), "max_rel": float("inf"), "finite": False}
     finite = bool(np.isfinite(found).all() and np.isfinite(expected).all())
@@ -171,7 +174,7 @@ def compare(found: Array, expected: Array, exact: Array | None = None) -> dict[s
     difference = _apart(found, expected) if finite else float("inf")
     figures: dict[str, Any] = {"max_abs": difference, "max_rel": difference / scale, "finite": finite}
     if exact is not None and exact.shape == expected.shape and finite:
-        own = _apart(expected, exact) / scale
+        own = max(_apart(expected, exact), error) / scale
         figures |= {"own": own, "ratio": _apart(found, exact) / scale / max(own, _NOISE)}
     return figures
 
