@@ -20,7 +20,7 @@ lint: $(FILES)
 
 bench: $(FILES) $(PEERS)
 	for name in layers keras_layers retention patching export hooks loading; do $(BIN)/python benchmarks/$$name.py || exit 1; done
-	$(BIN)/python benchmarks/faults.py --models 8
+	$(BIN)/python benchmarks/faults.py --models 16
 
 # Three to six hours on two cores; goes on where it was left.
 zoo: $(FILES) build/zoo

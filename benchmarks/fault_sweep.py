@@ -1,7 +1,8 @@
-"""Whether the verifier passes the file of model after model, and finds a fault in a random layer of it.
+"""Whether the verifier passes the file of model after model, and finds the faults that `planted` puts into it.
 
-A fault that is not found is held against the correct file: where no layer moves by more than 1e-5 of its scale, it is
-without effect. A model that cannot be exported is named with the reason.
+A correct file is verified with other seeds too, and on inputs a hundred times as large. A fault in weights or rows
+that is not found is held against the correct file: where on valid inputs no output and no layer moves by more than
+1e-5 of its scale, it is without effect. A model that cannot be exported is named with the reason.
 """
 
 import itertools
@@ -9,7 +10,7 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,17 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import numpy_helper
+from fault_subjects import KERAS as OWN_KERAS
+from fault_subjects import TORCH as OWN_TORCH
+from fault_subjects import Subject, keras_subject, noise, torch_subject
+from planted import CLASSES
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import normswap
-from normswap.errors import VerificationError
+from normswap import Inputs
+from normswap.errors import NormswapError, VerificationError
 from normswap.verification.file import read_model
 from normswap.verification.runtime import session
 from normswap.verification.verdict import TOLERANCE
@@ -47,34 +51,37 @@ KERAS = (
 LEAST = {"InceptionV3": 75, "Xception": 71, "visformer_tiny": 224, "levit_128s": 224}
 """Side of the images for those that do not take `SIDE`."""
 
-Change = Callable[[onnx.ModelProto, random.Random], str | None]
-"""Puts a fault into a file and returns which tensor or node has it, or None if the file has nothing of the kind."""
-
 
 @dataclass
 class Row:
-    """One model as one target: the largest difference of its correct file, what was found in the others, and why not.
+    """One model as one target: the largest difference of its correct file, and what came of each fault.
 
-    ``missed`` are faults with effect that passed, ``without_effect`` those that had none. ``problem`` says why there
-    is no file, or why a correct one failed.
+    ``faults`` are class, name and place, and ``caught``, ``MISSED`` or ``without effect``. ``alarms`` say on which
+    inputs the correct file failed, ``problem`` why there is none.
     """
 
     name: str
     target: str
     max_rel: float = float("nan")
-    false_alarm: bool = False
-    caught: int = 0
-    missed: list[str] = field(default_factory=list)
-    without_effect: list[str] = field(default_factory=list)
+    alarms: list[str] = field(default_factory=list)
+    faults: list[tuple[str, str, str]] = field(default_factory=list)
     problem: str = ""
     seconds: float = 0.0
 
+    def count(self, outcome: str, kind: str | None = None) -> int:
+        """Return how many faults came out as ``outcome``, of one class or of all."""
+        return sum(found == outcome and kind in (None, own) for own, _, found in self.faults)
+
+
+CAUGHT, MISSED, IDLE = "caught", "MISSED", "without effect"
+
 
 def listed() -> list[str]:
-    """Return the sweep's models, those of both frameworks in turn."""
+    """Return the sweep's models: our own, then those of others, of both frameworks in turn."""
+    own = [*(f"torch:{name}" for name in OWN_TORCH), *(f"ours:{name}" for name in OWN_KERAS)]
     third = max(1, len(TIMM) // len(KERAS))
     parts = [[f"keras:{k}", *(f"timm:{t}" for t in TIMM[i * third : (i + 1) * third])] for i, k in enumerate(KERAS)]
-    return [*itertools.chain(*parts), *(f"timm:{t}" for t in TIMM[len(KERAS) * third :])]
+    return [*own, *itertools.chain(*parts), *(f"timm:{t}" for t in TIMM[len(KERAS) * third :])]
 
 
 def sweep(names: Iterable[str], results: Path | None) -> Iterator[Row]:
@@ -96,17 +103,17 @@ def sweep(names: Iterable[str], results: Path | None) -> Iterator[Row]:
 def examine(name: str) -> list[Row]:
     """Build a model and go through every target and fault; each fault's place is drawn anew, and the same every run."""
     rows = []
-    framework, _, own = name.partition(":")
+    family, _, own = name.partition(":")
     try:
-        model, x = BUILDERS[framework](own)
+        subject = BUILDERS[family](own)
     except Exception as error:
         return [Row(name, "-", problem=f"not built: {type(error).__name__}: {error}"[:300])]
     for target in TARGETS:
         row, start = Row(name, target), time.perf_counter()
         report = None
         try:
-            report = normswap.patch(model, target, example=x)
-            inject(model, x, row)
+            report = normswap.patch(subject.model, target, example=subject.draw(np.random.default_rng(1)))
+            inject(subject, row)
         except Exception as error:
             row.problem = f"{type(error).__name__}: {error}"[:300]
         finally:
@@ -117,87 +124,86 @@ def examine(name: str) -> list[Row]:
     return rows
 
 
-def inject(model: Any, x: Any, row: Row) -> None:
+def inject(subject: Subject, row: Row) -> None:
     """Verify the correct file of a model, and the file with each fault."""
-    rng = random.Random(f"{row.name} {row.target}")
+    rng, example = random.Random(f"{row.name} {row.target}"), subject.draw(np.random.default_rng(1))
     with tempfile.TemporaryDirectory() as folder:
         good, bad = Path(folder) / "good.onnx", Path(folder) / "bad.onnx"
         try:
-            verdict = normswap.to_onnx(model, good, example=x).verdict
-            row.max_rel = verdict.max_rel if verdict is not None else row.max_rel
+            written = normswap.to_onnx(subject.model, good, example=example, dynamic_size=subject.dynamic)
+            row.max_rel = written.verdict.max_rel if written.verdict is not None else row.max_rel
         except VerificationError as error:
-            row.false_alarm, row.problem = True, str(error)
+            row.alarms, row.problem = ["export"], str(error)
             return
-        for name, change in CHANGES.items():
-            proto = onnx.load(good)
-            where = change(proto, rng)
-            if where is None:
-                continue
-            onnx.save(proto, bad)
-            if not normswap.verify(model, bad):
-                row.caught += 1
-            elif effect(good, bad) > TOLERANCE:
-                row.missed.append(f"{name}: {where}")
-            else:
-                row.without_effect.append(f"{name}: {where}")
+        row.alarms = [how for how, inputs in elsewhere(subject).items() if not normswap.verify(
+            subject.model, good, example=example, **inputs)]  # fmt: skip
+        names = [value.name for value in read_model(good).inputs]
+        feed = dict(zip(names, example.arrays.values(), strict=True))
+        for kind, changes in CLASSES.items():
+            for name, change in changes.items():
+                proto = onnx.load(good)
+                where = change(proto, rng, feed)
+                if where is None:
+                    continue
+                onnx.save(proto, bad)
+                outcome = CAUGHT
+                if passes(subject.model, bad, example):
+                    outcome = MISSED if differs(kind, good, bad, subject, feed) else IDLE
+                row.faults.append((kind, f"{name}: {where}", outcome))
 
 
-def effect(good: Path, bad: Path) -> float:
-    """Return the largest difference of two files in any layer the verifier knows, relative to its scale."""
-    file = read_model(good)
+def passes(model: Any, path: Path, example: Inputs) -> bool:
+    """Return whether a file is verified; one that is refused is not."""
+    try:
+        return bool(normswap.verify(model, path, example=example))
+    except NormswapError:
+        return False
+
+
+def elsewhere(subject: Subject) -> dict[str, dict[str, Any]]:
+    """Return on what else a correct file is verified: other seeds, and inputs of one's own, small and large."""
+    rng = np.random.default_rng(2)
+
+    def times(factor: float) -> Inputs:
+        return subject.draw(rng).map(lambda x: x * np.float32(factor) if x.dtype == np.float32 else x)
+
+    found: dict[str, dict[str, Any]] = {f"seed {seed}": {"seed": seed} for seed in (1, 2)}
+    return found | {f"data x{factor:g}": {"data": [times(factor) for _ in range(3)]} for factor in (0.1, 1, 10, 100)}
+
+
+def differs(kind: str, good: Path, bad: Path, subject: Subject, feed: Mapping[str, Any]) -> bool:
+    """Return whether a fault can be observed: by what the file says of itself, or by what it computes."""
+    if kind in ("outputs", "sizes"):
+        first, second = (read_model(path).proto.graph for path in (good, bad))
+        if [*first.input, *first.output] != [*second.input, *second.output]:
+            return True
+    return effect(good, bad, subject, feed) > TOLERANCE
+
+
+def effect(good: Path, bad: Path, subject: Subject, feed: Mapping[str, Any]) -> float:
+    """Return the largest difference of two files relative to scale, in any output and in any layer they tell of.
+
+    They are run on other inputs that the model takes, and with every row of a table in turn.
+    """
+    file, rng = read_model(good), np.random.default_rng(3)
     names = sorted({*file.metadata["sites"].values(), *(value.name for value in file.proto.graph.output)})
-    entry = file.inputs[0]
-    sizes = [size.dim_value or 2 for size in entry.type.tensor_type.shape.dim]
-    feed = {entry.name: np.random.default_rng(0).standard_normal(sizes, np.float32)}
-    found = [session(read_model(path).with_outputs(names), optimised=False).run(names, feed) for path in (good, bad)]
-    return max(float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-30)) for a, b in zip(*found, strict=True))
+    feeds = [dict(zip(feed, subject.draw(rng).arrays.values(), strict=True)) for _ in range(2)]
+    for name, rows in subject.rows.items():
+        numbers = np.arange(-(-rows // feed[name].size) * feed[name].size).reshape(-1, *feed[name].shape) % rows
+        feeds += [{**feed, name: each.astype(feed[name].dtype)} for each in numbers]
+    runners = [session(read_model(path).with_outputs(names), optimised=False) for path in (good, bad)]
+    largest = 0.0
+    for each in feeds:
+        found = [runner.run(names, each) for runner in runners]
+        for a, b in zip(*found, strict=True):
+            apart = (
+                np.abs(a.astype(np.float64) - b.astype(np.float64)).max(initial=0.0) if a.shape == b.shape else np.inf
+            )
+            largest = max(largest, float(apart / max(np.abs(a).max(initial=0.0), 1e-30)))
+    return largest
 
 
-def change(draw: Callable[[Any, random.Random], Any], *endings: str) -> Change:
-    """Return a fault that puts ``draw`` of it in the place of a random float tensor, of a name that ends like one."""
-
-    def apply(proto: onnx.ModelProto, rng: random.Random) -> str | None:
-        tensors = [t for t in proto.graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
-        tensors = [t for t in tensors if t.name.endswith(endings) and numpy_helper.to_array(t).any()]
-        if not tensors:
-            return None
-        tensor = rng.choice(tensors)
-        array = draw(numpy_helper.to_array(tensor).copy(), rng)
-        tensor.CopyFrom(numpy_helper.from_array(array.astype(np.float32), tensor.name))
-        return str(tensor.name)
-
-    return apply
-
-
-def nan_somewhere(array: Any, rng: random.Random) -> Any:
-    """Make one value NaN."""
-    array.flat[rng.randrange(array.size)] = np.nan
-    return array
-
-
-def eps_a_hundredfold(proto: onnx.ModelProto, rng: random.Random) -> str | None:
-    """Raise ε of one norm that has it as an attribute or within a constant, by the 9.9e-4 that a hundredfold is."""
-    nodes = [node for node in proto.graph.node if node.op_type == "InstanceNormalization"]
-    if not nodes:
-        return change(lambda array, _: array + 9.9e-4, "/var_of_batch", "/eps")(proto, rng)
-    node = rng.choice(nodes)
-    for attribute in node.attribute:
-        if attribute.name == "epsilon":
-            attribute.f += 9.9e-4
-    return str(node.name)
-
-
-WEIGHTS = ("weight", "kernel", "/gamma")
-CHANGES: dict[str, Change] = {
-    "weight x1.01": change(lambda array, _: array * 1.01, *WEIGHTS),
-    "weight in float16": change(lambda array, _: array.astype(np.float16), *WEIGHTS),
-    "running variance x0.99": change(lambda array, _: array * 0.99, "/var_of_batch", "/var"),
-    "ε + 9.9e-4": eps_a_hundredfold,
-    "NaN": change(nan_somewhere, *WEIGHTS, "/beta", "bias"),
-}
-
-
-def build_timm(name: str) -> tuple[nn.Module, Tensor]:
+def build_timm(name: str) -> Subject:
     """Return a network with random weights, γ and β, its running statistics those of the batches it was given."""
     import timm
 
@@ -212,10 +218,10 @@ def build_timm(name: str) -> tuple[nn.Module, Tensor]:
                 module.bias.data.normal_(0, 0.1)
     with torch.no_grad():
         model.train()(torch.randn(16, 3, side, side))
-    return model.eval(), torch.randn(2, 3, side, side)
+    return Subject(model.eval(), noise(2, 3, side, side))
 
 
-def build_keras(name: str) -> tuple[Any, None]:
+def build_keras(name: str) -> Subject:
     """Return the same in Keras."""
     import keras
 
@@ -230,32 +236,42 @@ def build_keras(name: str) -> tuple[Any, None]:
                 layer.gamma.assign(rng.uniform(0.5, 1.5, layer.gamma.shape))
             layer.beta.assign(rng.normal(0, 0.1, layer.beta.shape))
     model(rng.normal(size=(16, side, side, 3)).astype("float32"), training=True)
-    return model, None
+    return Subject(model, noise(2, side, side, 3))
 
 
-BUILDERS: dict[str, Callable[[str], tuple[Any, Any]]] = {"timm": build_timm, "keras": build_keras}
+BUILDERS: dict[str, Callable[[str], Subject]] = {
+    "timm": build_timm,
+    "keras": build_keras,
+    "torch": torch_subject,
+    "ours": keras_subject,
+}
 
 
 def report(rows: Iterable[Row], count: int) -> None:
-    """Print each row as it comes, and what came of all."""
+    """Print each row as it comes, and what came of all, by target and by class of faults."""
     seen: list[Row] = []
     for row in rows:
         seen.append(row)
         number = len({each.name for each in seen})
-        figures = f"{row.max_rel:.1e}  {'FALSE ALARM' if row.false_alarm else 'passes'}, {row.caught} caught"
-        notes = [f"MISSED {what}" for what in row.missed] + [f"without effect: {what}" for what in row.without_effect]
+        alarms = f"FALSE ALARM on {', '.join(row.alarms)}" if row.alarms else "passes"
+        notes = [f"{outcome} {where}" for _, where, outcome in row.faults if outcome != CAUGHT]
+        figures = f"{row.max_rel:.1e}  {alarms}, {row.count(CAUGHT)} caught"
         said = "; ".join([figures if row.max_rel == row.max_rel else "no file", *notes, *filter(None, [row.problem])])
         print(f"{number:3}/{count} {row.name:28} {row.target:4} {row.seconds:6.1f} s  {said}", flush=True)
-    found = Table("target", "files", "false alarms", "largest difference", "faults", "caught", "missed", "no effect")
+    files = [row for row in seen if row.max_rel == row.max_rel or row.alarms]
+    found = Table("target", "files", "false alarms", "largest difference")
     for target in TARGETS:
-        own = [row for row in seen if row.target == target and row.max_rel == row.max_rel]
-        missed, idle = (sum(len(getattr(row, kind)) for row in own) for kind in ("missed", "without_effect"))
-        caught = sum(row.caught for row in own)
-        worst = max((row.max_rel for row in own), default=0.0)
-        alarms = sum(row.false_alarm for row in own)
-        figures = len(own), alarms, f"{worst:.1e}", caught + missed + idle, caught, missed, idle
-        found.add_row(target, *map(str, figures))
-    Console(width=110).print(found)
+        own = [row for row in files if row.target == target]
+        worst = max((row.max_rel for row in own if row.max_rel == row.max_rel), default=0.0)
+        found.add_row(target, str(len(own)), str(sum(bool(row.alarms) for row in own)), f"{worst:.1e}")
+    console = Console(width=110)
+    console.print(found)
+    found = Table("faults in", "planted", "caught", "missed", "no effect")
+    for kind in (*CLASSES, None):
+        counts = [sum(row.count(outcome, kind) for row in files) for outcome in (CAUGHT, MISSED, IDLE)]
+        found.add_row(kind or "all", *map(str, (sum(counts), *counts)))
+    console.print(found)
     for row in seen:
-        if row.max_rel != row.max_rel:
+        if row not in files:
             print(f"no file: {row.name} {row.target}: {row.problem}")
+    print(f"{sum(row.seconds for row in seen) / 60:.1f} minutes")

@@ -5,7 +5,7 @@ model.
 
     python benchmarks/faults.py                                 # the table
     python benchmarks/faults.py --models 53 [--results FILE]    # and the sweep; FILE lets it go on where it was left
-    python benchmarks/faults.py timm:resnet18 keras:MobileNet   # the sweep of the models named
+    python benchmarks/faults.py timm:resnet18 ours:tokens       # the sweep of the models named
 """
 
 import argparse
@@ -94,7 +94,8 @@ CRITERIA = {"normswap": ours, "torch": torchs, "optimum": optimums, "timm": timm
 
 def resnet18(target: str) -> tuple[nn.Module, Tensor]:
     """Return a patched ResNet-18, its Switchable Normalizations with gates as different as training leaves them."""
-    model, x = build_timm("resnet18")
+    subject = build_timm("resnet18")
+    model, x = subject.model, torch.from_numpy(subject.draw(np.random.default_rng(0)).args[0])
     normswap.patch(model, target, example=x)
     generator = torch.Generator().manual_seed(1)
     for norm in of_kind(model, "mean_weight"):
@@ -160,7 +161,7 @@ RENORM_FAULTS: dict[str, Callable[[Any], Any]] = {
 def main() -> None:
     """Print the table, the sweep or both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="timm:NAME or keras:NAME")
+    parser.add_argument("names", nargs="*", help="timm:NAME or keras:NAME, torch:NAME or ours:NAME of fault_subjects")
     parser.add_argument("--models", type=int, default=0, help="how many of the sweep's own list")
     parser.add_argument("--results", type=Path, help="JSON lines, one for each model")
     arguments = parser.parse_args()

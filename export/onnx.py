@@ -148,6 +148,7 @@ def to_onnx(
             for name, form in forms.items():
                 facts.setdefault(name.partition("#")[0], {})["form"] = form
             stored = {"framework": framework_of(model), "norms": facts, "sites": traced.sites, **(metadata or {})}
+            stored["inputs"] = dict(zip(traced.inputs, map(shape_of, traced.model.graph.inputs), strict=True))
             _clean(traced.model, stored, opset)
             if half:
                 to_half(traced.model, forms)

@@ -63,8 +63,8 @@ class Framework(Protocol):
     def input_shapes(self, model: Any) -> list[tuple[int | None, ...]] | None:
         """Return the shape of each input without the batch, None for a model that does not tell."""
 
-    def tables(self, model: Any) -> dict[str, tuple[Any, int]]:
-        """Return every layer that looks up rows by whole numbers, such as an embedding, with how many rows it has."""
+    def tables(self, model: Any) -> dict[str, tuple[Any, Any]]:
+        """Return every layer that looks up rows by whole numbers, such as an embedding, with the rows, (R, ...)."""
 
     def zeros(self, model: Any, shape: tuple[int, ...]) -> Any:
         """Return two samples of zeros of ``shape``, or as many as the model was traced for."""

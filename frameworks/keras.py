@@ -257,10 +257,10 @@ def input_shapes(model: Any) -> list[tuple[int | None, ...]] | None:
     return None if not inputs else [tuple(tensor.shape[1:]) for tensor in inputs]
 
 
-def tables(model: keras.Layer) -> dict[str, tuple[keras.Layer, int]]:
-    """Return every embedding with its number of rows."""
+def tables(model: keras.Layer) -> dict[str, tuple[keras.Layer, Any]]:
+    """Return every embedding with its rows."""
     kind = keras.layers.Embedding
-    return {n: (layer, layer.input_dim) for n, layer in weighted_layers(model).items() if isinstance(layer, kind)}
+    return {n: (layer, layer.embeddings) for n, layer in weighted_layers(model).items() if isinstance(layer, kind)}
 
 
 def zeros(model: keras.Layer, shape: tuple[int, ...]) -> Array:

@@ -210,10 +210,10 @@ def input_shapes(model: nn.Module) -> list[tuple[int | None, ...]] | None:
     return None
 
 
-def tables(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
-    """Return every embedding with its number of rows."""
+def tables(model: nn.Module) -> dict[str, tuple[nn.Module, Tensor]]:
+    """Return every embedding with its rows."""
     kinds = (nn.Embedding, nn.EmbeddingBag)
-    return {n: (module, module.num_embeddings) for n, module in model.named_modules() if isinstance(module, kinds)}
+    return {name: (module, module.weight) for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def zeros(model: nn.Module, shape: tuple[int, ...]) -> Tensor:

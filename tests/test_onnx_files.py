@@ -16,6 +16,7 @@ from normswap.errors import InputError, MissingDependencyError, UnsupportedError
 from normswap.verification.file import newest_versions, read_model
 from normswap.verification.inference import open_onnx
 from normswap.verification.runtime import chosen_providers, session
+from normswap.verification.sizes import changed
 
 from .helpers import exactly
 from .onnx_models import WEIGHT, external, refused, scores
@@ -128,6 +129,11 @@ class TestWholeFiles:
         with pytest.raises(InputError) as caught:
             _ = read_model(path).sites
         assert str(caught.value) == f"expected layers by name in the metadata of {path}, received sites=3"
+        proto.metadata_props.add(key="normswap.inputs", value='{"x": 3}')
+        path.write_bytes(proto.SerializeToString())
+        with pytest.raises(InputError) as caught:
+            changed(read_model(path))
+        assert str(caught.value) == f"expected sizes by input in the metadata of {path}, received inputs={{'x': 3}}"
         with pytest.raises(InputError) as caught:
             open_onnx(path)
         assert str(caught.value) == (

@@ -5,7 +5,7 @@ file leaves them free. What the user has shown, as an example or as data, is amo
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,6 +19,7 @@ from ..frameworks.contract import Framework
 from ..frameworks.detect import get_framework
 from ..frameworks.example import Inputs
 from .drawn import AROUND, NOISE, SHOWN, Drawn, Input, parts, repeated
+from .rows import marks
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
@@ -37,8 +38,17 @@ SAMPLES = 16384
 SAME = 1e-5
 """Largest difference, relative to scale, of two runs that are taken for the same: threads may round otherwise."""
 
-ROUNDINGS = 4
-"""Ways to round the model's weights by which, on a miss, the error that float32 owes to the model is judged."""
+FEW = 64
+"""Number of values below which the framework's own error in them is the largest of several draws.
+
+The rounding of one number is one draw, and may be none by chance, where the next is the size of all that cancels in it.
+"""
+
+DRAWS, NEAR = 8, 1e-3
+"""How many, and the deviation of what the inputs are multiplied by in each, about one.
+
+In each the weights of the float64 copy are rounded another way too, as those that a file has folded are.
+"""
 
 COVERING = 32
 """Most samples that are run for no more than to reach every row of a table, such as an embedding's."""
@@ -50,8 +60,8 @@ class Batch:
 
     ``scale`` is what standard normal inputs were multiplied by, None for others, of which ``origin`` says where they
     are from. What is ``spare`` need not be right where the model itself is not determined in float32. ``exact`` are
-    outputs and layers in float64, ``rounded`` how far rounding the model's weights moves these, None where they were
-    not asked for yet.
+    outputs and layers in float64, ``errors`` the largest of float32 in those of few values; None where they were not
+    asked for yet.
     """
 
     scale: float | None
@@ -59,9 +69,9 @@ class Batch:
     outputs: Arrays
     layers: Arrays
     exact: tuple[Arrays, Arrays] | None = None
+    errors: tuple[Errors, Errors] | None = None
     origin: str = "data"
     spare: bool = False
-    rounded: tuple[Errors, Errors] | None = None
 
     @property
     def inputs(self) -> str:
@@ -84,15 +94,35 @@ class Reference:
     """A model's own answers, batch by batch; ``problems`` say why a model cannot serve as a reference.
 
     ``coverage`` has for each table that indices choose from, such as an embedding, how many of its rows they reached,
-    and how many it has.
+    and how many it has; ``rows`` the `marks` of all of them.
     """
 
     batches: list[Batch]
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     double: Callable[[Arrays], tuple[Arrays, Arrays]] | None = None
-    roundings: Callable[[Arrays], Iterator[tuple[Arrays, Arrays]]] | None = None
     coverage: dict[str, tuple[int, int]] = field(default_factory=dict)
+    rows: Arrays = field(default_factory=dict)
+    near: Callable[[Arrays, int], tuple[tuple[Arrays, Arrays], tuple[Arrays, Arrays]]] | None = None
+
+    def errors(self, batch: Batch) -> tuple[Errors, Errors]:
+        """Return the framework's largest error in each output and layer of few values, on inputs about a batch's."""
+        if batch.errors is None:
+            batch.errors = ({}, {})
+            rng = np.random.default_rng(0)
+            if self.near is None or not any(self.exact(batch)):
+                return batch.errors
+            for seed in range(DRAWS):
+                arrays = {name: _near(array, rng) for name, array in batch.arrays.items()}
+                try:
+                    both = zip(batch.errors, *self.near(arrays, seed), strict=True)
+                except Exception:  # of a model that takes no numbers but those
+                    break
+                for errors, narrow, wide in both:
+                    for name in (name for name in narrow if narrow[name].size < FEW and name in wide):
+                        apart = np.abs(narrow[name].astype(np.float64) - wide[name]).max(initial=0.0)
+                        errors[name] = max(errors.get(name, 0.0), float(np.nan_to_num(apart)))
+        return batch.errors
 
     def exact(self, batch: Batch) -> tuple[Arrays, Arrays]:
         """Return outputs and layers of a batch in float64, computed on first use; nothing where there is no copy."""
@@ -104,18 +134,6 @@ class Reference:
                 except Exception as error:
                     self.notes.append(f"no float64 reference: {_first_line(error)}")
         return batch.exact
-
-    def rounded(self, batch: Batch) -> tuple[Errors, Errors]:
-        """Return how far rounding the weights moves the outputs and layers of a batch, computed on first use."""
-        if batch.rounded is None:
-            batch.rounded = ({}, {})
-            if self.roundings is not None and any(self.exact(batch)):
-                for answer in self.roundings(batch.arrays):
-                    for errors, found, exact in zip(batch.rounded, answer, self.exact(batch), strict=True):
-                        for name in (name for name in found if name in exact):
-                            error = float(np.abs(found[name] - exact[name]).max(initial=0.0))
-                            errors[name] = max(errors.get(name, 0.0), error)
-        return batch.rounded
 
 
 def collect(
@@ -156,7 +174,7 @@ def collect(
         taken = ", ".join(map(str, inputs))
         reference.problems.append(f"the model does not accept the file's inputs ({taken}): {_first_line(error)}")
     reference.batches.sort(key=lambda batch: batch.origin != "drawn")  # the small ones first
-    reference.coverage = collecting.tables.coverage
+    reference.coverage, reference.rows = collecting.tables.coverage, collecting.tables.rows
     return reference
 
 
@@ -165,8 +183,10 @@ class _Tables:
 
     def __init__(self, framework: Framework, model: Any) -> None:
         self.framework = framework
-        self.layers = framework.tables(model)
-        self.reached = {name: np.zeros(rows, np.bool_) for name, (_, rows) in self.layers.items()}
+        found = framework.tables(model)
+        self.layers = {name: layer for name, (layer, _) in found.items()}
+        self.rows = {name: marks(framework.to_numpy(rows)) for name, (_, rows) in found.items()}
+        self.reached = {name: np.zeros(len(rows), np.bool_) for name, rows in self.rows.items()}
         self.looked_up: list[tuple[Array, int]] = []
 
     def watching(self) -> Any:
@@ -174,7 +194,7 @@ class _Tables:
         self.looked_up.clear()
         if not self.layers:
             return nullcontext()
-        return self.framework.watching({name: layer for name, (layer, _) in self.layers.items()}, self._see)
+        return self.framework.watching(self.layers, self._see)
 
     def _see(self, name: str, indices: Any, _: Any) -> None:
         found = np.asarray(self.framework.to_numpy(indices)).astype(np.int64)
@@ -197,21 +217,23 @@ class _Collecting:
         self.tables = _Tables(self.framework, model)
         self.how, self.takes = NOISE, False  # how inputs are drawn now, and whether the model took some
         twin = cache(lambda: self.framework.in_double(model))
-        self.reference = Reference(
-            [],
-            double=lambda arrays: self._record(_wide(arrays), twin()),
-            roundings=lambda arrays: self._rounded(_wide(arrays), twin()),
+        self.reference = Reference([], double=lambda arrays: self._record(_wide(arrays), twin()))
+        self.reference.near = lambda arrays, seed: (
+            self._record(arrays, self.model),
+            self._rounded(arrays, twin(), seed),
         )
 
     def _record(self, arrays: Arrays, model: Any) -> tuple[Arrays, Arrays]:
         outputs, layers = self.framework.record(model, self.template.filled(list(arrays.values())))
         return outputs, {name: samples(layer) for name, layer in layers.items()}
 
-    def _rounded(self, arrays: Arrays, twin: Any) -> Iterator[tuple[Arrays, Arrays]]:
+    def _rounded(self, arrays: Arrays, twin: Any, seed: int) -> tuple[Arrays, Arrays]:
+        """Return what the float64 copy computes with its weights rounded, in one of many ways."""
         back = self.framework.snapshot(twin)
-        for seed in range(ROUNDINGS):
+        try:
             self.framework.round_weights(twin, seed)
-            yield self._record(arrays, twin)
+            return self._record(_wide(arrays), twin)
+        finally:
             back()
 
     def run(self, arrays: Arrays) -> tuple[Arrays, Arrays]:
@@ -313,6 +335,13 @@ class _Collecting:
 
 def _wide(arrays: Arrays) -> Arrays:
     return {name: array.astype(np.float64) if array.dtype == np.float32 else array for name, array in arrays.items()}
+
+
+def _near(array: Array, rng: np.random.Generator) -> Array:
+    """Return inputs whose floats are multiplied by about one each, which moves no whole number, and no zero."""
+    if array.dtype != np.float32:
+        return array
+    return np.asarray(array * (1 + np.float32(NEAR) * rng.standard_normal(array.shape, np.float32)))
 
 
 def samples(array: Array) -> Array:

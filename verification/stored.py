@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import InputError, spoken
 from ..sources.files import require_file, staged
-from .reference import Arrays, Batch, Errors, Reference
+from .reference import FEW, Arrays, Batch, Errors, Reference
 
 FORMAT = 1
 
@@ -27,12 +27,14 @@ def save_reference(reference: Reference, path: Path, *, overwrite: bool = False)
         if number == 0:
             kinds |= {"layers": batch.layers, "exact_layers": layers}
         told: dict[str, Any] = {"scale": batch.scale, "origin": batch.origin, "spare": batch.spare}
-        told["rounded"] = list(reference.rounded(batch))
+        if any(array.size < FEW for array in batch.outputs.values()):
+            told["errors"] = reference.errors(batch)
         for kind, arrays in kinds.items():
             told[kind] = list(arrays)
             stored |= {f"{number}.{kind}.{index}": array for index, array in enumerate(arrays.values())}
         batches.append(told)
     index = json.dumps({"format": FORMAT, "notes": reference.notes, "coverage": reference.coverage, "batches": batches})
+    stored |= {f"rows.{name}": rows for name, rows in reference.rows.items()}
     with staged(path, overwrite=overwrite) as temporary, temporary.open("wb") as file:
         np.savez(file, **{"index": np.array(index), **stored})  # type: ignore[arg-type]
 
@@ -54,7 +56,9 @@ def load_reference(path: Path) -> Reference:
             if len({(*b.arrays, "", *b.outputs) for b in batches}) != 1:
                 raise ValueError("batches of different inputs or outputs")
             coverage = {str(name): (int(a), int(b)) for name, (a, b) in index.get("coverage", {}).items()}
-            return Reference(batches, notes=[str(note) for note in index["notes"]], coverage=coverage)
+            notes = [str(note) for note in index["notes"]]
+            rows = {name: arrays[f"rows.{name}"] for name in coverage if f"rows.{name}" in arrays}
+            return Reference(batches, notes=notes, coverage=coverage, rows=rows)
     except KeyError as error:
         reason = f"no {str(error.args[0]).split()[0]} in it"
     except Exception as error:
@@ -74,10 +78,6 @@ def _batch(stored: Any, number: int, told: dict[str, Any]) -> Batch:
     exact = (read("exact_outputs"), read("exact_layers"))
     scale = None if scale is None else float(scale)
     spare = bool(told.get("spare", scale not in (None, 1.0)))
-    of_outputs, of_layers = (_errors(errors) for errors in told.get("rounded", ({}, {})))
+    errors: list[Errors] = [{str(k): float(v) for k, v in each.items()} for each in told.get("errors", ({}, {}))]
     origin = str(told.get("origin", "data"))
-    return Batch(scale, inputs, outputs, read("layers"), exact, origin, spare, (of_outputs, of_layers))
-
-
-def _errors(told: dict[str, Any]) -> Errors:
-    return {str(name): float(error) for name, error in told.items()}
+    return Batch(scale, inputs, outputs, read("layers"), exact, (errors[0], errors[1]), origin, spare)

@@ -164,27 +164,25 @@ def excused(own: float, ratio: float) -> bool:
     return own >= INEXACT and ratio <= ERRORS and ratio * own <= MOST
 
 
-def compare(found: Array, expected: Array, exact: Array | None = None, rounded: float = 0.0) -> dict[str, Any]:
+def compare(found: Array, expected: Array, exact: Array | None = None, error: float = 0.0) -> dict[str, Any]:
     """Return the figures of a `Check`: how far an array is from the framework's, and both from float64.
 
-    The framework's error is taken as at least ``rounded``, what rounding the weights does to the answer: a file rounds
-    folded ones anew, and the error of one run may be small by chance where an output has a few values.
+    ``error`` is one of the framework's own that is known besides.
     """
     if found.shape != expected.shape:
         return {"max_abs": float("inf"), "max_rel": float("inf"), "finite": False}
     finite = bool(np.isfinite(found).all() and np.isfinite(expected).all())
     found, expected = found.astype(np.float64), expected.astype(np.float64)
     scale = scale_of(expected) if finite else 1.0
-    difference = apart(found, expected) if finite else float("inf")
+    difference = _apart(found, expected) if finite else float("inf")
     figures: dict[str, Any] = {"max_abs": difference, "max_rel": difference / scale, "finite": finite}
     if exact is not None and exact.shape == expected.shape and finite:
-        own = max(apart(expected, exact), rounded) / scale
-        figures |= {"own": own, "ratio": apart(found, exact) / scale / max(own, _NOISE)}
+        own = max(_apart(expected, exact), error) / scale
+        figures |= {"own": own, "ratio": _apart(found, exact) / scale / max(own, _NOISE)}
     return figures
 
 
-def apart(first: Array, second: Array) -> float:
-    """Return the largest difference."""
+def _apart(first: Array, second: Array) -> float:
     return float(np.abs(first - second).max(initial=0.0))
 
 

@@ -4,8 +4,7 @@ The file is run in onnxruntime with graph optimisation off and on, at several ba
 they are free, heights and widths, on random inputs and on data where given. An output passes if it is finite and
 differs from the framework's by at most 1e-5 of its largest value; bounds relative to the output's scale hold for
 any input scale, where absolute ones fail correct models. On a miss a float64 copy of the model is asked whether the
-model is ill-conditioned on that input: there, ten times the framework's own float32 error is allowed, or of what
-rounding the model's weights does.
+model is ill-conditioned on that input: there, ten times the framework's own float32 error is allowed.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,8 +25,10 @@ from ..frameworks.several import texts
 from .drawn import Input
 from .evaluator import evaluate, first_infinite
 from .file import OnnxFile, read_model
-from .reference import BATCH_SIZES, Arrays, Batch, Reference, collect, samples
+from .reference import BATCH_SIZES, FEW, Arrays, Batch, Reference, collect, samples
+from .rows import row_problems
 from .runtime import chosen_providers, session
+from .sizes import changed, contradictions
 from .stored import load_reference
 from .stored import save_reference as save
 from .verdict import (
@@ -224,6 +225,11 @@ class _Runs:
 def _judge(runs: _Runs, reference: Reference) -> Verdict:
     if problems := reference.problems or _output_problems(runs, reference.batches[0]):
         return Verdict((), tuple(problems), notes=(*reference.notes, *runs.notes), coverage=reference.coverage)
+    problems = [
+        *changed(runs.file),
+        *row_problems(runs.file, reference.rows, HALF_LAYER if runs.file.half else TOLERANCE),
+    ]
+    values = [*runs.file.inputs, *runs.file.proto.graph.output]
     checks: list[Check] = []
     ran: list[Batch] = []
     failed: list[Batch] = []
@@ -236,6 +242,8 @@ def _judge(runs: _Runs, reference: Reference) -> Verdict:
             shapes = ", ".join(str(array.shape) for array in batch.arrays.values())
             problems.append(f"onnxruntime fails on inputs of shape {shapes}, which the model takes: {error}")
             continue
+        if not problems:
+            problems += contradictions(values, {**batch.arrays, **next(iter(found.values()))})
         new = [c for how, out in found.items() for c in _checks(out, batch, reference, how, half=runs.file.half)]
         if not all(check.passed for check in new) and (own := _undetermined(batch, reference)):
             reference.notes.append(
@@ -245,20 +253,20 @@ def _judge(runs: _Runs, reference: Reference) -> Verdict:
         checks += new
         ran.append(batch)
         failed += [] if all(check.passed for check in new) else [batch]
-    values: Arrays = {}
+    inside: Arrays = {}
     if runs.file.half and ran:
         try:
-            values = evaluate(runs.file, runs.feed(ran[0]))
-            checks += _checks(values, ran[0], reference, ("onnx.reference", "off"), half=True)
+            inside = evaluate(runs.file, runs.feed(ran[0]))
+            checks += _checks(inside, ran[0], reference, ("onnx.reference", "off"), half=True)
         except Exception as error:
             problems.append(f"onnx.reference fails, which shows what overflows in float16: {error}")
     elif failed and not all(check.finite for check in checks):
-        values = runs.every_value(failed[0])
+        inside = runs.every_value(failed[0])
     suspect = next(iter(failed or ran), None)
     bound = HALF_LAYER if runs.file.half else TOLERANCE if failed else LAYER
     diverging = suspect and _first_diverging(runs, reference, suspect, bound)
     diverging = diverging or next((check.output for check in checks if not check.passed), None)
-    infinite = None if all(check.finite for check in checks) else first_infinite(runs.file, values)
+    infinite = None if all(check.finite for check in checks) else first_infinite(runs.file, inside)
     notes = (*reference.notes, *runs.notes)
     return Verdict(tuple(checks), tuple(problems), diverging, notes, infinite, reference.coverage)
 
@@ -288,18 +296,17 @@ def _checks(
     for name, expected in batch.outputs.items():
         figures = compare(found[name], expected)
         if figures["finite"] and figures["max_rel"] > tolerance and not half:
-            figures = _beside_exact(found[name], expected, batch, reference, 0, name)
+            figures = _inexact(found[name], expected, reference, batch, name, 0)
         yield Check(name, batch.size, batch.inputs, *how, tolerance=tolerance, **figures)
 
 
-def _beside_exact(
-    found: Array, expected: Array, batch: Batch, reference: Reference, kind: int, name: str
-) -> dict[str, Any]:
-    """Return the figures with the errors against float64 of an output, or of a layer for the ``kind`` 1."""
+def _inexact(found: Array, expected: Array, reference: Reference, batch: Batch, name: str, kind: int) -> dict[str, Any]:
+    """Return how far an output (``kind`` 0) or layer (1) that missed is from float64, beside the framework's own."""
     exact = reference.exact(batch)[kind].get(name)
     figures = compare(found, expected, exact)
-    if figures["max_rel"] <= MOST and "own" in figures and not excused(figures["own"], figures["ratio"]):
-        figures = compare(found, expected, exact, reference.rounded(batch)[kind].get(name, 0.0))
+    near = "own" in figures and figures["max_rel"] <= MOST and not excused(figures["own"], figures["ratio"])
+    if near and expected.size < FEW:
+        figures = compare(found, expected, exact, reference.errors(batch)[kind].get(name, 0.0))
     return figures
 
 
@@ -315,7 +322,7 @@ def _first_diverging(runs: _Runs, reference: Reference, batch: Batch, tolerance:
         own, expected = samples(found[name]), batch.layers[name]
         figures = compare(own, expected)
         if figures["finite"] and figures["max_rel"] > tolerance and not runs.file.half:
-            figures = _beside_exact(own, expected, batch, reference, 1, name)
+            figures = _inexact(own, expected, reference, batch, name, 1)
         if not figures["finite"] or (figures["max_rel"] > tolerance and figures.get("ratio", np.inf) > ERRORS):
             return name
     return None
