@@ -57,6 +57,9 @@ class Framework(Protocol):
     def input_shapes(self, model: Any) -> list[tuple[int | None, ...]] | None:
         """Return the shape of each input without the batch, None for a model that does not tell."""
 
+    def input_types(self, model: Any) -> list[str] | None:
+        """Return the type of each input, such as "float32" or "string", None for a model that does not tell."""
+
     def tables(self, model: Any) -> dict[str, tuple[Any, int]]:
         """Return every layer that looks up rows by whole numbers, such as an embedding, with how many rows it has."""
 

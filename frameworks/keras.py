@@ -248,10 +248,22 @@ def input_shapes(model: Any) -> list[tuple[int | None, ...]] | None:
     return None if not inputs else [tuple(tensor.shape[1:]) for tensor in inputs]
 
 
+def input_types(model: Any) -> list[str] | None:
+    """Return the type of each input of ``model``, or None where the model does not know."""
+    inputs = getattr(model, "inputs", None)
+    return None if not inputs else [str(tensor.dtype) for tensor in inputs]
+
+
 def tables(model: keras.Layer) -> dict[str, tuple[keras.Layer, int]]:
-    """Return every embedding with its number of rows."""
-    kind = keras.layers.Embedding
-    return {n: (layer, layer.input_dim) for n, layer in weighted_layers(model).items() if isinstance(layer, kind)}
+    """Return every embedding with its number of rows, and every encoding of categories with how many there are."""
+    found: dict[str, tuple[keras.Layer, int]] = {}
+    seen: set[int] = set()
+    for path, layer in named_layers(model):
+        if isinstance(layer, keras.layers.Embedding | keras.layers.CategoryEncoding) and id(layer) not in seen:
+            rows = layer.input_dim if isinstance(layer, keras.layers.Embedding) else layer.num_tokens
+            found[path] = (layer, int(rows))
+            seen.add(id(layer))
+    return found
 
 
 def zeros(model: keras.Layer, shape: tuple[int, ...]) -> Array:

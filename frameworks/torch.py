@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedError
@@ -36,7 +37,7 @@ def call(model: nn.Module, example: Any) -> Any:
 
     def tensor(value: Any) -> Any:
         value = taken_by(model, value) if isinstance(value, np.ndarray) else value
-        if isinstance(value, Tensor) and value.dtype in (torch.float64, torch.float16):
+        if isinstance(value, Tensor) and value.dtype in (torch.float64, torch.float16, torch.bfloat16):
             value = value.to(float_type(model))  # which NumPy or an image reader has chosen
         return value.to(device) if isinstance(value, Tensor) else value
 
@@ -163,11 +164,33 @@ def record(model: nn.Module, example: Inputs) -> tuple[Arrays, Arrays]:
     device = next((parameter.device for parameter in model.parameters()), None)
     tensors = [torch.as_tensor(array).to(device) for array in example.arrays.values()]
     probe = Probe(model, example)
-    with inference(probe, compiled=False):
+    exact = _double() if float_type(model) == torch.float64 else nullcontext()
+    with inference(probe, compiled=False), exact:
         values = [value.cpu().numpy() for value in probe(*tensors)]
     split = len(probe.output_names)
     outputs = dict(zip(probe.output_names, values[:split], strict=True))
     return outputs, dict(zip(probe.site_names, values[split:], strict=True))
+
+
+class _Double(TorchFunctionMode):
+    """Computes in float64 where code asks for float32 by name, as for what it reads as bytes."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        wide = [torch.float64 if value is torch.float32 else value for value in args]
+        named = {name: torch.float64 if value is torch.float32 else value for name, value in (kwargs or {}).items()}
+        return (Tensor.double if function is Tensor.float else function)(*wide, **named)
+
+
+@contextmanager
+def _double() -> Iterator[None]:
+    """Let code that makes floats make them in float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Double():
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def input_names(model: nn.Module, example: Inputs) -> list[str]:
@@ -198,6 +221,11 @@ def ordered(model: nn.Module, example: Inputs) -> Inputs:
 
 def input_shapes(model: nn.Module) -> list[tuple[int | None, ...]] | None:
     """Return what the model says of its input shapes, which for a torch module is nothing (see `sources`)."""
+    return None
+
+
+def input_types(model: nn.Module) -> list[str] | None:
+    """Return what the model says of the types of its inputs, which for a torch module is nothing."""
     return None
 
 

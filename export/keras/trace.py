@@ -16,7 +16,9 @@ from ...frameworks.keras import (
     Specs,
     distinct_layers,
     inference,
+    input_types,
     is_mixed,
+    layer_name,
     named_layers,
     named_outputs,
     opened,
@@ -65,12 +67,13 @@ def trace(model: Any, example: Inputs, *, opset: int, dynamic: bool = False) -> 
     Transpose that nothing uses, which cleaning takes away.
 
     Raises `InputError` if the shapes do not fit the model, `UnsupportedError` if the model is not built, runs on
-    JAX, keeps states, has no open size for ``dynamic`` or uses an operation that ONNX lacks, and
+    JAX, takes text, has no open size for ``dynamic`` or uses an operation that ONNX lacks, and
     `MissingDependencyError`.
     """
     converter = _converter()
-    _require_stateless(model)
     inputs = Interface(model, example)
+    if texts := [name for name, (_, dtype) in inputs.specs.items() if dtype == "string"]:
+        raise UnsupportedError(_unreadable(texts))
     shapes = [shape for shape, _ in inputs.specs.values()]
     open_sizes = _open_sizes(model, inputs.names, shapes, dynamic=dynamic)
     stand_ins = StandIns(model)
@@ -119,13 +122,39 @@ def trace(model: Any, example: Inputs, *, opset: int, dynamic: bool = False) -> 
     return Traced(converted, inputs.names, names, found_sites, norms, explained(inputs.names, shapes, fixed))
 
 
-def dtype_problem(model: Any) -> str | None:
-    """Return why ``model``'s number format cannot be exported, or None; a mixed policy's weights are float32."""
+def refusal(model: Any) -> str | None:
+    """Return why ``model`` cannot be exported, whatever it is called with, or None.
+
+    A layer goes on from the last call or has a table of words, as no file does, or the model reads text, or computes in
+    other numbers than float32; a mixed policy's weights are float32.
+    """
     for path, layer in named_layers(model):
         for dtype in (layer.variable_dtype, layer.compute_dtype):
             if dtype in {"float64", "float16", "bfloat16"} and not is_mixed(layer):
-                return f"{dtype} in layer {path!r}: rebuild the model with the dtype policy float32"
-    return None
+                return (
+                    f"expected float32 weights, received {dtype} in layer {path!r}: rebuild the model with the dtype "
+                    "policy float32"
+                )
+        if isinstance(layer, keras.layers.RNN) and layer.stateful:
+            return (
+                f"expected layers that start anew with every call, as a file does, received {path} with "
+                "stateful=True; build it with stateful=False"
+            )
+        if isinstance(layer, _LOOKUPS):
+            return (
+                f"expected layers that compute with numbers, received {path}, a {type(layer).__name__} with a table "
+                "that no ONNX file has; look up before the model, and export one of the layers behind it"
+            )
+    kinds = enumerate(input_types(model) or [])
+    texts = [layer_name(model.inputs[index]) for index, kind in kinds if kind == "string"]
+    return _unreadable(texts) if texts else None
+
+
+_LOOKUPS = (keras.layers.StringLookup, keras.layers.IntegerLookup, keras.layers.TextVectorization)
+
+
+def _unreadable(texts: Sequence[str]) -> str:
+    return f"expected inputs of numbers, received {', '.join(texts)} of text; export the model behind what reads it"
 
 
 def notes(model: Any) -> list[str]:
@@ -184,16 +213,6 @@ def _open_sizes(model: Any, names: Sequence[str], shapes: Sequence[tuple[int, ..
         for axis in (axis for axis, size in enumerate(shape, 1) if size is None):
             sizes[index, axis] = label_of(names[index], axis)
     return sizes
-
-
-def _require_stateless(model: Any) -> None:
-    """Raise `UnsupportedError` for a layer that goes on from the last call, as no file does."""
-    for path, layer in named_layers(model):
-        if isinstance(layer, keras.layers.RNN) and layer.stateful:
-            raise UnsupportedError(
-                f"expected layers that start anew with every call, as a file does, received {path} with "
-                "stateful=True; build it with stateful=False"
-            )
 
 
 def _converter() -> _Converter:

@@ -67,13 +67,13 @@ def trace(model: nn.Module, example: Inputs, *, opset: int, dynamic: bool = Fals
     return Traced(converted, inputs, probe.output_names, sites, norms, notes)
 
 
-def dtype_problem(model: nn.Module) -> str | None:
-    """Return why the model's dtype cannot be exported, or None."""
+def refusal(model: nn.Module) -> str | None:
+    """Return why the model cannot be exported, whatever it is called with, or None: for its weights' dtype."""
     dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()}
     if any(p.is_meta for p in model.parameters()):
-        return "its weights are on the meta device: load them first"
+        return "expected float32 weights, received its weights are on the meta device: load them first"
     if others := sorted(dtypes - {"float32"}):
-        return f"weights of dtype {', '.join(others)}: convert with model.float()"
+        return f"expected float32 weights, received weights of dtype {', '.join(others)}: convert with model.float()"
     return None
 
 
