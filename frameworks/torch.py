@@ -178,7 +178,8 @@ class _Double(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         wide = [torch.float64 if value is torch.float32 else value for value in args]
         named = {name: torch.float64 if value is torch.float32 else value for name, value in (kwargs or {}).items()}
-        return (Tensor.double if function is Tensor.float else function)(*wide, **named)
+        run: Callable[..., Any] = Tensor.double if function is Tensor.float else function
+        return run(*wide, **named)
 
 
 @contextmanager
