@@ -1,5 +1,6 @@
 """The errors normswap raises on purpose, each with the exit code the command line gives it."""
 
+import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,9 +83,18 @@ def option(name: str, value: Any = True) -> str:
     return spoken(command, f"{name}={value!r}")
 
 
+def said(error: BaseException) -> str:
+    """Return what another library's error says, without colours; Keras has it in bold within an account of the call."""
+    text = str(error)
+    _, _, bold = text.partition("\x1b[1m")
+    return _COLOURS.sub("", " ".join(bold.partition("\x1b[0m")[0].split()) or text).strip()
+
+
 EXIT_MISSING = MissingDependencyError.exit_code
 EXIT_IO = 7
 EXIT_INTERRUPTED = 130
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 _EXTRAS = {
     "PIL": "data",

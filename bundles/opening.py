@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..data.dataset import open_data
+from ..data.dataset import Data, open_data
+from ..data.named import NamedInputs
 from ..data.preprocessing import Preprocessing, preprocessing_of
 from ..errors import InputError, UnsupportedError, UsageError, named, option
 from ..frameworks.detect import framework_of, get_framework
@@ -113,21 +114,32 @@ class Opened:
         else:
             self.example = None if shape is None else get_framework(self.model).zeros(self.model, shape)
 
-    def require_preprocessing(self) -> Preprocessing:
-        """Return how images become the model's input; raises `InputError` if the shape of one is not known."""
+    def require_preprocessing(self, otherwise: str = "models of other inputs are trained in Python") -> Preprocessing:
+        """Return how images become the model's input; raises `InputError` if the shape of one is not known.
+
+        ``otherwise`` is what to do with a model that takes no images.
+        """
         if self.preprocessing is None:
-            raise InputError(f"expected the shape of one image, received none: give {named('input_shape')}")
+            shape = f"expected the shape of one image, received none: give {named('input_shape')}"
+            raise InputError(f"{shape}; {otherwise}")
         return self.preprocessing
 
-    def shown(self, spec: str) -> list[Any]:
-        """Return batches of what ``spec`` names: 16 images, or the named arrays of an ``.npz`` for other models.
+    def unlabelled(self, spec: str) -> Data | NamedInputs:
+        """Return what ``spec`` names without labels: images, or the named arrays of an ``.npz`` for other models.
 
         Arrays are read as the example is, where that is a file or the model is not known to take images.
         """
         if Path(spec).suffix == ".npz" and (self.options.example is not None or self.preprocessing is None):
-            return [read_inputs(Path(spec))]
-        images = open_data(spec, self.require_preprocessing(), labelled=False)
-        return [images.batch(images.sample(16))[0]]
+            inputs = read_inputs(Path(spec))
+            if self.options.example is not None or inputs.args or inputs.kwargs.keys() != {"x", "y"}:  # images' own
+                return NamedInputs(inputs)
+        named_arrays = "models of other inputs read an .npz of named arrays"
+        return open_data(spec, self.require_preprocessing(named_arrays), labelled=False)
+
+    def shown(self, spec: str) -> list[Any]:
+        """Return batches of what ``spec`` names: 16 images, or all named arrays of an ``.npz`` for other models."""
+        data = self.unlabelled(spec)
+        return [data.batch(data.sample(16) if isinstance(data, Data) else range(len(data)))[0]]
 
     def copy(self) -> Any:
         """Return another model with the same weights, for the one to be patched and the other to stay.

@@ -46,9 +46,9 @@ _TO = "What BatchNorms become; bn: other norms become BatchNorms, with --calibra
 @click.option("--include", multiple=True, metavar="PATTERN", help="Replace only these: a glob, or re:REGEX.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave these alone: a glob, or re:REGEX.")
 @click.option("--recipe", type=Path, help="Rules by name, depth or stage, or the output of --dry-run --json.")
-@click.option("--data", metavar="DATA", help="Measure the drift on 16 images; labels are not used.")
-@click.option("--calibrate", metavar="DATA", help="Re-solve layers, or fit --to bn, on images; labels are not used.")
-@click.option("--calibration-size", default=256, show_default=True, callback=positive, help="Images --calibrate uses.")
+@click.option("--data", metavar="DATA", help="Measure the drift on 16 images, or inputs of an .npz.")
+@click.option("--calibrate", metavar="DATA", help="Re-solve layers, or fit --to bn, on images, or inputs of an .npz.")
+@click.option("--calibration-size", default=256, show_default=True, callback=positive, help="Inputs --calibrate uses.")
 @click.option(
     "--equalize",
     type=click.Choice(["full", "scale"]),
@@ -91,6 +91,7 @@ def patch(
       normswap patch net.py:build --weights net.pth --to sn --input-shape 3,32,32 -o net-sn
       normswap patch face.hdf5 --to brn -o face-brn --dry-run
       normswap patch net-gn-tuned --to bn --calibrate images -o net-bn
+      normswap patch net.py:bert --to gn --example tokens.npz --calibrate more.npz -o bert-gn
     """
     from ..bundles.manifest import require_replaceable
     from ..convert.recipe import Recipe
@@ -141,7 +142,12 @@ def patch(
             every=every,
             weights=patched_weights,
         )
-        show(as_json, _told(report.plan, output, report.recipe) | figures, text, next_of_bundle(output, known.trust))
+        show(
+            as_json,
+            _told(report.plan, output, report.recipe) | figures,
+            text,
+            next_of_bundle(output, known.trust, known.example),
+        )
         return
     original = None if opened.bundle or patched_weights else opened.copy()
     report = patchers.patch(opened.model, wanted, **selection)
@@ -247,12 +253,13 @@ def _again(model: str, target: str | None) -> str:
 
 
 def _next(output: Path, known: "ModelOptions") -> list[str]:
-    """Return what a bundle is for: to be trained, and to become a file."""
+    """Return what a bundle is for: to be trained where it takes images, and to become a file."""
     trust = ["--trust"] if known.trust else []
-    example: list[str | Path] = [] if known.example is None else ["--example", known.example]
+    if known.example is not None:  # of a model that may take no images, which are what `finetune` reads
+        return [command("export", output, *trust, "--example", known.example, "-o", f"{output}.onnx")]
     return [
         command("finetune", output, "--data", "DATA", *trust, "-o", f"{output}-tuned"),
-        command("export", output, *trust, *example, "-o", f"{output}.onnx"),
+        command("export", output, *trust, "-o", f"{output}.onnx"),
     ]
 
 
@@ -262,19 +269,16 @@ def _first(left: dict[str, str]) -> str:
 
 
 def _calibrate(opened: "Opened", original: Any, spec: str, count: int, refit: bool) -> "Residuals":
-    from ..data.dataset import open_data
     from ..finetune.calibration.calibrate import calibrate, sample
 
-    data = open_data(spec, opened.require_preprocessing(), labelled=False)
-    batches = sample(data, count)
+    batches = sample(opened.unlabelled(spec), count)
     with progress("calibrating", len(batches)) as advance:
         return calibrate(opened.model, original, batches, refit=refit, advance=advance)
 
 
 def _drift(opened: "Opened", original: Any, names: list[str], spec: str) -> list[dict[str, Any]]:
-    from ..data.dataset import open_data
     from ..patchers.measured_drift import drift_between
 
-    data = open_data(spec, opened.require_preprocessing(), labelled=False)
+    data = opened.unlabelled(spec)
     chosen = data.sample(len(data))[-16:]  # the last that --calibrate would take
     return [vars(found) for found in drift_between(opened.model, original, names, data.batch(chosen)[0])]

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from ..bundles.opening import Opened
     from ..convert.recipe import Recipe, Rules
     from ..convert.targets import Target
-    from ..data.dataset import Data
 
 ASIDE = 16
 """Images kept to measure the drift on, or a quarter of all if there are few."""
@@ -56,7 +55,7 @@ def patch_back(
     if opened.bundle is not None:
         report.recipe = report.recipe.after(opened.bundle.recipe)
     if data is not None:
-        found = _open(opened, data)
+        found = opened.unlabelled(data)
         aside = found.batch(found.sample(len(found))[-ASIDE:])[0]
     drops = [vars(drop) for drop in getattr(report, "drops", ())]
     drift = [] if aside is None else [vars(each) for each in report.drift(aside)]
@@ -66,32 +65,29 @@ def patch_back(
     return report, told, plan_table(title, report.plan.decisions, drift, drops=drops, every=every)
 
 
-def next_of_bundle(output: Path, trust: bool) -> list[str]:
-    """Return what such a bundle is for: to be evaluated, and to become a file without norms."""
+def next_of_bundle(output: Path, trust: bool, example: Path | None = None) -> list[str]:
+    """Return what such a bundle is for: to be evaluated where it takes images, and to become a file without norms."""
     trusted = ["--trust"] if trust else []
+    if example is not None:
+        return [command("export", output, *trusted, "--example", example, "-o", f"{output}.onnx")]
     return [
         command("evaluate", output, "--data", "DATA", *trusted),
         command("export", output, *trusted, "-o", f"{output}.onnx"),
     ]
 
 
-def _open(opened: "Opened", spec: str) -> "Data":
-    from ..data.dataset import open_data
-
-    return open_data(spec, opened.require_preprocessing(), labelled=False)
-
-
 def _images(opened: "Opened", spec: str | None, count: int) -> tuple[list[Any] | None, Any]:
     """Return batches of images to fit to and others to judge by, None without DATA; warns if there are few."""
     if spec is None:
         return None, None
-    data = _open(opened, spec)
+    data = opened.unlabelled(spec)
     order = data.sample(len(data))
     aside = order[len(order) - min(ASIDE, len(order) // 4) :]
     taken = order[: min(count, len(order) - len(aside))]
     if len(taken) < count:
         warnings.warn(
-            f"expected {count} images to fit BatchNorms to, received {len(taken)} beside {len(aside)} to judge them by",
+            f"expected {count} {data.what} to fit BatchNorms to, received {len(taken)} beside {len(aside)} to judge "
+            "them by",
             NormswapWarning,
             stacklevel=2,
         )

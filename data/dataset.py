@@ -42,6 +42,8 @@ class Data:
     ``classes`` names the labels, or is None where they are plain integers.
     """
 
+    what = "images"
+
     def __init__(self, images: _Images, preprocessing: Preprocessing, classes: Sequence[str] | None = None) -> None:
         self._images, self.preprocessing = images, preprocessing
         self.classes = None if classes is None else list(classes)

@@ -17,8 +17,8 @@ class Tracer(Protocol):
         The batch is left open, with ``dynamic`` the sizes behind it that can be, too; notes say what the model fixes.
         """
 
-    def dtype_problem(self, model: Any) -> str | None:
-        """Return why the model's number format cannot be exported, or None."""
+    def refusal(self, model: Any) -> str | None:
+        """Return why the model cannot be exported, whatever it is called with, or None."""
 
     def notes(self, model: Any) -> list[str]:
         """Return what is to be known of a file made from ``model``."""

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
+from ..frameworks.names import unique
+
 Sizes = Sequence[int | None]
 Open = Mapping[tuple[int, int], str]
 """The names of open sizes, by the number of the input and the axis."""
@@ -47,6 +49,19 @@ def traced_sizes(shapes: Sequence[Sequence[int]], open_sizes: Open) -> list[tupl
         (larger, *shape[1:]) if (index, 0) in open_sizes and shape[0] == 1 else tuple(shape)
         for index, shape in enumerate(shapes)
     ]
+
+
+def apart(open_sizes: Open) -> Open:
+    """Return the sizes with a name of its own for each but the first of those that share one.
+
+    Sizes that are equal in an example by chance are told apart so: nodes and edges, or time and samples.
+    """
+    names: set[str] = set()
+    found: dict[tuple[int, int], str] = {}
+    for place, name in open_sizes.items():
+        found[place] = unique(name, names)
+        names.add(found[place])
+    return found
 
 
 def closed(graph: ir.Graph, open_sizes: Open) -> list[tuple[int, int]]:

@@ -36,16 +36,21 @@ def settle(graph: ir.Graph, inputs: Sequence[str], outputs: Sequence[str]) -> No
 
 
 def part(graph: ir.Graph) -> None:
-    """Let every output be a value of its own: one that is an output already, an input or a constant is copied."""
-    own: set[int] = set()
-    for index, value in enumerate(graph.outputs):
-        if id(value) in own or value.is_graph_input() or value.is_initializer():
-            node = ir.node("Identity", [value])
-            copy = node.outputs[0]
-            copy.name, copy.shape, copy.type = None, value.shape, value.type
-            graph.append(node)
-            graph.outputs[index] = copy
-        own.add(id(graph.outputs[index]))
+    """Let every output be a value of its own: one that is an output already, an input or a constant is copied.
+
+    So it is within nodes, whose graphs may return what is outside of them too.
+    """
+    for each in (graph, *graph.subgraphs()):
+        own: set[int] = set()
+        for index, value in enumerate(each.outputs):
+            node = value.producer()
+            if id(value) in own or node is None or node.graph is not each:
+                copied = ir.node("Identity", [value])
+                copy = copied.outputs[0]
+                copy.name, copy.shape, copy.type = None, value.shape, value.type
+                each.append(copied)
+                each.outputs[index] = copy
+            own.add(id(each.outputs[index]))
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:

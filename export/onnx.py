@@ -17,9 +17,10 @@ from onnxscript import version_converter
 from .. import __version__
 from ..errors import InputError, UnsupportedError, VerificationError, spoken
 from ..frameworks.detect import framework_of, get_framework
-from ..frameworks.example import Inputs
+from ..frameworks.example import Inputs, to_array
 from ..frameworks.names import unique
 from ..sources.files import staged
+from ..verification.reference import drawn_example
 from ..verification.verdict import TOLERANCE, Verdict
 from ..verification.verify import verify
 from .contract import tracer_of
@@ -135,8 +136,8 @@ def to_onnx(
     if not 0 <= prune_gates < 1 / 3:
         raise InputError(f"expected `prune_gates` from 0 to below 1/3, received prune_gates={prune_gates}")
     tracer = tracer_of(model)
-    if problem := tracer.dtype_problem(model):
-        raise UnsupportedError(f"expected float32 weights, received {problem}")
+    if problem := tracer.refusal(model):
+        raise UnsupportedError(problem)
     inputs = _inputs(model, example)
     notes = tracer.notes(model)
     with staged(path, overwrite=overwrite) as temporary, _pruned(model, inputs, prune_gates, notes):
@@ -175,15 +176,14 @@ def to_onnx(
 
 
 def _inputs(model: Any, example: Any) -> Inputs:
-    """Return the inputs to trace with; noise of the model's own shapes if there is no example."""
+    """Return the inputs to trace with; drawn for what the model says of them if there is no example."""
     if example is not None:
-        return get_framework(model).ordered(model, Inputs.of(example)).map(_array)
-    shapes = get_framework(model).input_shapes(model)
-    if shapes is None or any(size is None for shape in shapes for size in shape):
-        wanted = spoken("--input-shape", "an example input")
+        return get_framework(model).ordered(model, Inputs.of(example)).map(to_array)
+    found = drawn_example(model)
+    if found is None:
+        wanted = spoken("--input-shape, or --example,", "an example input")
         raise InputError(f"expected {wanted} to export, received {spoken('none', f'example={example}')}")
-    rng = np.random.default_rng(0)
-    return Inputs(*(rng.standard_normal((2, *(size or 1 for size in shape)), np.float32) for shape in shapes))
+    return found
 
 
 def _curable(verdict: Verdict, traced: Traced, forms: Mapping[str, Form]) -> bool:
@@ -197,14 +197,6 @@ def _curable(verdict: Verdict, traced: Traced, forms: Mapping[str, Form]) -> boo
         if site == verdict.first_diverging:
             break
     return roundings and any(name in plain for name in until)
-
-
-def _array(value: Any) -> Array:
-    """Return an array of an example."""
-    if hasattr(value, "detach"):  # NumPy has no bfloat16
-        value = value.detach().cpu()
-        value = (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()
-    return np.asarray(value, order="C")
 
 
 @contextmanager

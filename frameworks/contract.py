@@ -63,8 +63,11 @@ class Framework(Protocol):
     def input_shapes(self, model: Any) -> list[tuple[int | None, ...]] | None:
         """Return the shape of each input without the batch, None for a model that does not tell."""
 
-    def tables(self, model: Any) -> dict[str, tuple[Any, Any]]:
-        """Return every layer that looks up rows by whole numbers, such as an embedding, with the rows, (R, ...)."""
+    def input_types(self, model: Any) -> list[str] | None:
+        """Return the type of each input, such as "float32" or "string", None for a model that does not tell."""
+
+    def tables(self, model: Any) -> dict[str, tuple[Any, int, Any]]:
+        """Return every layer that looks up rows by whole numbers, how many, and these (R, ...) or None."""
 
     def zeros(self, model: Any, shape: tuple[int, ...]) -> Any:
         """Return two samples of zeros of ``shape``, or as many as the model was traced for."""

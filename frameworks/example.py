@@ -3,6 +3,9 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 Place = tuple[str | int, ...]
 
 
@@ -45,6 +48,16 @@ class Inputs:
     def __len__(self) -> int:
         return len(self.arrays)
 
+    @property
+    def samples(self) -> int | None:
+        """How many samples all arrays with dimensions have first, None where they differ: a graph's nodes and edges."""
+        counts = {int(array.shape[0]) for array in self.arrays.values() if len(array.shape)}
+        return counts.pop() if len(counts) == 1 else None
+
+    def taken(self, rows: Any) -> "Inputs":
+        """Return the same arguments of some samples alone; a number has none."""
+        return self.map(lambda array: array[rows] if len(array.shape) else array)
+
     def map(self, function: Callable[[Any], Any]) -> "Inputs":
         """Return the same arguments with ``function`` of every tensor and array in its place."""
         args = [_mapped(value, function) for value in self.args]  # first, since order counts
@@ -63,6 +76,14 @@ class Inputs:
 
     def __repr__(self) -> str:
         return f"Inputs({', '.join([*map(repr, self.args), *(f'{k}={v!r}' for k, v in self.kwargs.items())])})"
+
+
+def to_array(value: Any) -> NDArray[Any]:
+    """Return a tensor or array of any library as NumPy's, which has no bfloat16."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()
+    return np.asarray(value, order="C")
 
 
 def is_array(value: Any) -> bool:

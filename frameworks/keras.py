@@ -257,10 +257,25 @@ def input_shapes(model: Any) -> list[tuple[int | None, ...]] | None:
     return None if not inputs else [tuple(tensor.shape[1:]) for tensor in inputs]
 
 
-def tables(model: keras.Layer) -> dict[str, tuple[keras.Layer, Any]]:
-    """Return every embedding with its rows."""
-    kind = keras.layers.Embedding
-    return {n: (layer, layer.embeddings) for n, layer in weighted_layers(model).items() if isinstance(layer, kind)}
+def input_types(model: Any) -> list[str] | None:
+    """Return the type of each input of ``model``, or None where the model does not know."""
+    inputs = getattr(model, "inputs", None)
+    return None if not inputs else [str(tensor.dtype) for tensor in inputs]
+
+
+def tables(model: keras.Layer) -> dict[str, tuple[keras.Layer, int, Any]]:
+    """Return every embedding with its rows, and every encoding of categories, how many there are."""
+    found: dict[str, tuple[keras.Layer, int, Any]] = {}
+    seen: set[int] = set()
+    for path, layer in named_layers(model):
+        if id(layer) in seen:
+            continue
+        if isinstance(layer, keras.layers.Embedding):
+            found[path] = layer, int(layer.input_dim), layer.embeddings
+        elif isinstance(layer, keras.layers.CategoryEncoding):
+            found[path] = layer, int(layer.num_tokens), None
+        seen.add(id(layer))
+    return found
 
 
 def zeros(model: keras.Layer, shape: tuple[int, ...]) -> Array:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedError
@@ -36,7 +37,7 @@ def call(model: nn.Module, example: Any) -> Any:
 
     def tensor(value: Any) -> Any:
         value = taken_by(model, value) if isinstance(value, np.ndarray) else value
-        if isinstance(value, Tensor) and value.dtype in (torch.float64, torch.float16):
+        if isinstance(value, Tensor) and value.dtype in (torch.float64, torch.float16, torch.bfloat16):
             value = value.to(float_type(model))  # which NumPy or an image reader has chosen
         return value.to(device) if isinstance(value, Tensor) else value
 
@@ -172,11 +173,34 @@ def record(model: nn.Module, example: Inputs) -> tuple[Arrays, Arrays]:
     device = next((parameter.device for parameter in model.parameters()), None)
     tensors = [torch.as_tensor(array).to(device) for array in example.arrays.values()]
     probe = Probe(model, example)
-    with inference(probe, compiled=False):
+    exact = _double() if float_type(model) == torch.float64 else nullcontext()
+    with inference(probe, compiled=False), exact:
         values = [value.cpu().numpy() for value in probe(*tensors)]
     split = len(probe.output_names)
     outputs = dict(zip(probe.output_names, values[:split], strict=True))
     return outputs, dict(zip(probe.site_names, values[split:], strict=True))
+
+
+class _Double(TorchFunctionMode):
+    """Computes in float64 where code asks for float32 by name, as for what it reads as bytes."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        wide = [torch.float64 if value is torch.float32 else value for value in args]
+        named = {name: torch.float64 if value is torch.float32 else value for name, value in (kwargs or {}).items()}
+        run: Callable[..., Any] = Tensor.double if function is Tensor.float else function
+        return run(*wide, **named)
+
+
+@contextmanager
+def _double() -> Iterator[None]:
+    """Let code that makes floats make them in float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Double():
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def input_names(model: nn.Module, example: Inputs) -> list[str]:
@@ -210,10 +234,16 @@ def input_shapes(model: nn.Module) -> list[tuple[int | None, ...]] | None:
     return None
 
 
-def tables(model: nn.Module) -> dict[str, tuple[nn.Module, Tensor]]:
+def input_types(model: nn.Module) -> list[str] | None:
+    """Return what the model says of the types of its inputs, which for a torch module is nothing."""
+    return None
+
+
+def tables(model: nn.Module) -> dict[str, tuple[nn.Module, int, Tensor]]:
     """Return every embedding with its rows."""
     kinds = (nn.Embedding, nn.EmbeddingBag)
-    return {name: (module, module.weight) for name, module in model.named_modules() if isinstance(module, kinds)}
+    found = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    return {name: (module, module.num_embeddings, module.weight) for name, module in found.items()}
 
 
 def zeros(model: nn.Module, shape: tuple[int, ...]) -> Tensor:

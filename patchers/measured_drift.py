@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InputError
+from ..errors import InputError, said
 from ..frameworks.detect import get_framework
 from .contract import patcher_of
 
@@ -89,7 +89,7 @@ def _run(model: Any, example: Any) -> Run:
                 outputs = dict(outputs_of(framework.call(model, example)))
                 return {name: framework.to_numpy(y) for name, y in outputs.items()}
         except Exception as error:
-            message = f"expected an example the model accepts, received one on which it fails: {error}"
+            message = f"expected an example the model accepts, received one on which it fails: {said(error)}"
             raise InputError(message) from error
 
     return run

@@ -32,7 +32,8 @@ def plan(
     """Decide what `patch` would do to every BatchNorm of ``model``, touching nothing.
 
     ``print(plan)`` is a table of the decisions. Each says what the replacement is expected to change (``drift``, a
-    share of the output's root mean square) and whether an exported file is rid of it (``folds``).
+    share of the output's root mean square) and whether an exported file is rid of it (``folds``, None where no example
+    shows it).
 
     Args:
         model: A `torch.nn.Module`, a `torch.export.ExportedProgram` or a Keras 3 model.

@@ -37,7 +37,8 @@ class Site:
     model that reads its running statistics, ``mode_set_by`` code that puts BatchNorms in a mode by their class,
     ``masked_by`` what of the example tells of padding. ``front`` is the name of the linear layer whose output this site
     alone reads, as a dry run saw it, and ``front_biased`` whether that has a bias; "" where ``unequal`` says why there
-    is none.
+    is none. ``goes_in`` tells whether a scale and a shift in its place would go into a linear layer before it in an
+    exported file, and what lies between with them; None where that is not known.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Site:
     front: str = ""
     front_biased: bool = False
     unequal: str = "no example shows what is in front"
+    goes_in: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Decision:
     """What happens to one site: replaced by ``target``, skipped, refused, or done by an earlier patch.
 
     ``drift`` is what a replacement is expected to change of the site's output (see `expected_drift`), None where
-    nothing tells; ``folds`` whether an exported file is rid of it where it follows a linear layer. ``front`` is the
+    nothing tells; ``folds`` whether an exported file is rid of it, None where that is not known. ``front`` is the
     name of the layer in front that takes a scale, and with the ``mode`` "full" a shift, so that the replacement's
     statistics vary little from sample to sample (see `equalize`); "" where no other layer changes.
     """
@@ -83,9 +85,9 @@ class Decision:
         return self.mode == "full" and not self.site.front_biased
 
     @property
-    def folds(self) -> bool:
-        """Whether the target folds into a linear layer before it at export."""
-        return self.target is not None and folds(self.target)
+    def folds(self) -> bool | None:
+        """Whether the target folds into a linear layer before it at export, None where that is not known."""
+        return self.site.goes_in if self.target is not None and folds(self.target) else False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the decision as plain data."""

@@ -27,6 +27,8 @@ WORST = 3
 SUFFERS = 0.4
 """The expected change of a network's output, as a share of its root mean square, from which accuracy suffers."""
 
+_FOLDS = {True: "yes", False: "no", None: "?"}
+
 EXPECTED = "expected change of the layer's output, as a share of its root mean square"
 
 Row = dict[str, Any]
@@ -82,6 +84,9 @@ def plan_table(
         )
     if (together := _together(decisions)) > SUFFERS:
         legend.append(f"together: about {together:.2f}, accuracy may suffer; calibrate, or take fewer groups or sn")
+    if any(decision.folds is None and decision.action == "replace" for decision in decisions):
+        example = spoken("--input-shape or --example", "an example")
+        legend.append(f"folds ?: it does behind a linear layer that it alone reads, which {example} may show")
     if measured:
         legend.append("measured: what it is in the patched model on images, with what the layers before it change")
     if dropped:
@@ -93,7 +98,7 @@ def plan_table(
         row |= {"becomes": _outcome(decision), "drift": decision.drift, "measured": found.get("rms")}
         drop = dropped.get(site.name, {})
         row |= {"drop": drop.get("before"), "after": drop.get("after")}
-        folds = ("yes" if decision.folds else "no") if decision.action == "replace" else ""
+        folds = _FOLDS[decision.folds] if decision.action == "replace" else ""
         front = f"scaled{', new bias' if decision.adds_bias else ''}" if decision.front else ""
         rows.append({**row, "folds": folds, "in front": front, "note": decision.note})
     ends = [

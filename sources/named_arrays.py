@@ -26,7 +26,9 @@ def read_inputs(path: Path) -> Inputs:
         raise InputError(f"expected an .npz of named arrays in {path}, received a file of another kind")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+            arrays = {name: _read(archive, name) for name in archive.files}
+    except InputError as error:
+        raise InputError(f"{error} in {path}; numbers, truth values and one text are read, None is left out") from None
     except Exception as error:  # zipfile's own errors have no class in common
         raise InputError(f"expected an .npz of named arrays in {path}, received a damaged one: {error}") from None
     if not arrays:
@@ -40,6 +42,16 @@ def read_inputs(path: Path) -> Inputs:
         raise InputError(f"expected arr_0, arr_1 and so on in {path}, received {', '.join(positions.values())}")
     by_position = [arguments.pop(positions[index]) for index in sorted(positions)]
     return Inputs(*by_position, **arguments)
+
+
+def _read(archive: Any, name: str) -> Any:
+    """Return an array of numbers; raises `InputError` for one of Python's objects, which may be code."""
+    try:
+        return archive[name]
+    except ValueError as error:
+        if "Object arrays" not in str(error):
+            raise
+        raise InputError(f"expected arrays of numbers, received {name!r} of Python objects") from None
 
 
 def _put(tree: dict[str, Any], way: list[str], value: Any, what: str) -> None:

@@ -157,7 +157,7 @@ class TestExpectedDrift:
 def test_a_decision_as_data():
     """Everything the table shows is in the data, for one that folds, one that does not and one that is left."""
     values = {"bn1": state(8), "bn2": None, "bn3": state(8)}
-    sites = [Site(name, "BatchNorm2d", 8, spatial=(4, 4)) for name in values]
+    sites = [Site(name, "BatchNorm2d", 8, spatial=(4, 4), goes_in=True) for name in values]
     rules = Rules((Rule(SwitchNorm("exact"), "bn1"), Rule(GroupNorm(groups=2), "bn2")))
     rows = [d.to_dict() for d in decide("torch", sites, rules, state_of=values.get).decisions]
 

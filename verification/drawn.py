@@ -20,14 +20,18 @@ from ..errors import InputError
 Array = NDArray[Any]
 Arrays = dict[str, Array]
 
-NOISE, AROUND, SHOWN = range(3)
+NOISE, AROUND, SHOWN, WITHIN = range(4)
 """How far what is drawn is from what was shown: noise in place of floats, floats moved a little, or samples alone.
 
-Where nothing was shown it is noise and zeros and ones, or noise and ones above zero.
+Last, whole numbers are those of samples, but less than the number of samples, which they may be numbers of: edges name
+nodes. Where nothing was shown it is noise and zeros and ones, noise and ones above zero, or noise and zeros.
 """
 
 MOVED = 0.05
 """Standard deviation of what floats are multiplied by, about one; it leaves zeros and signs as they are."""
+
+MOST_STEP = 8
+"""How many numbers are tried of which a model may take multiples alone: a pair has two samples."""
 
 MOST_VALUES = 2**28
 _KINDS = {
@@ -58,11 +62,18 @@ class Input:
         return cls(value.name, np.dtype(_KINDS[kind]), shape)
 
     def as_taken(self, array: Array) -> Array:
-        """Return an array in the input's own type where it has another one of the same kind."""
-        same = np.issubdtype(array.dtype, np.floating) == np.issubdtype(self.dtype, np.floating)
-        integers = np.issubdtype(array.dtype, np.integer) and np.issubdtype(self.dtype, np.integer)
-        kind = integers or (same and np.issubdtype(self.dtype, np.floating))
-        return np.ascontiguousarray(array.astype(self.dtype)) if kind and array.ndim else np.array(array, order="C")
+        """Return an array in the input's own type.
+
+        Raises `InputError` for numbers that it cannot hold, such as a half where the file takes whole ones.
+        """
+        if array.dtype.kind not in "biuf":
+            raise InputError(f"expected numbers for {self}, received an array of {array.dtype}")
+        with np.errstate(invalid="ignore"):
+            taken = array.astype(self.dtype)
+        if self.dtype.kind != "f" and not np.array_equal(taken, array):
+            other = array[taken != array].flat[0]
+            raise InputError(f"expected {self.dtype} for {self}, received {other} of {array.dtype}")
+        return np.array(taken, order="C")
 
     def takes(self, array: Array) -> bool:
         """Return whether an array, or parts of it, have the input's rank and its fixed sizes behind the first."""
@@ -90,6 +101,19 @@ class Drawn:
     def __post_init__(self) -> None:
         self.batch = next((e.shape[0] for e in self.inputs if e.shape and isinstance(e.shape[0], str)), None)
         """The name of the number of samples, None in a file where it is fixed."""
+
+    @property
+    def ways(self) -> tuple[int, ...]:
+        """The ways to draw, from the furthest from what was shown to the nearest."""
+        return (NOISE, AROUND, SHOWN, WITHIN) if self.shown else (NOISE, AROUND, WITHIN)
+
+    @property
+    def steps(self) -> list[int]:
+        """What the model may take multiples of alone: the example's number of samples, or what divides it."""
+        sizes = [shown[e.name].shape[0] for shown in self.shown for e in self.inputs if e.shape[:1] == (self.batch,)]
+        if not self.shown:
+            return list(range(2, MOST_STEP + 1))
+        return sorted({step for size in sizes for step in range(2, size + 1) if size % step == 0})[:MOST_STEP]
 
     @property
     def free(self) -> list[str]:
@@ -157,6 +181,8 @@ class Drawn:
             return self._unseen(entry, shape, scale, how)
         if entry.name in self.rows and how < SHOWN:
             return self._chosen(entry.name, shape).astype(entry.dtype)
+        if how == WITHIN and count and _numbers_of_samples(shown):
+            shown = shown % count
         floats = np.issubdtype(entry.dtype, np.floating)
         if how == NOISE and floats and not _counts(shown):
             return self._noise(shape, scale)
@@ -180,12 +206,12 @@ class Drawn:
         return np.concatenate(rounds)[:count]
 
     def _unseen(self, entry: Input, shape: Sequence[int], scale: float, how: int) -> Array:
-        if np.issubdtype(entry.dtype, np.floating):
-            return self._noise(shape, scale) if how == NOISE else np.abs(self._noise(shape, 1.0)) + np.float32(0.01)
         if entry.name in self.rows and how == NOISE:
             return self._chosen(entry.name, shape).astype(entry.dtype)
+        if np.issubdtype(entry.dtype, np.floating):
+            return self._noise(shape, scale) if how != AROUND else np.abs(self._noise(shape, 1.0)) + np.float32(0.01)
         if how != NOISE:
-            return np.ones(shape, entry.dtype)
+            return np.full(shape, how == AROUND, entry.dtype)
         return self.rng.integers(0, 256 if entry.dtype == np.uint8 else 2, shape).astype(entry.dtype)
 
     def _noise(self, shape: Sequence[int], scale: float) -> Array:
@@ -234,7 +260,13 @@ def _counts(array: Array) -> bool:
     return _whole(array) and (array.ndim < 3 or len(np.unique(array)) == 2)
 
 
+def _numbers_of_samples(array: Array) -> bool:
+    """Whether an array may hold numbers of samples."""
+    return array.dtype.kind in "iu" and array.ndim > 0 and bool((array >= 0).all())
+
+
 def _same_numbers(indices: Array, array: Array) -> bool:
+    """Whether ``indices`` are an array's numbers, floats without what is behind the point."""
     if indices.size != array.size or not array.size or array.dtype == np.bool_ or not np.isfinite(array).all():
         return False
-    return bool((array == np.trunc(array)).all() and (indices.ravel() == array.ravel().astype(np.int64)).all())
+    return bool((indices.ravel() == array.ravel().astype(np.int64)).all())

@@ -5,20 +5,22 @@ file leaves them free. What the user has shown, as an example or as data, is amo
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import cycle
+from itertools import cycle, product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import InputError, spoken
 from ..frameworks.contract import Framework
 from ..frameworks.detect import get_framework
 from ..frameworks.example import Inputs
-from .drawn import AROUND, NOISE, SHOWN, Drawn, Input, parts, repeated
+from .drawn import NOISE, SHOWN, Drawn, Input, parts, repeated
 from .rows import marks
 
 Array = NDArray[Any]
@@ -132,7 +134,8 @@ class Reference:
                 try:
                     batch.exact = self.double(batch.arrays)
                 except Exception as error:
-                    self.notes.append(f"no float64 reference: {_first_line(error)}")
+                    note = f"no float64 reference: {_first_line(error)}"
+                    self.notes += [] if note in self.notes else [note]
         return batch.exact
 
 
@@ -168,14 +171,51 @@ def collect(
             collecting.add(part, "data")
         if not reference.problems:
             collecting.draw(counts, batch_sizes[0])
+        way = "" if drawn.shown else f"; give {_given()}, if those drawn are not what it takes"
         for name in (name for batch in reference.batches for name in batch.infinite):
-            reference.problems = [f"the model's own {name} is not finite"]
+            reference.problems = [f"the model's own {name} is not finite{way}"]
     except Exception as error:
         taken = ", ".join(map(str, inputs))
-        reference.problems.append(f"the model does not accept the file's inputs ({taken}): {_first_line(error)}")
+        way = "" if drawn.shown else f"; give {_given()}, if those drawn are not what it takes"
+        reference.problems.append(f"the model does not accept the file's inputs ({taken}): {_first_line(error)}{way}")
     reference.batches.sort(key=lambda batch: batch.origin != "drawn")  # the small ones first
     reference.coverage, reference.rows = collecting.tables.coverage, collecting.tables.rows
     return reference
+
+
+def drawn_example(model: Any, *, seed: int = 0) -> Inputs | None:
+    """Return two samples of what ``model`` says of its inputs, or more if it takes those, None if it tells too little.
+
+    Whole numbers are within the table that they choose from. Raises `InputError` where the model takes none of what is
+    drawn.
+    """
+    framework = get_framework(model)
+    shapes, types = framework.input_shapes(model), framework.input_types(model)
+    if shapes is None or types is None or any(size is None for shape in shapes for size in shape):
+        return None
+    template = Inputs(*(np.zeros((0, *(size or 0 for size in shape))) for shape in shapes))
+    names = framework.input_names(model, template)
+    kinds = [np.dtype(np.float32 if "float" in kind else kind) for kind in types]
+    inputs = [
+        Input(name, kind, ("batch", *(size or 1 for size in shape)))
+        for name, kind, shape in zip(names, kinds, shapes, strict=True)
+    ]
+    drawn = Drawn(inputs, [], np.random.default_rng(seed))
+    collecting = _Collecting(model, template, drawn)
+    if all(kind.kind == "f" for kind in kinds) and not collecting.tables.layers:
+        return template.filled(list(drawn.draw(2, {}, 1.0, NOISE).values()))
+    problem = ""
+    for count, how in product([2, *(2 * step for step in drawn.steps)], drawn.ways):
+        arrays = drawn.draw(count, {}, 1.0, how)
+        try:
+            collecting.run(arrays)
+        except Exception as error:
+            problem = problem or _first_line(error)
+            continue
+        chosen = drawn.draw(count, {}, 1.0, NOISE) if drawn.rows else arrays
+        return template.filled(list((chosen if collecting.takes(chosen) else arrays).values()))
+    taken = ", ".join(map(str, inputs))
+    raise InputError(f"expected {_given()}, since the model takes no numbers drawn for {taken}: {problem}")
 
 
 class _Tables:
@@ -184,9 +224,9 @@ class _Tables:
     def __init__(self, framework: Framework, model: Any) -> None:
         self.framework = framework
         found = framework.tables(model)
-        self.layers = {name: layer for name, (layer, _) in found.items()}
-        self.rows = {name: marks(framework.to_numpy(rows)) for name, (_, rows) in found.items()}
-        self.reached = {name: np.zeros(len(rows), np.bool_) for name, rows in self.rows.items()}
+        self.layers = {name: layer for name, (layer, _, _) in found.items()}
+        self.rows = {name: marks(framework.to_numpy(rows)) for name, (_, _, rows) in found.items() if rows is not None}
+        self.reached = {name: np.zeros(count, np.bool_) for name, (_, count, _) in found.items()}
         self.looked_up: list[tuple[Array, int]] = []
 
     def watching(self) -> Any:
@@ -215,7 +255,9 @@ class _Collecting:
         self.framework = get_framework(model)
         self.model, self.template, self.drawn = model, template, drawn
         self.tables = _Tables(self.framework, model)
-        self.how, self.takes = NOISE, False  # how inputs are drawn now, and whether the model took some
+        self.how, self.taken = NOISE, False  # how inputs are drawn now, and whether the model took some
+        self.step = 1  # what numbers of samples have to be multiples of
+        self.instead: dict[int, int] = {}  # numbers of samples the model does not take, and those run for them
         twin = cache(lambda: self.framework.in_double(model))
         self.reference = Reference([], double=lambda arrays: self._record(_wide(arrays), twin()))
         self.reference.near = lambda arrays, seed: (
@@ -272,22 +314,30 @@ class _Collecting:
         if self.drawn.free and len(sizes) == 1:
             self.reference.notes.append("one height and width only: of those tried the model takes no second")
         if self.tables.layers and not self.drawn.shown:  # to see which inputs choose rows
-            self._takes(self.drawn.draw(first, sizes[0], 1.0, NOISE))
+            any(self.takes(self.drawn.draw(first, sizes[0], 1.0, how)) for how in self.drawn.ways)
         for count, scale, size in zip(counts, cycle(SCALES), cycle(sizes), strict=False):
             self._draw_batch(count, size, scale)
+        if self.instead:
+            left, run = (", ".join(map(str, sizes)) for sizes in (self.instead.keys(), self.instead.values()))
+            self.reference.notes.append(f"the model takes no inputs of batch {left}: of batch {run} in their place")
         self._cover(sizes[0])
 
     def _draw_batch(self, count: int, size: Mapping[str, int], scale: float) -> None:
         """Add one batch of noise, as long as the model takes that, or else of what is nearer to what was shown."""
         drawn, reference = self.drawn, self.reference
-        for how in range(self.how, (SHOWN if drawn.shown else AROUND) + 1):
-            noise = how == NOISE and drawn.noisy
-            if self.add(drawn.draw(count, size, scale, how), "drawn", scale if noise else None, trying=True):
-                self.how, self.takes = how, True
-                return
-            if noise and self.takes and scale != 1:
-                reference.notes.append(f"inputs x{scale:g} left out: the model itself is not finite there")
-                return
+        steps = [] if drawn.batch is None else [self.step] if self.step > 1 else drawn.steps
+        for step in dict.fromkeys([1, *steps]):
+            for how in (each for each in drawn.ways if each >= self.how):
+                noise = how == NOISE and drawn.noisy
+                arrays = drawn.draw(count * step, size, scale, how)
+                if self.add(arrays, "drawn", scale if noise else None, trying=True):
+                    self.how, self.taken = how, True
+                    if step > 1:
+                        self.step, self.instead[count] = step, count * step
+                    return
+                if noise and self.taken and scale != 1 and self.takes(drawn.draw(count * step, size, 1.0, how)):
+                    reference.notes.append(f"inputs x{scale:g} left out: the model itself is not finite there")
+                    return
         if drawn.shown:
             reference.notes.append(f"inputs of batch {count} like those given left out: the model does not take them")
         else:  # to say why
@@ -296,11 +346,11 @@ class _Collecting:
     def _cover(self, size: Mapping[str, int]) -> None:
         """Reach the rows of tables that were neither shown nor drawn, where a few samples do."""
         drawn = self.drawn
-        for name in [] if self.how == SHOWN or not self.takes else drawn.rows:
-            one = drawn.draw(1, size, 1.0, SHOWN)[name]
+        for name in [] if self.how >= SHOWN or not self.taken else drawn.rows:
+            one = drawn.draw(self.step, size, 1.0, SHOWN)[name]
             per_sample = one.size // max(1, len(one) if one.ndim else 1)
             samples_needed = math.ceil(drawn.left(name) / max(1, per_sample))
-            at_once = samples_needed if drawn.batch is not None else len(one)
+            at_once = math.ceil(samples_needed / self.step) * self.step if drawn.batch is not None else len(one)
             if 0 < samples_needed <= COVERING:
                 for _ in range(math.ceil(samples_needed / at_once)):
                     self.add(drawn.draw(at_once, size, 1.0, self.how), "drawn", trying=True)
@@ -314,18 +364,21 @@ class _Collecting:
         if not drawn.free:
             return [{}]
         taken: list[dict[str, int]] = []
-        for sizes in (dict(zip(drawn.free, cycle(each), strict=False)) for each in SIZES):
-            if any(
-                self._takes(drawn.draw(count, sizes, 1.0, how)) for how in ((NOISE, SHOWN) if drawn.shown else (NOISE,))
-            ):
-                taken.append(sizes)
-            if len(taken) == 2:
+        tried = [dict(zip(drawn.free, cycle(each), strict=False)) for each in SIZES]
+        for step in [1, *([] if drawn.batch is None else drawn.steps)]:
+            for sizes in tried:
+                if any(self.takes(drawn.draw(count * step, sizes, 1.0, how)) for how in drawn.ways):
+                    taken.append(sizes)
+                if len(taken) == 2:
+                    break
+            if taken:
                 break
         if not taken and not drawn.shown:
             self.run(drawn.draw(count, dict(zip(drawn.free, cycle(SIZES[-1]), strict=False)), 1.0, NOISE))
         return taken or [{}]
 
-    def _takes(self, arrays: Arrays) -> bool:
+    def takes(self, arrays: Arrays) -> bool:
+        """Return whether the model computes something of inputs."""
         try:
             self.run(arrays)
         except Exception:
@@ -366,5 +419,13 @@ def _random_problem(first: Mapping[str, Array], second: Mapping[str, Array]) -> 
     return None
 
 
+def _given() -> str:
+    """Return what an example is called where one may be given."""
+    return spoken("--example FILE.npz", "an `example`")
+
+
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Return what an error says first, and of Keras's own what it is about."""
+    lines = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines() if line.strip()]
+    about = lines[1:] if lines and lines[0].startswith("Exception encountered when calling ") else lines
+    return (about or lines or [type(error).__name__])[0].strip()

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ..errors import InputError, MissingDependencyError
 from ..frameworks import several
 from ..frameworks.detect import get_framework
-from ..frameworks.example import Inputs
+from ..frameworks.example import Inputs, to_array
 from ..frameworks.several import texts
 from .drawn import Input
 from .evaluator import evaluate, first_infinite
@@ -344,14 +344,10 @@ def _arrays(inputs: Sequence[Input], given: Inputs, template: Inputs) -> Arrays:
             f"expected data of {len(inputs)} arrays, one for each input of the file, received {len(found)}"
         )
     places = template.arrays if set(template.arrays) == set(found) else found  # keywords come in any order
-    arrays = {entry.name: entry.as_taken(_to_numpy(found[place])) for entry, place in zip(inputs, places, strict=True)}
+    arrays = {entry.name: entry.as_taken(to_array(found[place])) for entry, place in zip(inputs, places, strict=True)}
     if unfit := [f"{entry} with {arrays[entry.name].shape}" for entry in inputs if not entry.takes(arrays[entry.name])]:
         raise InputError(f"expected data of the shapes the file takes, received {', '.join(unfit)}")
     return arrays
-
-
-def _to_numpy(value: Any) -> Array:
-    return np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
 
 
 def _input_problems(model: Any, inputs: Sequence[Input], template: Inputs) -> list[str]:

@@ -139,18 +139,25 @@ def tidy(graph: ir.Graph, keep: Collection[ir.Value]) -> None:
         named.add(node.name)
 
 
-def declare(graph: ir.Graph, shapes: Sequence[tuple[int, ...]], open_sizes: Mapping[tuple[int, int], str]) -> None:
+def declare(
+    graph: ir.Graph,
+    shapes: Sequence[tuple[int, ...]],
+    open_sizes: Mapping[tuple[int, int], str],
+    returned: Sequence[Sequence[int]],
+) -> None:
     """Let inputs and outputs tell their shapes, sizes that are open by name.
 
-    An output's first size is the batch where it is open and the inputs have only one such size.
+    An output's first size is the batch where it is open, the inputs have only one such size, and the output had as many
+    as they in what a call ``returned``.
     """
     for index, (value, shape) in enumerate(zip(graph.inputs, shapes, strict=True)):
         value.shape = ir.Shape([open_sizes.get((index, axis), size) for axis, size in enumerate(shape)])
-    first = {name for (_, axis), name in open_sizes.items() if axis == 0}
-    batch = next(iter(first)) if len(first) == 1 else None
-    for value in graph.outputs:
+    first = {name: shapes[index][0] for (index, axis), name in open_sizes.items() if axis == 0}
+    batch, samples = next(iter(first.items())) if len(first) == 1 else (None, 0)
+    for value, own in zip(graph.outputs, returned, strict=True):
         sizes = [size if isinstance(size, int) else None for size in value.shape or ()]
-        value.shape = ir.Shape([batch if axis == 0 and size is None else size for axis, size in enumerate(sizes)])
+        named = batch if tuple(own[:1]) == (samples,) else None
+        value.shape = ir.Shape([named if axis == 0 and size is None else size for axis, size in enumerate(sizes)])
 
 
 def _plain(name: str) -> str:

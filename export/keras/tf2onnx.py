@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from ...errors import MissingDependencyError, UnsupportedError
+from ...errors import MissingDependencyError, UnsupportedError, said
 from ...frameworks.keras import Specs, named_layers
 from ..dimensions import Open
 from ..failures import place_of
@@ -66,9 +66,10 @@ def convert(
                 fixed += [(index, axis) for index, axis in open_sizes if axis == 0]
                 frozen = traced({place: name for place, name in open_sizes.items() if place not in fixed})
             except Exception:
+                reason = said(error).partition(". ")[0].rstrip(".")
                 raise UnsupportedError(
                     f"expected a model that TensorFlow can trace with inputs of {_described(specs, open_sizes)}, "
-                    f"received {type(error).__name__}: {_first_sentence(error)}"
+                    f"received {type(error).__name__}: {reason}"
                     f"{place_of(error, layers, [tf, keras])}; give every dimension that the model needs"
                 ) from error
         if frozen.captured_inputs or frozen.graph.as_graph_def().library.function:
@@ -175,13 +176,6 @@ def _described(specs: Specs, open_sizes: Open) -> str:
         for index, (name, (shape, _)) in enumerate(specs.items())
     }
     return ", ".join(f"{name}={shape}" for name, shape in shapes.items())
-
-
-def _first_sentence(error: Exception) -> str:
-    """Return what went wrong; Keras prints that in bold, inside a description of the call."""
-    text = str(error)
-    _, _, bold = text.partition("\x1b[1m")
-    return " ".join((bold.partition("\x1b[0m")[0] or text).split()).partition(". ")[0].rstrip(".")
 
 
 def _tensorflow() -> tuple[Any, Any]:

@@ -9,14 +9,16 @@ import numpy as np
 import onnx_ir as ir
 
 from ...convert.gates import CLOSED_GATE
-from ...errors import UnsupportedError
+from ...errors import InputError, NormswapError, UnsupportedError, said
 from ...frameworks.example import Inputs
 from ...frameworks.keras import (
     Interface,
     Specs,
     distinct_layers,
     inference,
+    input_types,
     is_mixed,
+    layer_name,
     named_layers,
     named_outputs,
     opened,
@@ -65,12 +67,13 @@ def trace(model: Any, example: Inputs, *, opset: int, dynamic: bool = False) -> 
     Transpose that nothing uses, which cleaning takes away.
 
     Raises `InputError` if the shapes do not fit the model, `UnsupportedError` if the model is not built, runs on
-    JAX, keeps states, has no open size for ``dynamic`` or uses an operation that ONNX lacks, and
+    JAX, takes text, has no open size for ``dynamic`` or uses an operation that ONNX lacks, and
     `MissingDependencyError`.
     """
     converter = _converter()
-    _require_stateless(model)
     inputs = Interface(model, example)
+    if texts := [name for name, (_, dtype) in inputs.specs.items() if dtype == "string"]:
+        raise UnsupportedError(_unreadable(texts))
     shapes = [shape for shape, _ in inputs.specs.values()]
     open_sizes = _open_sizes(model, inputs.names, shapes, dynamic=dynamic)
     stand_ins = StandIns(model)
@@ -90,8 +93,14 @@ def trace(model: Any, example: Inputs, *, opset: int, dynamic: bool = False) -> 
         return [*outputs.values(), probe(marked)]
 
     with inference(model), single_precision(model):
-        with stand_ins.looking():
-            looked = named_outputs(inputs.call(inputs.tensors()), model, taken=inputs.names)
+        try:
+            with stand_ins.looking():
+                looked = named_outputs(inputs.call(inputs.tensors()), model, taken=inputs.names)
+        except NormswapError:
+            raise
+        except Exception as error:
+            message = f"expected an example the model accepts, received one on which it fails: {said(error)}"
+            raise InputError(message) from error
 
         def named() -> list[str]:
             return [*names, unique("probe", [*inputs.names, *names])]
@@ -111,21 +120,47 @@ def trace(model: Any, example: Inputs, *, opset: int, dynamic: bool = False) -> 
     located = {site: values[number] for number, site in numbered if number in values}
     located = name_sites(located, taken=[*inputs.names, *names])
     tidy(converted.graph, keep=located.values())
-    ranks = [len(tensor.shape) for tensor in looked.values()]
-    for value, shape, rank in zip(converted.graph.outputs, told, ranks, strict=True):
-        value.shape = ir.Shape([None] * rank) if shape is None or len(shape) != rank else shape
-    declare(converted.graph, shapes, open_sizes)
+    returned = [tuple(tensor.shape) for tensor in looked.values()]
+    for value, shape, own in zip(converted.graph.outputs, told, returned, strict=True):
+        value.shape = ir.Shape([None] * len(own)) if shape is None or len(shape) != len(own) else shape
+    declare(converted.graph, shapes, open_sizes, returned)
     found_sites = {site: str(value.name) for site, value in located.items()}
     return Traced(converted, inputs.names, names, found_sites, norms, explained(inputs.names, shapes, fixed))
 
 
-def dtype_problem(model: Any) -> str | None:
-    """Return why ``model``'s number format cannot be exported, or None; a mixed policy's weights are float32."""
+def refusal(model: Any) -> str | None:
+    """Return why ``model`` cannot be exported, whatever it is called with, or None.
+
+    A layer goes on from the last call or has a table of words, as no file does, or the model reads text, or computes in
+    other numbers than float32; a mixed policy's weights are float32.
+    """
     for path, layer in named_layers(model):
         for dtype in (layer.variable_dtype, layer.compute_dtype):
             if dtype in {"float64", "float16", "bfloat16"} and not is_mixed(layer):
-                return f"{dtype} in layer {path!r}: rebuild the model with the dtype policy float32"
-    return None
+                return (
+                    f"expected float32 weights, received {dtype} in layer {path!r}: rebuild the model with the dtype "
+                    "policy float32"
+                )
+        if isinstance(layer, keras.layers.RNN) and layer.stateful:
+            return (
+                f"expected layers that start anew with every call, as a file does, received {path} with "
+                "stateful=True; build it with stateful=False"
+            )
+        if isinstance(layer, _LOOKUPS):
+            return (
+                f"expected layers that compute with numbers, received {path}, a {type(layer).__name__} with a table "
+                "that no ONNX file has; look up before the model, and export one of the layers behind it"
+            )
+    kinds = enumerate(input_types(model) or [])
+    texts = [layer_name(model.inputs[index]) for index, kind in kinds if kind == "string"]
+    return _unreadable(texts) if texts else None
+
+
+_LOOKUPS = (keras.layers.StringLookup, keras.layers.IntegerLookup, keras.layers.TextVectorization)
+
+
+def _unreadable(texts: Sequence[str]) -> str:
+    return f"expected inputs of numbers, received {', '.join(texts)} of text; export the model behind what reads it"
 
 
 def notes(model: Any) -> list[str]:
@@ -184,16 +219,6 @@ def _open_sizes(model: Any, names: Sequence[str], shapes: Sequence[tuple[int, ..
         for axis in (axis for axis, size in enumerate(shape, 1) if size is None):
             sizes[index, axis] = label_of(names[index], axis)
     return sizes
-
-
-def _require_stateless(model: Any) -> None:
-    """Raise `UnsupportedError` for a layer that goes on from the last call, as no file does."""
-    for path, layer in named_layers(model):
-        if isinstance(layer, keras.layers.RNN) and layer.stateful:
-            raise UnsupportedError(
-                f"expected layers that start anew with every call, as a file does, received {path} with "
-                "stateful=True; build it with stateful=False"
-            )
 
 
 def _converter() -> _Converter:

@@ -11,7 +11,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ...errors import UnsupportedError
 from ...frameworks.torch import quiet
-from ..dimensions import BATCH, Open, closed, shape_of, traced_sizes
+from ..dimensions import BATCH, Open, apart, closed, shape_of, traced_sizes
 from ..failures import chain, folders_of, line_of, place_of, reason_of
 
 
@@ -25,6 +25,7 @@ def export_module(
     """
     shapes = [tuple(tensor.shape) for tensor in example]
     waiting = dict(open_sizes)
+    together = True
     while True:
         sizes = traced_sizes(shapes, waiting)
         tensors = [
@@ -43,6 +44,9 @@ def export_module(
             waiting = rest if len(rest) < len(waiting) else {}
             continue
         fixed = closed(converted.graph, waiting)
+        if together and any(list(waiting.values()).count(waiting[place]) > 1 for place in fixed):
+            waiting, together = dict(apart(waiting)), False
+            continue
         waiting = {place: name for place, name in waiting.items() if place not in fixed}
         if all(shape_of(converted.graph.inputs[index])[axis] == shapes[index][axis] for index, axis in fixed):
             _drop_zero_biases(converted.graph)

@@ -9,14 +9,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...convert.targets import BatchRenorm
-from ...errors import UnsupportedError
+from ...errors import InputError, NormswapError, UnsupportedError
 from ...frameworks.example import Inputs
 from ...frameworks.names import unique
-from ...frameworks.torch import Probe, copied, input_names, quiet, taken_by
+from ...frameworks.torch import Probe, call, copied, input_names, quiet, taken_by
 from ...layers.torch.switch_norm import CLOSED
 from ...patchers.torch.batch_norm import epsilon_of
 from ...patchers.torch.sites import MARK
 from ..dimensions import explained, wanted
+from ..failures import reason_of
 from ..names import settle
 from ..norms import STATISTICS
 from ..traced import Traced
@@ -42,8 +43,13 @@ def trace(model: nn.Module, example: Inputs, *, opset: int, dynamic: bool = Fals
     inputs = input_names(model, example)
     tensors = [taken_by(twin, array) for array in example.arrays.values()]
     _require_real("inputs", zip(inputs, tensors, strict=False))
-    with stand_ins.looking():
-        outputs = probe(*tensors)  # for the names: what a module notes while it is traced is put back
+    try:
+        with stand_ins.looking():
+            outputs = probe(*tensors)  # for the names: what a module notes while it is traced is put back
+    except NormswapError:
+        raise
+    except Exception as error:
+        raise _refusal(twin, example, error) from error
     _require_real("outputs", zip(probe.output_names, outputs, strict=False))
     stand_ins.put()
     shapes = [tuple(tensor.shape) for tensor in tensors]
@@ -67,13 +73,13 @@ def trace(model: nn.Module, example: Inputs, *, opset: int, dynamic: bool = Fals
     return Traced(converted, inputs, probe.output_names, sites, norms, notes)
 
 
-def dtype_problem(model: nn.Module) -> str | None:
-    """Return why the model's dtype cannot be exported, or None."""
+def refusal(model: nn.Module) -> str | None:
+    """Return why the model cannot be exported, whatever it is called with, or None: for its weights' dtype."""
     dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()}
     if any(p.is_meta for p in model.parameters()):
-        return "its weights are on the meta device: load them first"
+        return "expected float32 weights, received its weights are on the meta device: load them first"
     if others := sorted(dtypes - {"float32"}):
-        return f"weights of dtype {', '.join(others)}: convert with model.float()"
+        return f"expected float32 weights, received weights of dtype {', '.join(others)}: convert with model.float()"
     return None
 
 
@@ -130,6 +136,18 @@ def _require_real(what: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
                 f"expected {what} of real numbers, which ONNX has alone, received {name} of {kind}; "
                 "let the model take or return torch.view_as_real of it"
             )
+
+
+def _refusal(model: nn.Module, example: Inputs, error: Exception) -> NormswapError:
+    """Return what is to be said of a model that failed while its layers were watched."""
+    try:
+        call(model, example)
+    except Exception:
+        return InputError(f"expected an example the model accepts, received one on which it fails: {reason_of(error)}")
+    return UnsupportedError(
+        f"expected a model whose layers can be watched while it runs, received {type(model).__name__}, on which that "
+        f"fails: {reason_of(error)}; call its layers outside of control flow and transforms"
+    )
 
 
 def _copied(value: ir.Value) -> ir.Value:

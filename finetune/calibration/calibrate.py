@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,8 @@ from numpy.typing import NDArray
 from ...convert.equalize import Equalized, equalize, error_of, factor_since
 from ...convert.samples import Samples, kept_aside
 from ...data.dataset import Data
-from ...errors import InputError, NormswapWarning, UnsupportedError, VerificationError, option
+from ...data.named import NamedInputs
+from ...errors import InputError, NormswapWarning, UnsupportedError, VerificationError, option, said
 from ...frameworks import several
 from ...frameworks.detect import get_framework
 from ...frameworks.example import Inputs
@@ -126,11 +126,11 @@ def site_layers(model: Any) -> Mapping[str, Any]:
     return layers_of(model).site_layers(model)
 
 
-def sample(data: Data, count: int) -> list[NDArray[np.float32]]:
-    """Return ``count`` images drawn from ``data`` in batches of 64; warns if there are fewer."""
+def sample(data: Data | NamedInputs, count: int) -> list[Any]:
+    """Return ``count`` inputs drawn from ``data`` in batches of 64; warns if there are fewer."""
     if len(data) < count:
         warnings.warn(
-            f"expected {count} images to calibrate on, received {len(data)}; see what the residuals say",
+            f"expected {count} {data.what} to calibrate on, received {len(data)}; see what the residuals say",
             NormswapWarning,
             stacklevel=2,
         )
@@ -221,7 +221,7 @@ class _Calibration:
         try:
             get_framework(self.original).call(self.original, batch)
         except Exception as error:
-            message = f"expected inputs the model accepts, received a batch on which it fails: {error}"
+            message = f"expected inputs the model accepts, received a batch on which it fails: {said(error)}"
             raise InputError(message) from error
 
     def solve(self) -> Residuals:
@@ -287,18 +287,19 @@ class _Calibration:
         return refitted(self.adapter, self.model, self.original, layers, self.found, self.solvable, fitting, self.drift)
 
 
-def _cut(rows: slice, array: Any) -> Any:
-    """Return some samples of an array of a batch; a number has none."""
-    return array[rows] if len(array.shape) else array
+def _cut(batch: Any, rows: slice) -> Any:
+    """Return some samples of a batch, or all where its arrays are not of so many samples each, as a graph's."""
+    inputs = Inputs.of(batch)
+    return batch if inputs.samples is None else inputs.taken(rows)
 
 
 def _first(batches: Iterable[Any], count: int) -> Iterator[Any]:
-    """Yield the first ``count`` inputs, batch by batch."""
+    """Yield the first ``count`` inputs or a few more, batch by batch."""
     for batch in batches:
         if count <= 0:
             return
         size = size_of(batch)
-        yield (batch if size <= count else Inputs.of(batch).map(partial(_cut, slice(count))))
+        yield (batch if size <= count else _cut(batch, slice(count)))
         count -= size
 
 
@@ -313,5 +314,5 @@ def _last(batches: Iterable[Any], count: int) -> Sequence[Any]:
             held -= size_of(kept.pop(0))
     surplus = held - count
     if surplus > 0:
-        kept[0] = Inputs.of(kept[0]).map(partial(_cut, slice(surplus, None)))
+        kept[0] = _cut(kept[0], slice(surplus, None))
     return kept

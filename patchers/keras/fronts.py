@@ -23,6 +23,7 @@ from ...convert.equalize import Front, by_groups
 from ...convert.state import Array
 from ...frameworks.example import Inputs
 from ...frameworks.keras import call, inference, input_shapes, override, to_numpy
+from .behind import COPIES, MOVES, SHAPES, goes_in, moved
 from .drawn import foreign, readers
 
 _CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
@@ -33,13 +34,6 @@ _KINDS = (*_CONVOLUTIONS, *_TRANSPOSED, *_DEPTHWISE, *_SEPARABLE, keras.layers.D
 
 _TRACED = keras.backend.backend() == "tensorflow"
 """Whether the backend makes a graph of whatever code, which tells who reads what."""
-
-_COPIES = {"Identity", "IdentityN", "StopGradient", "PreventGradient"}
-_MOVES = {"Reshape", "Squeeze", "ExpandDims", "Transpose"}
-"""What only moves values about; whether the channels stay together is seen by moving their numbers."""
-
-_SHAPES = {"Shape", "ShapeN", "Size", "Rank"}
-"""What reads no values."""
 
 _TOLERANCES = {"float16": 2.0**-7, "bfloat16": 2.0**-4, "float64": 2.0**-40}
 """How far from a linear function of its weights a layer may be in this type, as a share of the largest output."""
@@ -74,6 +68,7 @@ class Fronts:
         self.fed_by: dict[int, int] = {}
         self.read_by: dict[int, int] = {}
         self.on_the_way: dict[str, int] = {}
+        self.goes_in: dict[int, bool | None] = {}
 
     def look(self, model: keras.Layer, example: Any = None) -> None:
         """Call the model on noise of the example's shape where that is a constant, so that every value counts.
@@ -112,6 +107,11 @@ class Fronts:
 
     def of(self, key: int, names: Mapping[int, str]) -> dict[str, Any]:
         """Return what a `Site` is to know of the layer in front of it; ``names`` are those of all layers."""
+        found = self._front(key, names)
+        known = self.goes_in.get(key) if _TRACED and not self.blind else None
+        return {"goes_in": True if found.get("front") else known, **found}
+
+    def _front(self, key: int, names: Mapping[int, str]) -> dict[str, Any]:
         if self.blind:
             return {"unequal": self.blind}
         if not self.calls[key] and self.layers:
@@ -223,6 +223,9 @@ class Fronts:
     def _follow(self) -> None:
         """Follow what each layer returned to whoever reads it."""
         ends = {tensor.name for tensor in (*self.results, *self.graph.outputs)}
+        for key in self.returned.keys() & self.sites.keys():
+            inner = {name for name, site in self.inner.items() if site == key}
+            self.goes_in[key] = goes_in(self.given[key], self.sites[key].axis, inner, ends)
         for key in self.returned:
             if key in self.layers:
                 self._follow_one(key, ends)
@@ -251,12 +254,12 @@ class Fronts:
                 within = self.inner.get(reader.name)
                 if within is not None and within in self.sites and _named(self.given[within]) == tensor.name:
                     self._reached(key, within, way)
-                elif reader.type in _SHAPES:
+                elif reader.type in SHAPES:
                     continue
-                elif within is None and reader.type in _COPIES:
+                elif within is None and reader.type in COPIES:
                     places = [place for place, each in enumerate(reader.inputs) if each.name == tensor.name]
                     left += [(reader.outputs[place], way) for place in places]
-                elif within is None and reader.type in _MOVES and reader.inputs[0].name == tensor.name:
+                elif within is None and reader.type in MOVES and reader.inputs[0].name == tensor.name:
                     left.append((reader.outputs[0], (*way, reader)))
                 else:
                     self._refuse(key, f"its output is also read by {reader.type}")
@@ -268,7 +271,7 @@ class Fronts:
         output, norm = self.returned[key], self.sites[site]
         axis, rank = _axis(self.layers[key], output), len(output.shape)
         for operation in way:
-            found = _moved(operation, axis)
+            found = moved(operation, axis)
             if found is None:
                 self._refuse(key, "its channels are not those of the norm")
                 return
@@ -490,29 +493,3 @@ def channels_of(layer: keras.Layer) -> int:
 def _axis(layer: keras.Layer, output: Any) -> int:
     """Return where a linear layer's output has its channels."""
     return 1 if getattr(layer, "data_format", None) == "channels_first" else len(output.shape) - 1
-
-
-def _moved(operation: Any, axis: int) -> int | None:
-    """Return where the channels are after an operation has moved them, None if they are not together."""
-    import tensorflow as tf
-
-    before, after = operation.inputs[0].shape, operation.outputs[0].shape
-    if not (before.is_fully_defined() and after.is_fully_defined()):
-        return None
-    shape = [1] * len(before)
-    shape[axis] = -1
-    numbers = np.broadcast_to(np.arange(before[axis]).reshape(shape), before)
-    if operation.type == "Transpose":
-        order = tf.get_static_value(operation.inputs[1])
-        if order is None:
-            return None
-        numbers = numbers.transpose(order)
-    else:
-        numbers = numbers.reshape(after)
-    for place, size in enumerate(after):
-        if size == before[axis]:
-            shape = [1] * len(after)
-            shape[place] = -1
-            if (numbers == np.arange(size).reshape(shape)).all():
-                return place
-    return None

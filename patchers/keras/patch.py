@@ -13,6 +13,7 @@ from typing import Any
 
 import keras
 
+from ...convert.expected_drift import folds
 from ...convert.recipe import Recipe, Rules
 from ...convert.targets import Mode, Target
 from ...errors import InputError, UnsupportedError
@@ -147,6 +148,9 @@ class _Found:
                 sites = [self._biased(site, target) for site in sites]
         elif mode is not None and (isinstance(target, Rules) or equalizes(target)):
             sites = self.equal_sites
+        elif not isinstance(target, Rules) and folds(target):
+            pairs = zip(sites, self.equal_sites, strict=True)
+            sites = [replace(site, goes_in=found.goes_in) for site, found in pairs]
         return decide(
             "keras",
             sites,

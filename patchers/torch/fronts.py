@@ -21,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ...convert.equalize import Front, by_groups
 from ...convert.state import Array
 from .linears import kept_calls
+from .lines import Lines, constants_of
 
 Linear = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d | nn.Linear
 _KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
@@ -58,6 +59,7 @@ class Fronts:
         self.read_by: dict[int, int] = {}
         self.fed_by: dict[int, int | None] = {}
         self.within: list[int] = []
+        self.lines = Lines(constants_of([*modules.values()]), _MOVES)
         self.kept = {
             id(module.get_submodule(name)): reason
             for module in modules.values()
@@ -79,6 +81,7 @@ class Fronts:
 
     def returned(self, outputs: Any) -> None:
         """Take what the model returned; what of its layers' outputs is alive once that is gone is kept by somebody."""
+        self.lines.returned(outputs)
         for tensor in tree_leaves(outputs):
             if isinstance(tensor, Tensor) and tensor in self.sources:
                 self._refuse(self.sources[tensor][0], "its output is one of the model's")
@@ -92,6 +95,9 @@ class Fronts:
 
     def of(self, key: int, names: Mapping[int, str]) -> dict[str, Any]:
         """Return what a `Site` is to know of the layer in front of it; ``names`` are those of all modules."""
+        return {"goes_in": self.lines.end_at(key), **self._front(key, names)}
+
+    def _front(self, key: int, names: Mapping[int, str]) -> dict[str, Any]:
         front = self.fed_by.get(key)
         if key not in self.fed_by:
             return {"unequal": "it did not run on the example"}
@@ -106,6 +112,7 @@ class Fronts:
 
     def note(self, function: Any, arguments: Any, output: Any) -> None:
         """Take down who reads what in one operation."""
+        self.lines.note(function, arguments, output, _moved, within=any(key in self.sites for key in self.within))
         for tensor in tree_leaves(arguments):
             if not isinstance(tensor, Tensor):
                 continue
@@ -132,13 +139,15 @@ class Fronts:
             if self.calls[key] > 1:
                 self._refuse(key, "it runs several times")
             if not self.obstacles[key]:
-                self.obstacles[key] = _tried(module, args, kwargs, output)
+                with self.lines.resting():  # what is tried here no file has
+                    self.obstacles[key] = _tried(module, args, kwargs, output)
             self.sources[output] = (key, _axis(module, output))
         self.within.remove(key)
 
     def _reads(self, key: int, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.calls[key] += 1
         x = args[0] if args else next(iter(kwargs.values()), None)
+        self.lines.reads(key, x)
         front, axis = self.sources.get(x, (None, None)) if isinstance(x, Tensor) else (None, None)
         self.fed_by[key] = front if axis == 1 else None
         if front is not None:
@@ -157,7 +166,9 @@ class Fronts:
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Tells of every operation."""
+    """Tells of every operation, of one with functions for arguments (`torch.cond`) as a whole."""
+
+    supports_higher_order_operators = True
 
     def __init__(self, fronts: Fronts) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -4,6 +4,7 @@ import functools
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
-from ...errors import InputError, UnsupportedError, spoken
+from ...errors import InputError, UnsupportedError, said, spoken
 from ...frameworks.example import Inputs
 from ...frameworks.torch import call, inference, input_names, named_layers, watching
 from ..plan import Site
@@ -181,23 +182,34 @@ def _dry_run(
 ) -> _DryRun:
     """Run the model on noise of the example's shape where that is a constant, so that every value counts."""
     varied = Inputs.of(example).map(_noise)
-    try:
-        return _dry_run_on(model, modules, sites, varied)
-    except Exception:
-        return _dry_run_on(model, modules, sites, example)
+    for inputs in (varied, example):
+        try:
+            return _dry_run_on(model, modules, sites, inputs, closely=True)
+        except Exception:
+            continue
+    try:  # where a transform of `torch.func` runs the layers there are no values to look at
+        return _dry_run_on(model, modules, sites, example, closely=False)
+    except Exception as error:
+        raise InputError(
+            f"expected an example the model accepts, received one on which it fails: {said(error)}"
+        ) from error
 
 
 def _dry_run_on(
-    model: nn.Module, modules: Mapping[int, nn.Module], sites: Mapping[int, nn.Module], example: Any
+    model: nn.Module, modules: Mapping[int, nn.Module], sites: Mapping[int, nn.Module], example: Any, *, closely: bool
 ) -> _DryRun:
+    """Return what a run shows, and with ``closely`` what is in front of each site."""
     seen = _DryRun(modules, sites)
-    seen.fronts = fronts = Fronts(modules, sites)
-    try:
-        with inference(model, compiled=False), watching(sites, seen.note), seen, fronts.watching():
-            fronts.returned(call(model, example))
-    except Exception as error:
-        raise InputError(f"expected an example the model accepts, received one on which it fails: {error}") from error
-    fronts.ended()
+    fronts = Fronts(modules, sites) if closely else None
+    looking = nullcontext() if fronts is None else fronts.watching()
+    with inference(model, compiled=False), watching(sites, seen.note), seen, looking:
+        outputs = call(model, example)
+        if fronts is not None:
+            fronts.returned(outputs)
+    del outputs
+    if fronts is not None:
+        fronts.ended()
+        seen.fronts = fronts
     return seen
 
 

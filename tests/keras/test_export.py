@@ -8,7 +8,7 @@ import pytest
 from keras import layers, ops
 
 from normswap.errors import InputError, UnsupportedError
-from normswap.export.keras.trace import dtype_problem, trace
+from normswap.export.keras.trace import refusal, trace
 from normswap.frameworks.example import Inputs
 from normswap.frameworks.keras import in_double, record, round_weights, snapshot
 
@@ -276,6 +276,10 @@ class TestRefusals:
     def test_of_other_number_formats(self, policy, found):
         """The sentence names the first layer that is not float32."""
         model = keras.Sequential([keras.Input((3,)), layers.Dense(2, dtype=policy, name="dense")])
-        expected = found and f"{found} in layer 'dense': rebuild the model with the dtype policy float32"
+        expected = (
+            found
+            and f"expected float32 weights, received {found} in layer 'dense': rebuild the model with the dtype policy "
+            "float32"
+        )
 
-        assert dtype_problem(model) == expected
+        assert refusal(model) == expected

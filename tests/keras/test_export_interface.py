@@ -10,7 +10,7 @@ import pytest
 from keras import layers
 
 import normswap
-from normswap.errors import UnsupportedError
+from normswap.errors import InputError, UnsupportedError
 
 from ..helpers import exactly
 
@@ -186,3 +186,19 @@ def test_a_failure_names_the_line(path, x):
     """What the framework cannot trace is told with the line of the model's own code."""
     with pytest.raises(UnsupportedError, match=r"\(test_export_interface.py, line \d+\)"):
         exported(Body(lambda y, x: y if keras.ops.sum(y) > 0 else x), path, x)
+
+
+def test_an_example_the_model_does_not_take_is_told(x, path):
+    """By what Keras says, without its colours and its account of the call; nothing is written."""
+    model = Body()
+    model(x)
+    with pytest.raises(
+        InputError,
+        match=exactly(
+            "expected an example the model accepts, received one on which it fails: Input 0 with name 'None' of layer "
+            "'conv' is incompatible with the layer: expected axis -1 of input shape to have value 3, but received "
+            "input with shape (2, 4, 4, 2)"
+        ),
+    ):
+        normswap.to_onnx(model, path, example=x[..., :2])
+    assert not path.exists()

@@ -112,14 +112,14 @@ def test_mixed_rules(run, tmp_path):
     code, _, err = run(*arguments)
 
     assert [(row["name"], row["action"], row["drift"], row["folds"], row["note"]) for row in plan] == [
-        ("0", "replace", 0.0, True, ""),
+        ("0", "replace", 0.0, False, ""),
         ("1", "skip", None, None, "left by rule 2"),
-        ("3", "replace", 0.0, True, ""),
+        ("3", "replace", 0.0, False, ""),
         ("4", "skip", None, None, "left by rule 2"),
         ("7", "skip", None, None, "left by rule 2"),
     ]
     assert code == 0
-    assert "\n3      BatchNorm2d  8  4x4    sn start=exact batch_statistics=frozen  0.00   yes\n" in err
+    assert "\n3      BatchNorm2d  8  4x4    sn start=exact batch_statistics=frozen  0.00   no\n" in err
     assert err.endswith("next: normswap patch net.py:build --recipe rules.json -o build-patched\n")
     assert max(map(len, err.splitlines())) <= 100
 

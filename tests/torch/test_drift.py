@@ -236,7 +236,7 @@ class TestPlan:
     )  # fmt: skip
     def test_what_folds_at_export(self, model, images, tmp_path, target):
         """The plan's `folds` is what the exporter does with a norm behind a convolution."""
-        plan = normswap.plan(model, target)
+        plan = normswap.plan(model, target, example=images)
         normswap.patch(model, target)
         folded = normswap.to_onnx(model.eval(), tmp_path / "m.onnx", example=images).folded
 

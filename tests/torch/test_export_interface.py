@@ -1,5 +1,6 @@
 """Names, outputs and dimensions of exported PyTorch models: the user's own, each its own value."""
 
+import copy
 from collections import namedtuple
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 import normswap
-from normswap.errors import UnsupportedError, VerificationError
+from normswap.errors import InputError, UnsupportedError, VerificationError
 from normswap.export.torch import trace as tracing
 
 from ..helpers import exactly
@@ -232,11 +233,33 @@ class TestDimensions:
                 return torch.zeros_like(y).index_add(0, edge_index[1], y[edge_index[0]])
 
         example = (torch.randn(10, 5), torch.randint(0, 10, (2, 24)))
-        report, _, _ = exported(Net(), path, example, check=False)
+        report, _, _ = exported(Net(), path, example)
 
         assert report.inputs == {"x": ["batch", 5], "edge_index": ["edge_index_dim_0", 24]}
+        assert {check.batch for check in report.verdict.checks} == {1, 2, 3, 10}  # edges of fewer nodes name those
+        assert report.verdict.notes == ()
 
-    def test_a_first_size_that_another_one_determines_is_fixed(self, path):
+    @pytest.mark.parametrize("edges", [10, 24])
+    def test_sizes_that_are_equal_by_chance(self, path, edges):
+        """As many edges as nodes are no batch: the nodes stay open, and the weights are fixed at what the edges are."""
+
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear, self.bn = nn.Linear(5, 8), nn.BatchNorm1d(8)
+
+            def forward(self, x, edge_index, weights):
+                y = self.bn(self.linear(x))
+                return torch.zeros_like(y).index_add(0, edge_index[1], y[edge_index[0]] * weights[:, None])
+
+        example = (torch.randn(10, 5), torch.randint(0, 10, (2, edges)), torch.rand(edges))
+        report, _, _ = exported(Net(), path, example)
+
+        assert report.inputs == {"x": ["batch", 5], "edge_index": ["edge_index_dim_0", edges], "weights": [edges]}
+        assert report.notes == [f"the model fixes size 0 of weights: the file takes {edges} alone"]
+
+    @pytest.mark.parametrize("time", [9, 4])
+    def test_a_first_size_that_another_one_determines_is_fixed(self, path, time):
         """Lengths beside a signal with time first: the second is the samples', which the file fixes."""
 
         class Net(nn.Module):
@@ -248,8 +271,8 @@ class TestDimensions:
                 y = self.bn(signal.permute(1, 2, 0))
                 return (y * (torch.arange(y.shape[2]) < lengths[:, None])[:, None]).sum(2)
 
-        example = (torch.randn(9, 4, 3), torch.tensor([9, 5, 3, 1]))
-        report, _, _ = exported(Net(), path, example, check=False)
+        example = (torch.randn(time, 4, 3), torch.tensor([time, 4, 3, 1]))
+        report, _, _ = exported(Net(), path, example)
 
         assert report.inputs == {"signal": ["batch", 4, 3], "lengths": [4]}
         assert report.notes == ["the model fixes size 0 of lengths: the file takes 4 alone"]
@@ -273,9 +296,36 @@ class TestDimensions:
             def forward(self, x, factor):
                 return super().forward(x) * factor
 
-        report, _, _ = exported(Net(), path, (x, torch.tensor(2.0)), check=False)
+        report, _, _ = exported(Net(), path, (x, torch.tensor(2.0)))
 
         assert report.inputs == {"x": ["batch", 3, 4, 4], "factor": []}
+
+    @pytest.mark.parametrize(
+        ("answer", "batch", "inputs"),
+        [
+            (lambda y, x: y.chunk(2)[0] * y.chunk(2)[1], 4, [4, 3, 4, 4]),
+            (lambda y, x: y.view(-1, 2, *y.shape[1:]).sum(1), 4, ["batch", 3, 4, 4]),
+            (lambda y, x: y.view(3, -1, *y.shape[1:]).sum(0), 3, ["batch", 3, 4, 4]),
+            (lambda y, x: y.reshape(y.shape[0] // 4, 4, *y.shape[1:]).mean(1), 8, ["batch", 3, 4, 4]),
+        ],
+        ids=["chunks", "pairs", "triples", "frames"],
+    )
+    def test_a_batch_of_pairs_or_more(self, path, answer, batch, inputs):
+        """What the model takes multiples of alone is fixed with a note, or proven on multiples, without example too."""
+        model = Body(answer)
+        report, _, _ = exported(model, path, torch.randn(batch, 3, 4, 4))
+
+        assert report.inputs == {"x": inputs}
+        fixed = inputs[0] == batch
+        assert report.notes == ([f"the model fixes size 0 of x: the file takes {batch} alone"] if fixed else [])
+        step = {3: 3, 8: 4}.get(batch, 2)
+        for verdict in (report.verdict, normswap.verify(model, path)):
+            assert verdict
+            if not fixed:
+                assert len({check.batch for check in verdict.checks}) > 2
+                assert all(check.batch % step == 0 for check in verdict.checks)
+                (note,) = verdict.notes
+                assert note.startswith("the model takes no inputs of batch 1, ")
 
 
 class TestFailures:
@@ -321,3 +371,91 @@ class TestFailures:
         with pytest.raises(VerificationError):
             normswap.to_onnx(model, path, example=x)
         assert len(calls) == traces
+
+
+class Bags(nn.Module):
+    """What torch writes as a loop over the bags, whose body returns a constant for one that is empty."""
+
+    def __init__(self, mode):
+        super().__init__()
+        self.bag = nn.EmbeddingBag(20, 8, mode=mode)
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, ids):
+        return self.norm(self.bag(ids))
+
+
+class Chosen(nn.Module):
+    """Returns its input out of one branch of a graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        x = self.norm(x)
+        return torch.cond(x.sum() > 0, lambda x: x.clone(), lambda x: x + 1, (x,))
+
+
+@pytest.mark.parametrize("target", ["brn", "gn"])
+@pytest.mark.parametrize(
+    ("model", "example"),
+    [
+        (Bags("mean"), torch.arange(12).reshape(3, 4)),
+        (Bags("max"), torch.arange(12).reshape(3, 4)),
+        (Chosen(), torch.linspace(-1, 2, 24).reshape(3, 8)),
+    ],
+)
+def test_graphs_within_nodes_return_what_is_outside(model, example, target, tmp_path):
+    """A constant or a value of the graph around is an output of a loop's body or a branch, by a copy."""
+    model = trained_(copy.deepcopy(model))
+    normswap.patch(model, target, example=example)
+
+    assert normswap.to_onnx(model, tmp_path / "m.onnx", example=example).verdict
+
+
+def test_an_example_the_model_does_not_take_is_told(tmp_path):
+    """In the same words as `patch` tells it, and nothing is written."""
+    with pytest.raises(
+        InputError,
+        match=exactly(
+            "expected an example the model accepts, received one on which it fails: Given groups=1, weight of size "
+            "[4, 3, 1, 1], expected input[2, 5, 6, 6] to have 3 channels, but got 5 channels instead"
+        ),
+    ):
+        normswap.to_onnx(Body().eval(), tmp_path / "m.onnx", example=torch.randn(2, 5, 6, 6))
+    assert not list(tmp_path.iterdir())
+
+
+class Mapped(Body):
+    """Runs its layers in a transform of `torch.func`, where nobody can look at values."""
+
+    def forward(self, x):
+        return torch.vmap(lambda each: super(Mapped, self).forward(each))(x[None])[0]
+
+
+class Branched(Body):
+    """Runs its layers in a branch of a graph, where nobody may look on."""
+
+    def forward(self, x):
+        one, other = super().forward, lambda x: -super(Branched, self).forward(x)
+        return torch.cond(x.sum() > 0, one, other, (x,))
+
+
+@pytest.mark.parametrize(
+    ("kind", "front", "reason"),
+    [
+        (Mapped, "", "expected a model torch.onnx.export can export, received Mapped on which it fails: Batching rule"),
+        (Branched, "conv", "expected a model whose layers can be watched while it runs, received Branched, on which "),
+    ],
+)
+def test_layers_that_cannot_be_watched(kind, front, reason, tmp_path):
+    """Such a model is patched, and its export is refused by name."""
+    model, x = trained_(kind()), torch.randn(2, 3, 6, 6)
+    expected = model(x)
+    report = normswap.patch(model, "brn", example=x)
+
+    assert report.plan.decisions[0].site.front == front
+    assert torch.equal(model(x), expected)
+    with pytest.raises(UnsupportedError, match=f"^{reason}"):
+        normswap.to_onnx(model, tmp_path / "m.onnx", example=x)

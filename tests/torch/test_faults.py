@@ -204,7 +204,9 @@ def test_a_model_that_overflows_is_no_reference(tmp_path):
     assert verdict
     assert verdict.notes == ("inputs x100 left out: the model itself is not finite there",)
 
-    assert normswap.verify(Exponential(100.0), path).problems == ("the model's own output is not finite",)
+    assert normswap.verify(Exponential(100.0), path).problems == (
+        "the model's own output is not finite; give an `example`, if those drawn are not what it takes",
+    )
 
     verdict = normswap.verify(Exponential(), exponential(tmp_path / "m.onnx", 100.0))
     assert not verdict

@@ -180,7 +180,7 @@ class TestVerify:
 
         assert normswap.verify(Flat(), exported[1]).problems == (
             "the model does not accept the file's inputs (x (batch, 3, 12, 12)): mat1 and mat2 shapes cannot be "
-            "multiplied (36x12 and 7x2)",
+            "multiplied (36x12 and 7x2); give an `example`, if those drawn are not what it takes",
         )
 
     def test_a_wrongly_declared_output_fails(self, exported):
