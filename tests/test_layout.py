@@ -41,7 +41,7 @@ def test_the_root_holds_only_what_ships():
 
 
 FLOW = [
-    *("errors", "layers", "convert", "frameworks", "sources", "data", "patchers", "bundles", "finetune"),
+    *("errors", "layers", "convert", "models", "frameworks", "sources", "data", "patchers", "bundles", "finetune"),
     *("verification", "export", "interop", "demo", "console", "commands"),
 ]
 """The rooms from the first in the way of the data to the last."""
