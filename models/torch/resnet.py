@@ -143,7 +143,8 @@ class _BasicV1(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu(self.sn1(self.conv1(x)))
         y = self.sn2(self.conv2(y))
-        return self.relu(y + (x if self.downsample is None else self.downsample(x)))
+        result: Tensor = self.relu(y + (x if self.downsample is None else self.downsample(x)))
+        return result
 
 
 class _BottleneckV1(nn.Module):
@@ -165,7 +166,8 @@ class _BottleneckV1(nn.Module):
         y = self.relu(self.sn1(self.conv1(x)))
         y = self.relu(self.sn2(self.conv2(y)))
         y = self.sn3(self.conv3(y))
-        return self.relu(y + (x if self.downsample is None else self.downsample(x)))
+        result: Tensor = self.relu(y + (x if self.downsample is None else self.downsample(x)))
+        return result
 
 
 class _BasicV2(nn.Module):
@@ -182,7 +184,8 @@ class _BasicV2(nn.Module):
         activated = self.relu(self.sn1(x))
         y = self.conv1(activated)
         y = self.conv2(self.relu(self.sn2(y)))
-        return y + (x if self.downsample is None else self.downsample(activated))
+        result: Tensor = y + (x if self.downsample is None else self.downsample(activated))
+        return result
 
 
 class _BottleneckV2(nn.Module):
@@ -201,7 +204,8 @@ class _BottleneckV2(nn.Module):
         y = self.conv1(activated)
         y = self.conv2(self.relu(self.sn2(y)))
         y = self.conv3(self.relu(self.sn3(y)))
-        return y + (x if self.downsample is None else self.downsample(activated))
+        result: Tensor = y + (x if self.downsample is None else self.downsample(activated))
+        return result
 
 
 def _shortcut_v1(channels: int, width: int, stride: int, norm: Layers) -> nn.Module | None:
@@ -249,4 +253,5 @@ class _ResNet(nn.Module):
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         if self.sn_out is not None:
             x = self.relu(self.sn_out(x))
-        return self.fc(self.dropout(self.avgpool(x).flatten(1)))
+        result: Tensor = self.fc(self.dropout(self.avgpool(x).flatten(1)))
+        return result

@@ -52,7 +52,8 @@ class _First(nn.Module):
         self.shortcut = nn.Conv2d(channels, width, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(F.relu(self.norm(self.conv1(x)))) + self.shortcut(x)
+        result: Tensor = self.conv2(F.relu(self.norm(self.conv1(x)))) + self.shortcut(x)
+        return result
 
 
 class _Further(nn.Module):
@@ -64,7 +65,8 @@ class _Further(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.dropout(self.conv1(F.relu(self.norm1(x))))
-        return x + self.conv2(F.relu(self.norm2(y)))
+        result: Tensor = x + self.conv2(F.relu(self.norm2(y)))
+        return result
 
 
 class _WideResNet(nn.Module):
@@ -87,4 +89,5 @@ class _WideResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.features(x).mean((2, 3)))
+        result: Tensor = self.fc(self.features(x).mean((2, 3)))
+        return result
