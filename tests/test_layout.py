@@ -107,6 +107,7 @@ def test_data_flows_in_one_direction():
     [
         "import normswap",
         "import normswap.cli",
+        "import normswap.models",
         "from normswap import GroupNorm",
         "import normswap.finetune; dir(normswap.finetune)",
         "from normswap.finetune import Freeze, GateSchedule, Hooks, Settings, Statistics",

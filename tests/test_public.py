@@ -20,8 +20,13 @@ NAMES = [
 NAMES += [pytest.param(f"models.torch.{name}", marks=pytest.mark.torch) for name in ("resnet_v1", "resnet_v2")]
 NAMES += [pytest.param("models.torch.wide_resnet", marks=pytest.mark.torch)]
 NAMES += [
-    pytest.param(f"models.keras.{name}", marks=pytest.mark.keras)
-    for name in ("cifar10_net", "fashion_mnist_net", "wide_resnet")
+    pytest.param(name, marks=pytest.mark.keras)
+    for name in (
+        "layers.keras.group_normalization",
+        "models.keras.cifar10_net",
+        "models.keras.fashion_mnist_net",
+        "models.keras.wide_resnet",
+    )
 ]
 
 
