@@ -226,7 +226,7 @@ class _ResNet(nn.Module):
         self, block: Any, counts: tuple[int, ...], norm: Layers, classes: int, dropout: float, small_images: bool
     ) -> None:
         super().__init__()
-        self.pretrained_cfg = dict(_IMAGENET)
+        self.pretrained_cfg = {"input_size": (3, 32, 32)} if small_images else dict(_IMAGENET)
         self.conv1 = _convolution(3, 64, 3) if small_images else _convolution(3, 64, 7, 2)
         self.sn1 = norm(64)
         self.relu = nn.ReLU()

@@ -271,6 +271,7 @@ class TestNetworks:
             model(pictures(size=32))
 
         assert seen == [(1, 1), (4, 4)]
+        assert preprocessing_of(model).shape == (3, 32, 32)
 
     @pytest.mark.parametrize("norm", NORMS)
     def test_wide_resnet(self, norm):
