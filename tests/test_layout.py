@@ -41,7 +41,7 @@ def test_the_root_holds_only_what_ships():
 
 
 FLOW = [
-    *("errors", "layers", "convert", "frameworks", "sources", "data", "patchers", "bundles", "finetune"),
+    *("errors", "layers", "convert", "models", "frameworks", "sources", "data", "patchers", "bundles", "finetune"),
     *("verification", "export", "interop", "demo", "console", "commands"),
 ]
 """The rooms from the first in the way of the data to the last."""
@@ -107,6 +107,7 @@ def test_data_flows_in_one_direction():
     [
         "import normswap",
         "import normswap.cli",
+        "import normswap.models",
         "from normswap import GroupNorm",
         "import normswap.finetune; dir(normswap.finetune)",
         "from normswap.finetune import Freeze, GateSchedule, Hooks, Settings, Statistics",

@@ -17,6 +17,17 @@ NAMES = [
     for name in normswap.__all__
     if name != "__version__"
 ]
+NAMES += [pytest.param(f"models.torch.{name}", marks=pytest.mark.torch) for name in ("resnet_v1", "resnet_v2")]
+NAMES += [pytest.param("models.torch.wide_resnet", marks=pytest.mark.torch)]
+NAMES += [
+    pytest.param(name, marks=pytest.mark.keras)
+    for name in (
+        "layers.keras.group_normalization",
+        "models.keras.cifar10_net",
+        "models.keras.fashion_mnist_net",
+        "models.keras.wide_resnet",
+    )
+]
 
 
 def test_dir():
@@ -38,7 +49,7 @@ def test_every_name_is_there():
 @pytest.mark.parametrize("name", NAMES)
 def test_every_argument_is_told(name):
     """Each parameter has a line that says what it is, and of a function what it raises has a section."""
-    public = getattr(normswap, name)
+    public = pydoc.locate(f"normswap.{name}")
     doc = inspect.getdoc(public)
     parameters = inspect.signature(public).parameters
 
@@ -50,7 +61,7 @@ def test_every_argument_is_told(name):
 def test_every_example_runs(name, tmp_path, monkeypatch):
     """The example in `help` is true as it stands."""
     monkeypatch.chdir(tmp_path)
-    doc = inspect.getdoc(getattr(normswap, name))
+    doc = inspect.getdoc(pydoc.locate(f"normswap.{name}"))
     test = doctest.DocTestParser().get_doctest(doc.partition("\nExample:\n")[2], {}, name, None, 0)
     said = []
 

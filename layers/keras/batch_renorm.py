@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from ..limits import Schedule, check_schedule, checked_limits, default_limits, limits_at
+from ..published import BATCH_RENORMALIZATION, renamed, takes
 from .norm import MovingNorm
 from .statistics import Moments, moments
 
@@ -33,13 +34,15 @@ class BatchRenormalization(MovingNorm):
     1.25 and 0.5.
 
     ``compat="titu1994"`` computes what titu1994/BatchRenormalization does in training: the sigmoid schedule, and a
-    moving average of the variance with ε in it, to which inference adds ε once more; what it calls ``r_max_value``
-    and ``d_max_value`` is ``r_max`` and ``d_max`` here. The further arguments are those of
+    moving average of the variance with ε in it, to which inference adds ε once more. Its arguments are taken then:
+    ``r_max_value``, ``d_max_value``, ``gamma_init`` and ``beta_init``, which are ``r_max``, ``d_max``,
+    ``gamma_initializer`` and ``beta_initializer`` here, and ``mode=0``. The further arguments are those of
     `keras.layers.BatchNormalization`. Statistics are computed in float32 for narrower inputs; output has the
     compute dtype and the input's shape.
 
     Raises `ValueError` for input of rank below 2, an ``axis`` that is none of its channel axes, and a mask
-    that is not the input's shape without its channels; `TypeError` for input that is not floating-point.
+    that is not the input's shape without its channels; `TypeError` for input that is not floating-point, and for an
+    argument that another system's layer has, with what it is here.
 
     Source: Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models",
     algorithm 1.
@@ -53,6 +56,7 @@ class BatchRenormalization(MovingNorm):
         "compat",
     )
 
+    @takes("titu1994", BATCH_RENORMALIZATION, {"eps": renamed("epsilon")}, last="momentum")
     def __init__(
         self,
         axis: int = -1,

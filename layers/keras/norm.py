@@ -5,6 +5,7 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 import keras
+import numpy as np
 from keras import ops
 
 from .statistics import Mean, averaging, kept, wide
@@ -22,7 +23,8 @@ class MovingNorm(keras.Layer):  # type: ignore[misc]
     As in `keras.layers.BatchNormalization`, ``axis`` holds the channels, ``momentum`` is the weight of the
     old moving value, variances are biased, and ``trainable=False`` means inference mode. Variables have the
     dtype policy's variable dtype. With ``synchronized=True`` the batch statistics are those of all replicas of a
-    TensorFlow distribution strategy.
+    TensorFlow distribution strategy. ``weights`` are initial values of all that a layer has of γ, β, the gates and the
+    moving statistics, in this order, in place of initializers, as layers of Keras 1 and 2 took them.
     """
 
     settings: ClassVar[tuple[str, ...]] = ("axis", "momentum", "epsilon", "center", "scale", "synchronized")
@@ -56,12 +58,13 @@ class MovingNorm(keras.Layer):  # type: ignore[misc]
         synchronized: bool = False,
         **kwargs: Any,
     ) -> None:
+        weights = kwargs.pop("weights", None)  # no argument, since no configuration has it
         super().__init__(**kwargs)
         if isinstance(axis, bool) or not isinstance(axis, int):
             raise ValueError(f"expected `axis` to be one integer, received axis={axis!r}")
         if not 0 <= momentum <= 1:
             raise ValueError(f"expected `momentum` between 0 and 1, received momentum={momentum}")
-        if not epsilon > 0:
+        if isinstance(epsilon, bool) or not epsilon > 0:
             raise ValueError(f"expected `epsilon` above 0, received epsilon={epsilon}")
         if synchronized and keras.backend.backend() != "tensorflow":
             # As keras.layers.BatchNormalization says it.
@@ -82,6 +85,7 @@ class MovingNorm(keras.Layer):  # type: ignore[misc]
             gamma_constraint=gamma_constraint,
             beta_constraint=beta_constraint,
         )
+        self._initial = None if weights is None else [np.asarray(array) for array in weights]
         self.supports_masking = True
         self.gamma: Any = None
         self.beta: Any = None
@@ -96,15 +100,38 @@ class MovingNorm(keras.Layer):  # type: ignore[misc]
         return self.add_weight(
             name=name,
             shape=(size,),
-            initializer=getattr(self, f"{name}_initializer"),
+            initializer=self._initializer(name),
             regularizer=getattr(self, f"{name}_regularizer"),
             constraint=getattr(self, f"{name}_constraint"),
             autocast=False,
         )
 
     def _add_moving(self, name: str, size: int) -> Any:
-        initializer = getattr(self, f"{name}_initializer")
+        initializer = self._initializer(name)
         return self.add_weight(name=name, shape=(size,), initializer=initializer, trainable=False, autocast=False)
+
+    def _initializer(self, name: str) -> Any:
+        """Return what a variable starts with: the array given as one of ``weights``, or its initializer's values."""
+        if self._initial is None:
+            return getattr(self, f"{name}_initializer")
+        without = {"gamma": not self.scale, "beta": not self.center}
+        names = [part for part in self._parts() if not without.get(part)]
+        if len(self._initial) != len(names):
+            raise ValueError(f"expected `weights` as {', '.join(names)}, received {len(self._initial)} arrays")
+        array = self._initial[names.index(name)]
+
+        def start(shape: Any, dtype: Any = None) -> Any:
+            if array.shape != tuple(shape):
+                raise ValueError(
+                    f"expected `weights` with {name} of shape={tuple(shape)}, received shape={array.shape}"
+                )
+            return ops.convert_to_tensor(array, dtype)
+
+        return start
+
+    def _parts(self) -> tuple[str, ...]:
+        """Return the names of what is trained or moved."""
+        return "gamma", "beta", "moving_mean", "moving_variance"
 
     def _add_affine(self, channels: int) -> None:
         if self.scale:

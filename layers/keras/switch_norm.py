@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal, get_args
 import keras
 from keras import ops
 
+from ..published import KERAS_SWITCHNORM, SWITCHABLENORMS, renamed, takes
 from .norm import MovingNorm
 from .statistics import Moments, averaging, moments, per_channel, pooled, wide
 
@@ -41,8 +42,8 @@ class SwitchNormalization(MovingNorm):
 
     ``compat="keras-switchnorm"`` computes what titu1994/keras-switchnorm does: moving statistics start at mean 1
     and variance 0, and the moving variance takes in the batch's times m/(m - 1 - ε), with m the number of values
-    per sample and channel. What it calls ``mean_weights_*`` and ``variance_weights_*`` is ``mean_weight_*`` and
-    ``var_weight_*`` here.
+    per sample and channel. Its arguments are taken then: ``final_gamma``, which is ``zero_init`` here, and
+    ``mean_weights_*`` and ``variance_weights_*``, which are ``mean_weight_*`` and ``var_weight_*``.
 
     The further arguments are those of `keras.layers.BatchNormalization`, and for each vector of gates an
     initializer, a regularizer and a constraint. Statistics are computed in float32 for narrower inputs;
@@ -50,7 +51,7 @@ class SwitchNormalization(MovingNorm):
 
     Raises `ValueError` for input of rank below 2, an ``axis`` that is none of its channel axes, a mask that is
     not the input's shape without its channels, and, with compat, one value per sample and channel; `TypeError`
-    for input that is not floating-point.
+    for input that is not floating-point, and for an argument that another system's layer has, with what it is here.
 
     Source: Luo et al., "Differentiable Learning-to-Normalize via Switchable Normalization", section 3.
     """
@@ -66,6 +67,7 @@ class SwitchNormalization(MovingNorm):
         "var_weight_constraint",
     )
 
+    @takes("keras-switchnorm", KERAS_SWITCHNORM, {**SWITCHABLENORMS, "eps": renamed("epsilon")}, last="epsilon")
     def __init__(
         self,
         axis: int = -1,
@@ -214,6 +216,10 @@ class SwitchNormalization(MovingNorm):
                     f"shape={shape}; give the layer the batch_statistics it was saved with"
                 )
         super().load_own_variables(store)
+
+    def _parts(self) -> tuple[str, ...]:
+        statistics = () if self.batch_statistics == "none" else ("moving_mean", "moving_variance")
+        return "gamma", "beta", "mean_weight", "var_weight", *statistics
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments as plain data, with the temperature last set."""

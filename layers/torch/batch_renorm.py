@@ -8,10 +8,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..limits import Schedule, check_schedule, checked_limits, default_limits, limits_at
+from ..published import BATCH_RENORMALIZATION, only, renamed, takes
 from . import rerun
 from .norm import RunningNorm, as_tensor, constant, kept, move
 from .normalize import Backward, Small, normalize, square
 from .passes import Array
+
+_IN_KERAS = {
+    **BATCH_RENORMALIZATION,
+    "gamma_init": only(None, "γ to be given to the layer, as `weight`"),
+    "beta_init": only(None, "β to be given to the layer, as `bias`"),
+    "weights": only(None, "arrays to be given to the layer, by load_state_dict"),
+    "mode": only(0, "the batch's statistics at inference to come of a layer in training mode"),
+    "epsilon": renamed("eps"),
+}
+"""What titu1994/BatchRenormalization calls its layer's arguments, none of which are taken."""
 
 
 class _BatchRenorm(RunningNorm):
@@ -32,7 +43,8 @@ class _BatchRenorm(RunningNorm):
     per call (see `limits_at`). The limits default to 3 and 5, with ``"pretrained"`` to 1.25 and 0.5.
 
     Raises `ValueError` for a wrong rank or channel count, and in training for a single value per channel, which
-    has no variance, in all processes together if they synchronize; `TypeError` for a dtype that is not floating-point.
+    has no variance, in all processes together if they synchronize; `TypeError` for a dtype that is not floating-point,
+    and for an argument that another system's layer has, with what it is here.
 
     Source: Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models",
     algorithm 1.
@@ -43,6 +55,7 @@ class _BatchRenorm(RunningNorm):
     step: Tensor
     place: Tensor  # nothing but where it is: compiled code tells layers apart by it
 
+    @takes(None, {}, _IN_KERAS)
     def __init__(
         self,
         num_features: int,

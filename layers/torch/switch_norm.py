@@ -8,12 +8,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..published import KERAS_SWITCHNORM, SWITCHABLENORMS, renamed, takes
 from .norm import RunningNorm, move
 from .normalize import Backward, Small, inferring, normalize, square, wide
 from .passes import Array, switch
 
 BatchStatistics = Literal["moving", "frozen", "none"]
 Compat = Literal["switchablenorms"]
+
+
+def _assigned(value: Any) -> str:
+    return (
+        "gates to be given to the layer, as `mean_weight` and `var_weight`, and penalties and constraints to be a "
+        "training loop's"
+    )
+
+
+_IN_KERAS = {
+    **dict.fromkeys(KERAS_SWITCHNORM, _assigned),
+    "final_gamma": renamed("zero_init"),
+    "epsilon": renamed("eps"),
+}
+"""What keras-switchnorm calls its layer's arguments, none of which are taken."""
 
 CLOSED = -120.0
 """A logit that beside 0 gives a gate of exactly 0 in float32."""
@@ -53,7 +69,7 @@ class _SwitchNorm(RunningNorm):
 
     Raises `ValueError` for a wrong rank or channel count, for a state dict with another number of gates, and, with
     compat, for a single value where its variance divides by their number - 1; `TypeError` for a dtype that is not
-    floating-point.
+    floating-point, and for an argument that another system's layer has, with what it is here.
 
     Source: Luo et al., "Differentiable Learning-to-Normalize via Switchable Normalization", section 3.
     """
@@ -62,6 +78,7 @@ class _SwitchNorm(RunningNorm):
     epsilon: float
     temperature: Tensor
 
+    @takes("switchablenorms", SWITCHABLENORMS, _IN_KERAS, last="momentum")
     def __init__(
         self,
         num_features: int,
