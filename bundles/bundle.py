@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from ..convert.recipe import Recipe
 from ..convert.targets import SwitchNorm
 from ..data.preprocessing import Preprocessing
-from ..errors import InputError, spoken
-from ..frameworks.detect import get_framework
+from ..errors import InputError, option, spoken
+from ..frameworks.detect import framework_of, get_framework
 from ..patchers.patch import as_module
 from ..patchers.way_back import replay
 from ..sources.files import sha256, staged
@@ -71,6 +73,39 @@ class Bundle:
     def original_weights(self) -> Path:
         """The file with the weights from before the patch, where there is one."""
         return self.directory / f"original{SUFFIX[self.recipe.framework]}"
+
+
+@dataclass
+class Unpatched(Bundle):
+    """A model as it is, to be trained and saved as that of a bundle; see `unpatched`."""
+
+    def identity(self) -> str:
+        """Return a hash that tells this model from others, by its weights."""
+        framework = get_framework(self.model)
+        keras = self.recipe.framework == "keras"
+        weights = self.model.get_weights() if keras else map(framework.to_numpy, self.model.state_dict().values())
+        found = hashlib.sha256()
+        for each in weights:
+            array = np.ascontiguousarray(each)
+            found.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+        return found.hexdigest()
+
+    def original(self) -> Any:
+        """Raise `InputError`: there is none."""
+        raise InputError(
+            f"expected a patched model for its original, received {self.directory}, which no patch made; "
+            f"learn from labels: {option('teacher', 'none')}"
+        )
+
+
+def unpatched(model: Any, source: str | None = None, preprocessing: Preprocessing | None = None) -> Bundle:
+    """Return a model with the norms it was built with as what can be trained and saved as a bundle.
+
+    ``source`` says where its architecture comes from, as `load_model` takes it; without it a torch model can only be
+    loaded again into one given to `load`. ``preprocessing`` says how images become its input.
+    """
+    recipe = Recipe(framework_of(model), ())
+    return Unpatched(Path(source or "model"), model, recipe, source, preprocessing, has_original=False)
 
 
 def save(

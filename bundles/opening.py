@@ -161,6 +161,10 @@ class Opened:
         twin.set_weights(self.model.get_weights())
         return twin
 
+    def build_again(self) -> None:
+        """Take another model from the source, of other weights where it draws them."""
+        self.model = load_model(self.spec, trust=self.options.trust)
+
     def draws_weights(self) -> bool:
         """Return whether its source builds a model of other weights each time, so that elsewhere it is another one."""
         if self.bundle is not None or self.options.weights is not None:

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..console import option_set, progress, show
+from ..console import numbers, option_set, progress, show
 from ..errors import InputError, NormswapWarning
 from .options import command, decide, given, json_option, model_options, overwrite_option, positive
 
 if TYPE_CHECKING:
     from ..bundles.bundle import Bundle
-    from ..bundles.opening import ModelOptions
+    from ..bundles.opening import ModelOptions, Opened
     from ..data.dataset import Data
     from ..finetune.run.contract import Trainer
     from ..finetune.run.settings import Settings
 
-TAUGHT, LABELS, UNCALIBRATED = "calibrate,all", "calibrate,norm,all", "norm,all"
-"""The stages of models that are taught, of those that learn from labels, and where there is no original."""
+TAUGHT, LABELS, UNCALIBRATED, UNPATCHED = "calibrate,all", "calibrate,norm,all", "norm,all", "all"
+"""The stages of what is taught, of what learns from labels, without its original too, and of what no patch made."""
 
 _TYPES: dict[str, tuple[set[type], str]] = {
     "boolean": ({bool}, "true or false"),
@@ -32,7 +32,7 @@ _TYPES: dict[str, tuple[set[type], str]] = {
 }
 """What a TOML file must have for an option of each of click's types, which would convert it without a word."""
 _TEXT = {str, int, float}, "text or a number"
-_LISTS = {"stages", "augment", "input_shape", "size", "mean", "std"}
+_LISTS = {"stages", "augment", "milestones", "input_shape", "size", "mean", "std"}
 
 _EXCLUSIVE = (("steps", "epochs"), ("stages", "train"), ("teacher", "distill"))
 _SAYS_NOTHING = {"stages": "", "train": "all", "teacher": "original", "distill": False}
@@ -126,18 +126,39 @@ how_it_learns = option_set(
     ),
     option("--accumulate", default=1, callback=positive, help="Batches to a step."),
     option(
+        "--optimizer",
+        type=click.Choice(["sgd", "adam", "adamw", "amsgrad"]),
+        default="sgd",
+        help="Rule by which it learns, gradients clipped at norm 1.",
+    ),
+    option("--momentum", type=float, help="Of --optimizer sgd; default 0.9."),
+    option(
         "--lr",
         type=float,
-        help="Peak learning rate of SGD with momentum 0.9; default 0.05 for 64 images a step, in proportion for fewer, "
-        "and less the nearer a model is to the original that teaches it.",
+        help="Peak learning rate; default 0.05 for 64 images a step, 0.001 of optimizers other than sgd, in proportion "
+        "for fewer, and less the nearer a model is to the original that teaches it.",
     ),
     option(
-        "--decay",
-        type=click.Choice(["cosine", "constant"]),
+        "--schedule",
+        type=click.Choice(["cosine", "constant", "step", "poly", "plateau"]),
         default="cosine",
-        help="What the rate does after --warmup.",
+        help="What the rate does after --warmup; plateau goes by the loss on --eval-data.",
     ),
     option("--warmup", default=0.05, help="Share of the steps in which the rate rises."),
+    option(
+        "--milestones",
+        callback=numbers(float, above=0),
+        help="Where --schedule step lowers the rate: shares of the steps, or from 1 on epochs; default 0.3,0.6,0.9.",
+    ),
+    option("--factor", type=float, help="What step and plateau multiply the rate by; default 0.1."),
+    option("--power", type=float, help="Of --schedule poly; default 1, a straight line to 0."),
+    option(
+        "--patience",
+        type=int,
+        help="Evaluations in a row, one each --checkpoint-every, without a better loss, after which plateau lowers the "
+        "rate; default 10.",
+    ),
+    option("--min-lr", type=float, help="What plateau does not go below; default 0."),
     option("--weight-decay", default=0.0, help="Of all but norms, biases and gates."),
     option("--gate-lr", default=1.0, help="Rate of SN's gates, as a multiple."),
     option(
@@ -198,11 +219,13 @@ how_it_goes = option_set(
 @what_norms_do
 @how_it_goes
 @click.option("--resume", is_flag=True, help="Go on with the run in the output folder, if there is one.")
-@model_options("weights", "example")
+@model_options("example")
 @overwrite_option
 @json_option
 def finetune(bundle: str, output: Path, known: "ModelOptions", **options: Any) -> None:
     """Fine-tune the model in BUNDLE and write another bundle.
+
+    In place of a bundle any MODEL is trained as it is, from labels; --seed draws the weights of one that is new.
 
     The output's folder `run` has the settings, curves, TensorBoard events and checkpoints. Ctrl-C and SIGTERM finish
     the step and save; --resume goes on. `accelerate launch -m normswap finetune ...` trains in several processes.
@@ -212,6 +235,7 @@ def finetune(bundle: str, output: Path, known: "ModelOptions", **options: Any) -
       normswap finetune net-gn --data train/ --eval-data val/ -o net-gn-tuned
       normswap finetune net-sn --data train/ --teacher none --train all --epochs 3 --batch-size 2 -o net-sn-tuned
       normswap finetune net-sn -c net-sn-tuned/run/run.toml --seed 1 -o net-sn-again
+      normswap finetune net.py:build --input-shape 3,32,32 --data train/ --epochs 30 --optimizer adam -o net-bn
     """
     from ..bundles.opening import Opened
     from ..data.dataset import open_data
@@ -221,24 +245,26 @@ def finetune(bundle: str, output: Path, known: "ModelOptions", **options: Any) -
     for pair in _EXCLUSIVE:
         _require_one(options, *pair)
         decide(options, *pair)
+    _leave_unread(options)
     _require_outside(output, options)
-    opened = Opened(bundle, known, need_bundle=True)
-    assert opened.bundle is not None
+    opened = Opened(bundle, known)
     preprocessing = opened.require_preprocessing()
-    if options["distill"] or (options["teacher"] is None and opened.bundle.has_original):
+    found = _bundle(opened, options["seed"])
+    if options["distill"] or (options["teacher"] is None and found.has_original):
         options["teacher"] = "original"
     options["teacher"] = options["teacher"] or "none"
     data = open_data(options["data"], preprocessing, labelled=options["teacher"] == "none")
     eval_data = None if options["eval_data"] is None else open_data(options["eval_data"], preprocessing)
-    trainer = trainer_of(opened.model)
+    trainer = trainer_of(found.model)
     leads = trainer.processes()[0] == 0
-    settings = _settings(options, opened.bundle, trainer, data, output)
+    settings = _settings(options, found, trainer, data, output)
     if leads:
-        _warn_of_no_effect(options, opened.bundle, calibrates=settings.plan()[0])
+        _warn_of_no_effect(options, found, calibrates=settings.plan()[0])
     if options["batch_size"] == "auto":
         click.echo(f"--batch-size auto: {settings.batch_size} images", err=True)
     told = {name: options[name] for name in ("data", "eval_data")}
-    told |= {name: getattr(known, name) for name in ("input_shape", "size", "mean", "std")}
+    told |= {name: getattr(known, name) for name in ("weights", "input_shape", "size", "mean", "std")}
+    told["weights"] = known.weights and str(known.weights)
     record = {"bundle": bundle, "output": str(output)} | {
         name: _as_text(list(value) if isinstance(value, tuple) else value)
         for name, value in told.items()
@@ -246,7 +272,7 @@ def finetune(bundle: str, output: Path, known: "ModelOptions", **options: Any) -
     }
     with progress("fine-tuning", settings.steps) if leads else nullcontext(lambda *_, **__: None) as advance:
         result = run.finetune(
-            opened.bundle,
+            found,
             output,
             data,
             settings,
@@ -280,6 +306,29 @@ def _next(output: Path, known: "ModelOptions") -> list[str]:
     ]
 
 
+def _bundle(opened: "Opened", seed: int) -> "Bundle":
+    """Return the bundle to train: that of a model which is in none, where it draws its weights from ``seed``."""
+    from ..bundles.bundle import unpatched
+    from ..finetune.run.contract import trainer_of
+
+    if opened.bundle is not None:
+        return opened.bundle
+    if opened.draws_weights():
+        trainer_of(opened.model).seed(seed)
+        opened.build_again()
+    return unpatched(opened.model, opened.spec, opened.preprocessing)
+
+
+def _leave_unread(options: dict[str, Any]) -> None:
+    """Forget what a file says for the optimizer or the schedule that another on the command line took the place of."""
+    from ..finetune.run.training import unread
+
+    replaced = [name for name in ("optimizer", "schedule") if given(name)]
+    for name in unread({name: options[name] for name in replaced}):
+        if not given(name):
+            options[name] = None
+
+
 def _require_outside(output: Path, options: dict[str, Any]) -> None:
     """Raise `InputError` if the output would lie among the images, where its pictures are some of them later."""
     for name in ("data", "eval_data"):
@@ -293,11 +342,13 @@ def _require_outside(output: Path, options: dict[str, Any]) -> None:
 
 def _warn_of_no_effect(options: dict[str, Any], bundle: "Bundle", *, calibrates: bool) -> None:
     """Warn of options on the command line that change nothing for this model, learning from what it does."""
-    kinds = {choice.target.kind for choice in bundle.recipe.choices}
+    from ..finetune.hooks.renorm_limits import RenormLimits
+    from ..finetune.run.figures import gates
+
     there = {
         "a teacher": options["teacher"] == "original",
-        "layers with gates": "sn" in kinds,
-        "BRN layers": "brn" in kinds,
+        "layers with gates": bool(gates(bundle.model)),
+        "BRN layers": bool(RenormLimits(bundle.model, 1).layers),
         "a teacher and --eval-data": options["teacher"] == "original" and options["eval_data"] is not None,
         "a stage calibrate": calibrates,
     }
@@ -317,8 +368,10 @@ def _settings(options: dict[str, Any], bundle: "Bundle", trainer: "Trainer", dat
 
     chosen = {field.name: options[field.name] for field in fields(Settings) if options.get(field.name) is not None}
     if "stages" not in chosen and "train" not in chosen:
-        taught = chosen["teacher"] == "original"
-        chosen["stages"] = TAUGHT if taught else LABELS if bundle.has_original else UNCALIBRATED
+        taught, patched = chosen["teacher"] == "original", bool(bundle.recipe.choices)
+        chosen["stages"] = (
+            TAUGHT if taught else LABELS if bundle.has_original else UNCALIBRATED if patched else UNPATCHED
+        )
     if chosen["batch_size"] == "auto":
         chosen["batch_size"] = _largest_batch(chosen, bundle, trainer, data, output, resume=options["resume"])
     chosen["batch_size"] = min(chosen["batch_size"], len(data))

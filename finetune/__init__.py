@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .hooks.torch.norms import norm_parameters
     from .hooks.torch.param_groups import param_groups
     from .hooks.torch.sync import convert_sync
+    from .run.history import History
     from .run.run import finetune
     from .run.settings import Settings
 
@@ -32,6 +33,7 @@ _HOME = {
     "Distillation": "hooks.distillation",
     "Freeze": "hooks.freeze",
     "GateSchedule": "hooks.gate_schedule",
+    "History": "run.history",
     "Hook": "hooks.hook",
     "Hooks": "hooks.hook",
     "KerasCallback": "callbacks.keras",
@@ -55,6 +57,7 @@ __all__ = [
     "Distillation",
     "Freeze",
     "GateSchedule",
+    "History",
     "Hook",
     "Hooks",
     "KerasCallback",

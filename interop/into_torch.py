@@ -82,7 +82,7 @@ def _converted(
     model: nn.Module, state: Mapping[str, Tensor], eps: float | None, batches: int | None
 ) -> dict[str, Tensor]:
     """Return switchablenorms' state in the model's shapes, once its layers are those that were trained."""
-    arrays = {name: _array(tensor) for name, tensor in state.items()}
+    arrays = {name: as_array(tensor) for name, tensor in state.items()}
     own = from_switchablenorms(arrays, batches=batches)
     modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
     found = {name: modules[name] for name in dimensions_of(arrays) if type(modules.get(name)) in _SWITCH_NORMS}
@@ -93,7 +93,8 @@ def _converted(
     return {n: state[n] if array is arrays.get(n) else torch.from_numpy(array) for n, array in own.items()}
 
 
-def _array(tensor: Tensor) -> Array:
+def as_array(tensor: Tensor) -> Array:
+    """Return a tensor as NumPy has it."""
     tensor = tensor.detach()
     array: Array = (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
     return array

@@ -184,7 +184,7 @@ def replay(model: Any, recipe: Recipe) -> Recipe:
         carry_out(model, decided, swaps, lambda: (), around=lambda: found.adapter.around(model))
     stay = tuple(choice for choice in recipe.choices if choice.target.kind == BatchNorm.kind)
     there = tuple(choice for choice in recipe.choices if choice not in stay)
-    if there or not stay:
+    if there:
         made = patcher_of(model).patch(model, replace(recipe, choices=there), solve=False).recipe.choices
         sources = {choice.name: choice.source for choice in there}
         there = tuple(replace(choice, source=sources.get(choice.name, choice.source)) for choice in made)

@@ -53,7 +53,7 @@ class TestTable:
 
             assert written(tmp_path) == [
                 list(COLUMNS),
-                ["1", "norm", "0.30000000000000004", "", "1e-05", "", "", "", "", ""],
+                ["1", "norm", "", "0.30000000000000004", "", "1e-05", *7 * [""]],
             ]
 
     def test_reading_gives_back_what_was_written(self, tmp_path):
@@ -72,8 +72,8 @@ class TestTable:
     def test_a_figure_of_another_name(self, tmp_path):
         """A misspelt figure is refused, and nothing of the row is written."""
         message = (
-            "expected figures out of loss, accuracy, learning_rate, images_per_second, eval_top1, eval_top5, drift, "
-            "clipped, received lr"
+            "expected figures out of epoch, loss, accuracy, learning_rate, images_per_second, seconds, eval_loss, "
+            "eval_top1, eval_top5, drift, clipped, received lr"
         )
         with Journal(tmp_path) as journal, pytest.raises(TypeError, match=exactly(message)):
             journal.row(1, loss=1.0, lr=0.1)

@@ -1,29 +1,11 @@
 """Schedules as plain functions of how far a run has come, so that a resumed run needs no more than its step."""
 
-from math import cos, pi
-from typing import Literal
-
 import numpy as np
 
 from ...layers.limits import Limits, Schedule, default_limits, limits_at
 
-Decay = Literal["cosine", "constant"]
-
 SIGMOID_END = 10.0
 """Where the logistic curve has arrived: both limits are within 0.01 % of their last value."""
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.05, decay: Decay = "cosine") -> float:
-    """Return the rate at ``step`` of ``steps``: linear up to ``peak`` over a share ``warmup``, then ``decay``.
-
-    ``"cosine"`` falls to 0 at the end, ``"constant"`` stays.
-    """
-    begin = max(1, round(steps * warmup))
-    if step < begin:
-        return peak * (step + 1) / begin
-    if decay == "constant":
-        return peak
-    return peak * 0.5 * (1 + cos(pi * (step - begin) / max(1, steps - begin)))
 
 
 def renorm_limits(preset: Schedule, progress: float) -> Limits:

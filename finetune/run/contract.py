@@ -41,6 +41,7 @@ class Trainer(Protocol):
         first: int = 0,
         start: int = 0,
         state: State | None = None,
+        reductions: Callable[[], int] = int,
         on_step: OnStep | None = None,
     ) -> None:
         """Train ``model`` in place from step ``start`` to the last of ``training``."""
@@ -53,6 +54,9 @@ class Trainer(Protocol):
 
     def processes(self) -> tuple[int, int]:
         """Return this process's rank and how many train together."""
+
+    def seed(self, number: int) -> None:
+        """Let the weights of a model that is built next depend on ``number`` alone."""
 
     def gathered(self, value: Any) -> list[Any]:
         """Return the value of every process, in the order of their ranks."""

@@ -40,13 +40,20 @@ class Evaluation:
             raise VerificationError(f"expected images that differ, received {len(self._watched)} that are all the same")
 
     def accuracy(self, model: Any) -> Accuracy:
-        """Return a model's accuracy on all the data to evaluate on, of which each process sees its share."""
+        """Return a model's accuracy and loss on all the data to evaluate on, of which each process sees its share."""
         assert self.eval_data is not None
+        known = self._logits if model is self.model else self._originals_logits
+
+        def logits(found: NDArray[Any]) -> NDArray[Any]:
+            known.decide(found)
+            return known(found, np)  # type: ignore[no-any-return]
+
         own = accuracy(
             partial(self._scores, model),
             self.eval_data,
             batch_size=self.batch_size,
             share=self._trainer.processes(),
+            logits=logits,
         )
         return Accuracy.merged(self._trainer.gathered(own))
 

@@ -16,6 +16,7 @@ from ...errors import InputError, UsageError, named
 from ...sources.files import staged
 from .checkpoints import Checkpoint, Checkpoints
 from .journal import Journal
+from .rate import Plateau
 from .settings import Settings
 
 SETTINGS = "run.toml"
@@ -35,8 +36,12 @@ class Progress:
     best_step: int | None = None
     done: bool = False
     lr: float = 0.0
+    plateau: Plateau = field(default_factory=Plateau)
     data: str = ""
     model: str = ""
+
+    def __post_init__(self) -> None:
+        self.plateau = Plateau(*self.plateau)
 
 
 class RunFolder:

@@ -18,16 +18,23 @@ ORIGINAL = "original"
 """The stage of the row that holds the accuracy of the model before the patch."""
 
 FIGURES: Mapping[str, str] = {
+    "epoch": "train/epoch",
     "loss": "train/loss",
     "accuracy": "train/accuracy",
     "learning_rate": "train/learning_rate",
     "images_per_second": "train/images_per_second",
+    "seconds": "train/seconds",
+    "eval_loss": "eval/loss",
     "eval_top1": "eval/top1",
     "eval_top5": "eval/top5",
     "drift": "eval/drift",
     "clipped": "train/clipped",
 }
-"""What a row may hold, and what TensorBoard calls it. Accuracies are in percent, drift and clipped shares of 1."""
+"""What a row may hold, and what TensorBoard calls it.
+
+``epoch`` is how many passes over the data are done, ``seconds`` what the step took. Accuracies are in percent, drift
+and clipped shares of 1.
+"""
 
 COLUMNS = ("step", "stage", *FIGURES)
 GATES = ("instance", "layer", "batch")
@@ -117,12 +124,15 @@ class Journal:
 
 
 def read(path: Path) -> list[Row]:
-    """Return the rows of a ``metrics.csv``, up to the first that is not whole: an int, a string, and floats or None."""
+    """Return the rows of a ``metrics.csv``, up to the first that is not whole: an int, a string, and floats or None.
+
+    A column that an older version did not write is None.
+    """
     text = path.read_text(errors="replace")
     rows: list[Row] = []
     with suppress(KeyError, ValueError, csv.Error):
         for line in csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")):
-            figures = {name: float(line[name]) if line[name] else None for name in FIGURES}
+            figures = {name: float(line[name]) if line.get(name) else None for name in FIGURES}
             if None in line or None in line.values():
                 break
             rows.append({"step": int(line["step"]), "stage": line["stage"], **figures})

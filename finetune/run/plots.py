@@ -77,7 +77,9 @@ _PANELS: tuple[tuple[str, tuple[_Line, ...]], ...] = (
     ("clipped channels, %", (("clipped", "", ORANGE),)),
     ("drift from the original", (("drift", "", GREY),)),
 )
-_FEW, _MANY = 25, 60  # points, up to which each is marked, and from which on a running mean is drawn
+FEW = 25
+"""Points, up to which each is marked."""
+_MANY = 60  # points, from which on a running mean is drawn
 _STEEP = 20  # ratio of the highest to the lowest loss, from which on its axis is logarithmic
 _ROOM = 0.12  # share of the axis a stage's name needs
 _NOISY = ("loss", "accuracy", "clipped")
@@ -118,12 +120,8 @@ def _curves(figure: FigureBase, rows: list[Row]) -> None:
             _mark_best(axes, trained)
         _stages(axes, trained, end)
         axes.set(xlabel="step", ylabel=label, xlim=(0, end))
-        if label.endswith("%"):
-            low, high = axes.get_ylim()
-            axes.set_ylim(max(low, -_ABOVE * high), min(high, 100 + _ABOVE * (100 - low)))
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=(1, 2, 5, 10)))
-        axes.grid(color="#E5E5E5", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
+        style(axes, share=label.endswith("%"))
         if told := axes.get_legend_handles_labels()[1]:
             axes.legend(loc="lower left", bbox_to_anchor=(0, 1.06), ncols=3 if len(told) < 4 else 2, frameon=False,
                         fontsize=8, borderaxespad=0, handlelength=1.5, columnspacing=1.2)  # fmt: skip
@@ -164,17 +162,37 @@ def _line(axes: Axes, rows: list[Row], column: str, name: str, colour: str) -> N
     steps, values = np.array(points, float).T
     values = values * (100 if column in _PERCENT else 1)
     if column in _NOISY and len(values) >= _MANY:
-        window = len(values) // 15
         axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.35)
-        values = np.convolve(values, np.full(window, 1 / window), "valid")
-        steps = steps[(window - 1) // 2 :][: len(values)]
+        steps, values, window = running_mean(steps, values)
         name = f"{name}, mean of {window} steps".removeprefix(", ")
-    few = len(values) <= _FEW
+    few = len(values) <= FEW
     marker = "o" if few else ""
     axes.plot(steps, values, color=colour, linewidth=1.6, marker=marker, markersize=4, clip_on=not few, label=name)
-    if column == "loss" and values.min() > 0 and values.max() > _STEEP * values.min():
+    if column == "loss":
+        log_if_steep(axes, values)
+
+
+def running_mean(steps: Any, values: Any) -> tuple[Any, Any, int]:
+    """Return the running mean of many values, each at the middle of what it is the mean of, and of how many it is."""
+    window = len(values) // 15 if len(values) >= _MANY else 1
+    means = np.convolve(values, np.full(window, 1 / window), "valid")
+    return steps[(window - 1) // 2 :][: len(means)], means, window
+
+
+def log_if_steep(axes: Axes, values: Any) -> None:
+    """Make the axis of a loss logarithmic where it falls far."""
+    if values.min() > 0 and values.max() > _STEEP * values.min():
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
+
+
+def style(axes: Axes, *, share: bool) -> None:
+    """Give axes the looks of all; those of a ``share`` in percent end just above 100 and just below 0."""
+    if share:
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -_ABOVE * high), min(high, 100 + _ABOVE * (100 - low)))
+    axes.grid(color="#E5E5E5", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _stages(axes: Axes, rows: list[Row], end: int) -> None:
@@ -195,7 +213,7 @@ def _stages(axes: Axes, rows: list[Row], end: int) -> None:
 
 
 def _gate_bars(figure: FigureBase, gates: Gates) -> None:
-    names = [f"{_short(name)} (#{number})" for number, name in enumerate(gates, 1)]
+    names = [f"{short(name)} (#{number})" for number, name in enumerate(gates, 1)]
     places = np.arange(1, len(gates) + 1)
     both: Any = figure.subplots(1, 2, sharey=True)
     for axes, which, title in zip(both, (0, 1), ("gates of the mean", "gates of the variance"), strict=True):
@@ -244,5 +262,6 @@ def _bars_height(gates: Gates) -> float:
     return 1.5 + _ROW * len(gates)
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
+    """Return a name that fits, the end of a long one."""
     return name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}"

@@ -18,7 +18,7 @@ import safetensors.numpy
 from ...bundles import bundle as bundles
 from ...data.dataset import Data
 from ...data.labels import check_labels, same_classes, several_classes
-from ...errors import InputError, NormswapWarning, UnsupportedError, VerificationError
+from ...errors import InputError, NormswapWarning, UnsupportedError, UsageError, VerificationError, named, option
 from ...frameworks.detect import get_framework
 from ...sources.weights import SUFFIX, load_weights, write_weights
 from ..calibration.calibrate import calibrate, site_layers, split
@@ -35,8 +35,10 @@ from .contract import trainer_of
 from .evaluation import Evaluation, first_scores
 from .figures import Clipping, gates
 from .folder import Progress, RunFolder
+from .history import EPOCHS, History
 from .interruption import StoppedError, signals
 from .journal import ORIGINAL, Journal
+from .rate import Plateau
 from .result import Result
 from .settings import Settings
 from .stages import Stage
@@ -65,11 +67,12 @@ def finetune(
 ) -> Result:
     """Fine-tune the bundle ``source`` on ``data`` and write the bundle ``output``.
 
+    A model that was not patched is trained as it is, as `unpatched` has it.
     Its model is the best one seen on ``eval_data``, or the last where there is none or its gates are hardened. The
     folder ``run`` in the output has the settings as ``run.toml`` with ``record`` beside them, the curves as
-    ``metrics.csv``, for TensorBoard and (unless ``draw=False``, or without matplotlib) as ``curves.png``, and
-    checkpoints. With ``resume`` a run found there goes on, bit for bit as if
-    it had not stopped, and one is started where there is none. ``trust`` is that of `normswap.load`. ``on_step`` is
+    ``metrics.csv`` and ``epochs.csv``, for TensorBoard and (unless ``draw=False``, or without matplotlib) as
+    ``curves.png``, and checkpoints. With ``resume`` a run found there goes on, bit for bit as if it had not stopped,
+    and one is started where there is none. ``trust`` is that of `normswap.load`. ``on_step`` is
     told the number of steps taken and their figures, in the process of rank 0.
 
     Raises `InputError` if there is no original to distil from, if the run found used other settings or data, if another
@@ -132,6 +135,7 @@ class _Run:
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Raise before anything is written if the run could not begin, or could only fail later."""
         self.folder.require_free(resume=resume, overwrite=overwrite)
+        self._check_schedule()
         self._check_data()
         self.evaluation = Evaluation(
             self.trainer, self.model, self.original, self.data, self.eval_data, self.settings.batch_size
@@ -148,6 +152,25 @@ class _Run:
             self.saved = self.progress.step
             load_weights(self.model, checkpoint.folder / f"model{self.suffix}")
             self.state = safetensors.numpy.load_file(checkpoint.folder / STATE)
+
+    def _check_schedule(self) -> None:
+        """Raise `UsageError` for a schedule that could never lower the rate."""
+        if self.settings.schedule == "plateau" and self.eval_data is None:
+            raise UsageError(
+                f"expected {named('eval_data')} with {option('schedule', 'plateau')}, which goes by the loss on it, "
+                "received none"
+            )
+        last = max(self.settings.milestones or (0,))
+        longest = self._epochs(max((stage.steps for stage in self.stages), default=0))
+        if last >= 1 and self.stages and last >= longest:
+            raise UsageError(
+                f"expected {named('milestones')} before the end of the longest stage, after {longest:g} epochs, "
+                f"received {last:g}; name shares of the steps, below 1, or train for longer"
+            )
+
+    def _epochs(self, steps: int) -> float:
+        """Return how many passes over the data so many steps are."""
+        return steps * self.settings.step_images / len(self.data)
 
     def _check_data(self) -> None:
         """Raise `InputError` for data that could only fail later, or teach nothing."""
@@ -210,6 +233,8 @@ class _Run:
         for stage in self.stages:
             if progress.step >= stage.end or progress.done:
                 continue
+            if progress.step == stage.first:
+                progress.plateau = Plateau()
             self.clock = time.perf_counter()
             self.trainer.train(
                 self.model,
@@ -220,6 +245,7 @@ class _Run:
                 first=stage.first,
                 start=progress.step - stage.first,
                 state=self.state if progress.step > stage.first else None,
+                reductions=lambda: progress.plateau.reductions,
                 on_step=partial(self._after_step, progress, stage),
             )
             if self.signal:
@@ -232,7 +258,7 @@ class _Run:
             found = self.evaluation.accuracy(self.original)
             progress.original = found.to_dict()
             if self.journal is not None:
-                self.journal.row(0, stage=ORIGINAL, eval_top1=found.top1, eval_top5=found.top5)
+                self.journal.row(0, stage=ORIGINAL, epoch=0, **_told(found))
         if self.calibrates:
             self._calibrate()
         progress.lr = self.settings.lr or self._default_rate()
@@ -241,7 +267,7 @@ class _Run:
 
     def _default_rate(self) -> float:
         loss = None if self.teacher is None else self.evaluation.divergence(self.settings.temperature)
-        return default_rate(self.settings.step_images, loss)
+        return default_rate(self.settings.step_images, loss, self.settings.optimizer)
 
     def _calibrate(self) -> None:
         """Calibrate, unless that takes the model further from the original, as it can one that starts there."""
@@ -270,6 +296,7 @@ class _Run:
         progress.losses = [*progress.losses, taken.loss][-10:]
         now = time.perf_counter()
         figures: Figures = {"loss": taken.loss, "accuracy": taken.accuracy, "learning_rate": taken.lr}
+        figures["seconds"] = now - self.clock
         figures["images_per_second"] = self.settings.step_images / (now - self.clock)
         self.signal = max(self.trainer.gathered(self.stopped()))
         if self._saves_after(progress.step):
@@ -278,7 +305,7 @@ class _Run:
         elif self.signal:
             self._checkpoint(progress, stage.train, figures, taken, evaluate=False)  # else a stopped run would differ
         elif self.journal is not None:
-            self.journal.row(progress.step, stage=stage.train, **figures)
+            self.journal.row(progress.step, stage=stage.train, epoch=self._epochs(progress.step), **figures)
         if self.tell is not None and self.rank == 0:
             self.tell(progress.step, figures)
         self.clock = time.perf_counter()
@@ -310,11 +337,11 @@ class _Run:
                 safetensors.numpy.save_file({k: np.asarray(v, order="C") for k, v in state.items()}, folder / STATE)
             if evaluate:
                 with self._deployed(taken):
-                    figures.update(self._evaluate(progress))
+                    figures.update(self._evaluate(progress, waits=taken is not None))
                     if folder is not None and self._deploys_others:
                         write_weights(self.model, folder / f"deployed{self.suffix}")
             if self.journal is not None:
-                self.journal.row(progress.step, stage=stage, **figures)
+                self.journal.row(progress.step, stage=stage, epoch=self._epochs(progress.step), **figures)
                 self.journal.flush()
         self.saved = progress.step
         if self.folder.writes:
@@ -336,8 +363,11 @@ class _Run:
             finally:
                 restore()
 
-    def _evaluate(self, progress: Progress) -> Figures:
-        """Measure the model as it is, note whether it is the best so far and whether it is good enough."""
+    def _evaluate(self, progress: Progress, *, waits: bool) -> Figures:
+        """Measure the model as it is, note whether it is the best so far and whether it is good enough.
+
+        The schedule ``"plateau"`` goes by what was measured after a step (``waits``).
+        """
         figures: Figures = {}
         if self.original is not None:
             figures["drift"] = self.evaluation.drift()
@@ -351,7 +381,9 @@ class _Run:
         if self.settings.early_stop and self.teacher is not None and self.tracks_best:
             assert progress.original is not None
             progress.done = found.top1 >= progress.original["top1"]
-        return {**figures, "eval_top1": found.top1, "eval_top5": found.top5}
+        if waits and found.loss is not None and self.settings.schedule == "plateau":
+            progress.plateau = progress.plateau.after(found.loss, self.settings.setting("patience"))
+        return {**figures, **_told(found)}
 
     @property
     def _kept(self) -> int:
@@ -372,6 +404,7 @@ class _Run:
         if self.folder.writes:
             bundles.save_into(self.bundle, self.folder.output)
             self.folder.finish()
+            History.of(self.folder.output).write(self.folder.path / EPOCHS)
             if self.draws:
                 from . import plots  # needs matplotlib
 
@@ -398,6 +431,11 @@ class _Before(Hook):
     def on_step(self, step: int) -> None:
         if self.asked_after(step + 1):
             self.clipping.on_step(step)
+
+
+def _told(found: Accuracy) -> Figures:
+    """Return the figures of an evaluation."""
+    return {"eval_loss": found.loss, "eval_top1": found.top1, "eval_top5": found.top5}
 
 
 def _trained_on(bundle: bundles.Bundle, data: Data) -> bundles.Bundle:

@@ -3,22 +3,27 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Literal, get_args
 
 from numpy.typing import NDArray
 
 from ...data.augment import policies
-from ...errors import InputError, named
+from ...errors import InputError, UsageError, named, option
 from ..hooks.freeze import check_train
-from ..hooks.schedules import Decay
 
 Array = NDArray[Any]
+Optimizer = Literal["sgd", "adam", "adamw", "amsgrad"]
+Schedule = Literal["cosine", "constant", "step", "poly", "plateau"]
 Precision = Literal["no", "fp16", "bf16"]
 
 MAX_GRADIENT_NORM = 1.0
-MOMENTUM = 0.9
+EPSILON = 1e-8
+"""What Adam and its kin add to the root of the second moment; the frameworks' own differ."""
 RATE, RATE_IMAGES = 0.05, 64
-"""The rate for steps of so many images or more."""
+"""The rate of SGD for steps of so many images or more."""
+ADAM_RATE = 0.001
+"""That of Adam and its kin, whose steps do not depend on how long gradients are."""
 RATE_OF_LOSS = 0.005
 """The rate of a model that is taught, as a share of the loss it starts with, or of `LEAST_LOSS` if that is less."""
 LEAST_LOSS = 1e-3
@@ -27,14 +32,29 @@ SEEDS = 2**63
 DECIDING = 8
 """How many images decide before a training whether a model returns probabilities."""
 
+_READ: Mapping[str, tuple[str, tuple[str, ...], Any]] = {
+    "momentum": ("optimizer", ("sgd",), 0.9),
+    "milestones": ("schedule", ("step",), (0.3, 0.6, 0.9)),
+    "factor": ("schedule", ("step", "plateau"), 0.1),
+    "power": ("schedule", ("poly",), 1.0),
+    "patience": ("schedule", ("plateau",), 10),
+    "min_lr": ("schedule", ("plateau",), 0.0),
+}
+"""Of settings that one choice reads and others do not: whose choice, those that read it, and what it is by default."""
+
 
 @dataclass(frozen=True)
 class Training:
-    """How a model is trained for ``steps`` steps of SGD with momentum 0.9, gradients clipped at norm 1.
+    """How a model is trained for ``steps`` steps of ``optimizer``, gradients clipped at norm 1.
 
     A step takes ``accumulate`` batches of ``batch_size`` images, over all processes together. ``lr`` is the peak of
-    the rate, which rises over a share ``warmup`` of the steps and then follows ``decay``; the gates of SN learn at
-    ``gate_lr`` times that. ``weight_decay`` spares norms, biases and gates. ``train`` names what learns: ``"all"``,
+    the rate, which rises over a share ``warmup`` of the steps and then follows ``schedule`` (see `Rate`); the gates of
+    SN learn at ``gate_lr`` times that. What only some optimizers or schedules read is None, for its default, with the
+    others: ``momentum`` of ``"sgd"`` (0.9); ``milestones`` of ``"step"``, shares of the steps or epochs (0.3, 0.6,
+    0.9); ``factor`` of ``"step"`` and ``"plateau"`` (0.1); ``power`` of ``"poly"`` (1); ``patience``, in evaluations,
+    and ``min_lr`` of ``"plateau"`` (10 and 0).
+    ``weight_decay`` spares norms, biases and gates; it is added to the gradient, but with ``"adamw"`` taken off the
+    weights. ``train`` names what learns: ``"all"``,
     ``"norm"`` (the normalization layers' own parameters) or ``"last:N"`` (the last N blocks, see `blocks` of the
     framework); what is frozen already never does. ``precision`` is that of the forward and backward passes.
     ``ema`` is the weight of the old value in a moving average of the weights, 0 for none. With a teacher the loss is
@@ -42,15 +62,22 @@ class Training:
     replaced layers' outputs. ``augment`` is `normswap.data.augment`'s policy, ``workers`` read images ahead.
     Order of the data, rates and random numbers depend on ``seed`` and the step alone.
 
-    Raises `InputError` for a value out of range.
+    Raises `InputError` for a value out of range, `UsageError` for one that the optimizer or the schedule does not read.
     """
 
     steps: int = 100
     batch_size: int = 64
     lr: float = 0.05
     train: str = "all"
-    decay: Decay = "cosine"
+    optimizer: Optimizer = "sgd"
+    momentum: float | None = None
+    schedule: Schedule = "cosine"
     warmup: float = 0.05
+    milestones: tuple[float, ...] | None = None
+    factor: float | None = None
+    power: float | None = None
+    patience: int | None = None
+    min_lr: float | None = None
     weight_decay: float = 0.0
     gate_lr: float = 1.0
     accumulate: int = 1
@@ -73,11 +100,44 @@ class Training:
             raise InputError(f"expected `ema` from 0 to below 1, received ema={self.ema}")
         if not 0 <= self.warmup <= 1:
             raise InputError(f"expected `warmup` from 0 to 1, received warmup={self.warmup}")
-        for name, known in (("decay", get_args(Decay)), ("precision", get_args(Precision))):
-            if getattr(self, name) not in known:
-                raise InputError(f"expected `{name}` out of {', '.join(known)}, received {getattr(self, name)!r}")
+        for name, known in (("optimizer", Optimizer), ("schedule", Schedule), ("precision", Precision)):
+            if getattr(self, name) not in get_args(known):
+                choices = ", ".join(get_args(known))
+                raise InputError(f"expected `{name}` out of {choices}, received {getattr(self, name)!r}")
+        self._check_read()
         policies(self.augment)
         check_train(self.train)
+
+    def _check_read(self) -> None:
+        """Raise for what the optimizer or the schedule does not read, or cannot use."""
+        for name, (which, readers, _) in _READ.items():
+            value, chosen = getattr(self, name), getattr(self, which)
+            if value is not None and chosen not in readers:
+                wanted = " or ".join(option(which, reader) for reader in readers)
+                raise UsageError(f"expected {wanted} for {named(name)}, received {option(which, chosen)}; leave it out")
+        for name in ("power", "patience"):
+            if not self.setting(name) > 0:
+                raise InputError(f"expected `{name}` above 0, received {name}={self.setting(name)}")
+        if not self.setting("min_lr") >= 0:
+            raise InputError(f"expected `min_lr` of at least 0, received min_lr={self.setting('min_lr')}")
+        if not 0 <= self.setting("momentum") < 1:
+            raise InputError(f"expected `momentum` from 0 to below 1, received momentum={self.setting('momentum')}")
+        if not 0 < self.setting("factor") < 1:
+            raise InputError(f"expected `factor` between 0 and 1, received factor={self.setting('factor')}")
+        if self.milestones is not None:
+            object.__setattr__(self, "milestones", tuple(float(at) for at in self.milestones))
+        at = self.setting("milestones")
+        alike = bool(at) and (0 < at[0] <= at[-1] < 1 or 1 <= at[0] <= at[-1] < inf)
+        if not alike or list(at) != sorted(set(at)):
+            raise InputError(
+                "expected `milestones` that rise, all below 1, as shares of the steps, or all from 1 on, as epochs, "
+                f"received milestones={','.join(f'{each:g}' for each in at)}"
+            )
+
+    def setting(self, name: str) -> Any:
+        """Return what a setting is that only some choices read, its default where it is None."""
+        value = getattr(self, name)
+        return _READ[name][2] if value is None else value
 
 
 @dataclass(frozen=True)
@@ -103,17 +163,22 @@ OnStep = Callable[[Taken], bool | None]
 State = Mapping[str, Array]
 
 
-def default_rate(images: int, loss: float | None = None) -> float:
+def unread(choices: Mapping[str, Any]) -> list[str]:
+    """Return the settings that the optimizer or the schedule, where ``choices`` has it, does not read."""
+    return [name for name, (which, readers, _) in _READ.items() if which in choices and choices[which] not in readers]
+
+
+def default_rate(images: int, loss: float | None = None, optimizer: Optimizer = "sgd") -> float:
     r"""Return the peak rate for steps of so many images, of a model that is taught by the ``loss`` it starts with.
 
     Gradients are clipped, so a step is about as long as the rate, wherever it starts. One that goes down from a loss L
     with a gradient g, and 0 for the least there can be, is in proportion to :math:`L/\lVert g\rVert` (Polyak's step
     length): a model that calibration has brought near its teacher takes small steps, one that is far off large ones, up
     to those of a model that learns from labels. Below `RATE_IMAGES` it is less in proportion, for gradients that are
-    more a batch's own.
+    more a batch's own. Adam and its kin have the same shares of a rate of their own.
     """
     rate = RATE if loss is None else min(RATE, RATE_OF_LOSS * max(loss, LEAST_LOSS))
-    return rate * min(1.0, images / RATE_IMAGES)
+    return rate * min(1.0, images / RATE_IMAGES) * (1.0 if optimizer == "sgd" else ADAM_RATE / RATE)
 
 
 def not_finite(loss: float, step: int) -> str:

@@ -19,6 +19,7 @@ def read_model(path: Path) -> Any:
     """Return the model in a Keras file, read in safe mode; raises `InputError` if Keras refuses it."""
     require_file(path)
     keras = import_keras()
+    from ...layers import keras as _ours  # noqa: F401 - for Keras to know them, where the file holds some
 
     try:
         return keras.models.load_model(path, compile=False)

@@ -1,6 +1,8 @@
 """What is told of a Keras model while it is fine-tuned: gates and clipping; and `normswap plot`."""
 
 import json
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -12,7 +14,7 @@ import normswap
 from normswap.cli import main
 from normswap.finetune import Momentum
 from normswap.finetune.run.figures import Clipping, gates
-from normswap.layers.keras import BatchRenormalization
+from normswap.layers.keras import BatchRenormalization, SwitchNormalization
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
 
@@ -98,3 +100,17 @@ def test_plot(tmp_path, monkeypatch):
 
     assert list(json.loads(done.stdout)["gates"]) == ["bn"]
     assert (tmp_path / "sn.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+def test_a_file_that_holds_our_layers(tmp_path, suffix):
+    """A process that has imported nothing else reads and draws it, though Keras alone would not know the layer."""
+    model = keras.Sequential([keras.Input((6, 6, 3)), SwitchNormalization(name="norm")])
+    model.layers[0].mean_weight.assign([1.0, 0.0, -1.0])
+    model.save(tmp_path / f"net{suffix}")
+    command = [sys.executable, "-m", "normswap", "plot", f"net{suffix}", "-o", "o.png", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    ((mean, variance),) = gates(model).values()
+    assert json.loads(done.stdout)["gates"] == {"norm": {"mean": mean.tolist(), "variance": variance.tolist()}}

@@ -87,7 +87,7 @@ class TestRule:
     @pytest.mark.backends
     def test_a_rate_without_decay(self):
         """The constant rate rises and stays."""
-        rates = [taken.lr for taken in fitted(small_net("gn"), steps=6, decay="constant", warmup=0.5, lr=0.3)]
+        rates = [taken.lr for taken in fitted(small_net("gn"), steps=6, schedule="constant", warmup=0.5, lr=0.3)]
 
         assert rates == pytest.approx([0.1, 0.2, 0.3, 0.3, 0.3, 0.3])
 

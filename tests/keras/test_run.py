@@ -8,8 +8,9 @@ import pytest
 
 import normswap
 from normswap.bundles import bundle
+from normswap.bundles.bundle import unpatched
 from normswap.errors import VerificationError
-from normswap.finetune import update_statistics
+from normswap.finetune import History, update_statistics
 from normswap.finetune.run import figures
 from normswap.finetune.run.interruption import StoppedError
 from normswap.finetune.run.run import finetune
@@ -68,6 +69,13 @@ def settings(**options):
             (3, 5),
             {"stages": "calibrate,norm=4,all=2", "teacher": "original", "ema": 0.9, "harden": True},
         ),
+        (
+            "sn",
+            (3, 5),
+            {"optimizer": "amsgrad", "lr": 1.0, "schedule": "plateau", "patience": 1, "stages": "norm=2,all=4"},
+        ),
+        ("gn", (5,), {"optimizer": "adam", "schedule": "step", "milestones": (0.5,), "accumulate": 2, "batch_size": 8}),
+        ("gn", (3,), {"optimizer": "adamw", "schedule": "poly", "power": 0.9, "weight_decay": 0.1}),
         ("brn", (5,), {"stages": "norm=2,all=4", "accumulate": 2, "batch_size": 8, "reestimate": 16}),
     ],
 )
@@ -83,6 +91,24 @@ def test_going_on_gives_the_uninterrupted_run(make, tmp_path, target, stops, opt
 
     assert all(map(np.array_equal, weights(tmp_path / "whole"), weights(tmp_path / "parts")))
     assert {**parts.to_dict(), "output": None} == {**whole.to_dict(), "output": None}
+
+
+@pytest.mark.parametrize("norm", ["bn", "sn"])
+def test_a_model_that_no_patch_made(tmp_path, norm):
+    """It is trained from its first weights on, goes on bit for bit, and comes out as a bundle like any other."""
+    chosen = settings(steps=6, optimizer="adam", lr=0.03)
+
+    def run(name, **options):
+        return finetune(unpatched(small_net(norm), None, PREPROCESSING), tmp_path / name, stripes(), chosen, **options)
+
+    run("whole", eval_data=stripes())
+    with pytest.raises(HaltError):
+        run("parts", eval_data=stripes(), on_step=halting(3))
+    run("parts", eval_data=stripes(), resume=True)
+
+    assert all(map(np.array_equal, weights(tmp_path / "whole"), weights(tmp_path / "parts")))
+    assert [row["epoch"] for row in History.of(tmp_path / "whole").epochs()] == [1.0, 1.5]
+    assert normswap.load(tmp_path / "whole").get_layer("norm").count_params() > 0
 
 
 def test_a_signal(make, tmp_path):
@@ -109,7 +135,7 @@ def test_a_signal(make, tmp_path):
 
 def test_a_loss_that_is_not_finite(make, tmp_path):
     """The output is the last checkpoint's model: that of a run which ended there."""
-    source, constant = make("gn"), {"decay": "constant", "warmup": 0.0}
+    source, constant = make("gn"), {"schedule": "constant", "warmup": 0.0}
     finetune(source, tmp_path / "short", stripes(), settings(steps=4, **constant))
     with pytest.raises(VerificationError) as raised:
         finetune(source, tmp_path / "out", Spoiled(5), settings(steps=8, **constant))

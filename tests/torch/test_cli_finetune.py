@@ -161,6 +161,14 @@ class TestConfig:
             ('steps = 2\nteacher = "original"\ndistill = true', ["--train", "norm"], {"teacher": "original"}),
             ("steps = 2\nsize = 12", ["--input-shape", "3,12,12"], {"input_shape": "3,12,12"}),
             ('steps = 2\ninput_shape = "3,12,12"', ["--size", "12"], {"size": "12"}),
+            ('steps = 2\noptimizer = "adam"', ["--optimizer", "sgd", "--momentum", "0.5"], {"momentum": 0.5}),
+            ("steps = 2\nmomentum = 0.5", ["--optimizer", "adam"], {"optimizer": "adam", "momentum": None}),
+            ('steps = 2\nschedule = "poly"\npower = 2', ["--schedule", "step"], {"schedule": "step", "power": None}),
+            (
+                'steps = 2\nschedule = "step"\nmilestones = [0.25, 0.5]\nfactor = 0.5',
+                ["--milestones", "0.5"],
+                {"milestones": [0.5], "factor": 0.5},
+            ),
             ("steps = 2\nlr = 1\nmean = [0.5, 0.4, 0.6]", [], {"lr": 1.0, "mean": "0.5,0.4,0.6"}),
         ],
     )
@@ -172,7 +180,7 @@ class TestConfig:
 
         assert code == 0, err
         kept = settings(tmp_path / "out")
-        assert {name: kept[name] for name in expected} == expected
+        assert {name: kept.get(name) for name in expected} == expected
 
     @pytest.mark.parametrize(
         ("text", "message"),
@@ -234,7 +242,7 @@ class TestConfig:
         assert code == 2
         expected = f"expected options of this command in {tmp_path}/other.toml, received stepps; there are accumulate, "
         assert expected in err
-        assert ", steps, teacher, temperature, train, trust, warmup, weight_decay, workers\n" in err
+        assert ", steps, teacher, temperature, train, trust, warmup, weight_decay, weights, workers\n" in err
         assert not (tmp_path / "out").exists()
 
 
@@ -282,6 +290,21 @@ class TestRefusals:
             (["--eval-data", ""], 3,
              "error: expected a folder of class folders, an .npz file or hf:NAME[SPLIT], received data="),
             (["--seed", -1], 3, "error: expected `seed` of at least 0, received seed=-1"),
+            (["--optimizer", "adam", "--momentum", 0.9], 2,
+             "error: expected --optimizer sgd for --momentum, received --optimizer adam; leave it out"),
+            (["--power", 2], 2,
+             "error: expected --schedule poly for --power, received --schedule cosine; leave it out"),
+            (["--schedule", "poly", "--min-lr", 0.1], 2,
+             "error: expected --schedule plateau for --min-lr, received --schedule poly; leave it out"),
+            (["--schedule", "constant", "--factor", 0.1], 2, "error: expected --schedule step or --schedule plateau "
+             "for --factor, received --schedule constant; leave it out"),
+            (["--schedule", "plateau"], 2, "error: expected --eval-data with --schedule plateau, which goes by the "
+             "loss on it, received none"),
+            (["--schedule", "step", "--milestones", "0.5,x"], 2,
+             "Error: Invalid value for '--milestones': expected numbers separated by commas, received '0.5,x'"),
+            (["--schedule", "step", "--milestones", "2,4", "--epochs", 4, "--batch-size", 16, "--train", "all"], 2,
+             "error: expected --milestones before the end of the longest stage, after 4 epochs, received 4; name "
+             "shares of the steps, below 1, or train for longer"),
         ],
     )  # fmt: skip
     def test_options_that_cannot_be(self, run, tmp_path, options, code, message):

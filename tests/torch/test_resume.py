@@ -52,6 +52,35 @@ class TestResume:
 
         assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
 
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"optimizer": "adam", "schedule": "step", "milestones": (0.5,)},
+            {"optimizer": "adamw", "schedule": "poly", "power": 2.0},
+            {"optimizer": "sgd", "momentum": 0.5, "schedule": "constant"},
+            {"optimizer": "amsgrad", "schedule": "plateau", "patience": 1, "factor": 0.5, "lr": 5.0},
+        ],
+        ids=lambda options: options["schedule"],
+    )
+    def test_with_every_rule_and_schedule(self, source, data, tmp_path, options):
+        """Moments, the number of steps and what a plateau has seen go on as well, in a later stage too."""
+        chosen = {"stages": "norm=4,all=10", "steps": 14, "weight_decay": 1e-2, **options}
+        settings = replace(SETTINGS, checkpoint_every=2, **{"lr": 0.3, **chosen})
+        finetune(source("sn"), tmp_path / "whole", data, settings, eval_data=data)
+        for stop in (4, 11):
+            with pytest.raises(HaltError):
+                finetune(
+                    source("sn"), tmp_path / "parts", data, settings, eval_data=data, resume=True, on_step=halt_at(stop)
+                )
+        finetune(source("sn"), tmp_path / "parts", data, settings, eval_data=data, resume=True)
+        rows = [read(tmp_path / run / "run/metrics.csv") for run in ("whole", "parts")]
+
+        assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+        assert [row["learning_rate"] for row in rows[0]] == [row["learning_rate"] for row in rows[1]]
+        assert [row["eval_loss"] for row in rows[0]] == [row["eval_loss"] for row in rows[1]]
+        if options["schedule"] == "plateau":
+            assert len({row["learning_rate"] for row in rows[0] if row["step"] > 4}) > 1
+
     def test_starts_where_there_is_none(self, source, data, tmp_path):
         """--resume without a run to resume is a fresh run, and so is one beside what a killed writer left."""
         assert finetune(source(), tmp_path / "out", data, SETTINGS, resume=True).steps == 6
@@ -71,7 +100,7 @@ class TestResume:
     def test_the_default_rate(self, source, data, tmp_path, teacher):
         """A model that is taught learns at a share of the loss it starts with, which a resumed run still knows."""
         path = source("in")
-        chosen = {"lr": None, "teacher": teacher, "early_stop": False, "warmup": 0.0, "decay": "constant"}
+        chosen = {"lr": None, "teacher": teacher, "early_stop": False, "warmup": 0.0, "schedule": "constant"}
         with pytest.raises(HaltError):
             finetune(path, tmp_path / "out", data, replace(SETTINGS, **chosen), on_step=halt_at(4))
         rates = []

@@ -223,15 +223,15 @@ class TestOptions:
         assert not torch.equal(twin.bn.mean_weight, gates)
         assert model.head.weight.norm() < twin.head.weight.norm()
 
-    @pytest.mark.parametrize("decay", ["cosine", "constant"])
-    def test_the_rate(self, model, data, decay):
+    @pytest.mark.parametrize("schedule", ["cosine", "constant"])
+    def test_the_rate(self, model, data, schedule):
         """It is told with each step: up in the warm-up, then falling to nothing or staying."""
         normswap.patch(model, "gn")
-        rates = [t.lr for t in steps_taken(model, data, steps=10, lr=0.1, warmup=0.2, decay=decay)]
+        rates = [t.lr for t in steps_taken(model, data, steps=10, lr=0.1, warmup=0.2, schedule=schedule)]
 
         assert rates[:2] == pytest.approx([0.05, 0.1])
-        assert rates[2:] == (sorted(rates[2:], reverse=True) if decay == "cosine" else [0.1] * 8)
-        assert rates[-1] < 0.01 or decay == "constant"
+        assert rates[2:] == (sorted(rates[2:], reverse=True) if schedule == "cosine" else [0.1] * 8)
+        assert rates[-1] < 0.01 or schedule == "constant"
 
     def test_the_last_blocks(self, model, data):
         """last:N trains the last blocks; those before stay as they are, running statistics and all."""
@@ -345,7 +345,11 @@ class TestOptions:
             ({"warmup": 2.0}, "expected `warmup` from 0 to 1, received warmup=2.0"),
             ({"workers": -1}, "expected `workers` of at least 0, received workers=-1"),
             ({"precision": "int8"}, "expected `precision` out of no, fp16, bf16, received 'int8'"),
-            ({"decay": "step"}, "expected `decay` out of cosine, constant, received 'step'"),
+            ({"optimizer": "rmsprop"}, "expected `optimizer` out of sgd, adam, adamw, amsgrad, received 'rmsprop'"),
+            (
+                {"schedule": "linear"},
+                "expected `schedule` out of cosine, constant, step, poly, plateau, received 'linear'",
+            ),
             ({"train": "last:0"}, "expected `train` to be all, norm or last:N, received train='last:0'"),
         ],
     )

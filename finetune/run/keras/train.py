@@ -1,6 +1,6 @@
 """Fine-tune a Keras model with ``fit``, on any backend, under a ``tf.distribute`` strategy where one is active."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -13,14 +13,14 @@ from ....frameworks.keras import distinct_layers
 from ...hooks.hook import Hook
 from ...hooks.keras.inference import inference
 from ...hooks.keras.learning import Learning
-from ...hooks.schedules import learning_rate
 from ...hooks.scores import scores
 from ..loading import StepBatches
+from ..rate import Rate
 from ..training import DECIDING, SEEDS, Array, OnStep, State, Taken, Training, not_finite
 from .average import Average
 from .dataset import Batches
 from .loss import Criterion, criterion
-from .optimizer import sgd
+from .optimizer import optimizer_of
 from .precision import Precision
 from .processes import synchronized
 from .replicas import replicas
@@ -37,6 +37,7 @@ def train(
     first: int = 0,
     start: int = 0,
     state: State | None = None,
+    reductions: Callable[[], int] = int,
     on_step: OnStep | None = None,
 ) -> None:
     """Train ``model`` in place from step ``start`` to the last of ``training``.
@@ -45,9 +46,10 @@ def train(
     `Distillation`), no label is used, and the model computes as at inference. Models may return logits or
     probabilities; regularization losses of the model take no part. ``hooks`` are told each step; whoever gives them
     opens and closes them. ``first`` is the step of a longer run that this training's step 0 is, for hooks, the order of
-    the data and random numbers. After each step ``on_step`` is told what was `Taken`; with its state as ``state`` and
-    its step as ``start``, a run goes on as if it had not stopped. How ``model`` is compiled stays as it is. Weight
-    decay, which Keras keeps out of the momentum, is divided by 1 - momentum to weigh the same.
+    the data and random numbers. ``reductions`` tells how often the schedule ``"plateau"`` has lowered the rate. After
+    each step ``on_step`` is told what was `Taken`; with its state as ``state`` and its step as ``start``, a run goes on
+    as if it had not stopped. How ``model`` is compiled stays as it is. SGD's weight decay, which Keras keeps out of the
+    momentum, is divided by 1 - momentum to weigh the same.
 
     In the scope of a ``tf.distribute`` strategy, in which the model has to have been made, each replica takes its share
     of every batch, SN and BRN take their batch statistics over all of them, and gradients are those of the whole batch.
@@ -72,7 +74,7 @@ def train(
             raise UnsupportedError(
                 f"expected a model with parameters to train, received none with train={training.train!r}"
             )
-        optimizer = sgd(model, training)
+        optimizer = optimizer_of(model, training)
         optimizer.build(trainer.trainable_variables)
         average = Average(trainer.trainable_variables, training.ema)
         if state is not None:
@@ -83,7 +85,9 @@ def train(
             jit_compile="auto" if keras.backend.backend() == "jax" else False,
             metrics=[] if teacher else [_right],
         )
-        watch = _Watch(model, training, precision, hooks, average, first, start, on_step)
+        rate = Rate(training, len(data))
+        rate_at = lambda step: rate.at(step, training.lr, reductions())  # noqa: E731
+        watch = _Watch(model, training, rate_at, precision, hooks, average, first, start, on_step)
         images = Batches(batches, training.workers)
         try:
             trainer.fit(images, shuffle=False, verbose=0, callbacks=[watch])
@@ -150,6 +154,7 @@ class _Watch(keras.callbacks.Callback):  # type: ignore[misc]
         self,
         model: keras.Model,
         training: Training,
+        rate_at: Callable[[int], float],
         precision: Precision,
         hooks: Sequence[Hook],
         average: Average,
@@ -160,7 +165,7 @@ class _Watch(keras.callbacks.Callback):  # type: ignore[misc]
         super().__init__()
         self._training, self._hooks, self._average = training, hooks, average
         self._first, self._step, self._on_step = first, start, on_step
-        self._precision = precision
+        self._precision, self._rate_at = precision, rate_at
         self._generators = [
             (i, each) for i, layer in enumerate(distinct_layers(model)) for each in layer._seed_generators
         ]
@@ -179,7 +184,7 @@ class _Watch(keras.callbacks.Callback):  # type: ignore[misc]
             metric.reset_state()  # or the loss reported would be the mean so far
         training, step = self._training, self._step
         if not self._parts:
-            self._rate = learning_rate(step, training.steps, training.lr, training.warmup, training.decay)
+            self._rate = self._rate_at(step)
             self.model.optimizer.learning_rate = self._rate
             for hook in self._hooks:
                 hook.on_step(self._first + step)

@@ -1,6 +1,6 @@
 """Fine-tune a PyTorch model, in one process or under ``accelerate launch`` and ``torchrun``."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -16,16 +16,16 @@ from ....frameworks.torch import call, float_type, inference
 from ....layers.torch.group_norm import guard
 from ....layers.torch.passes import exact
 from ...hooks.hook import Hook
-from ...hooks.schedules import learning_rate
 from ...hooks.scores import scores
 from ...hooks.torch.learning import Learning
 from ..loading import StepBatches
+from ..rate import Rate
 from ..training import DECIDING, MAX_GRADIENT_NORM, SEEDS, Array, OnStep, State, Taken, Training, not_finite
 from .accelerator import accelerator_in
 from .average import Average
 from .loading import reader, ready
 from .loss import Criterion, criterion
-from .optimizer import sgd
+from .optimizer import optimizer_of
 from .processes import synchronized
 from .state import load_state, save_state
 
@@ -40,6 +40,7 @@ def train(
     first: int = 0,
     start: int = 0,
     state: State | None = None,
+    reductions: Callable[[], int] = int,
     on_step: OnStep | None = None,
 ) -> None:
     """Train ``model`` in place from step ``start`` to the last of ``training``.
@@ -48,8 +49,9 @@ def train(
     `Distillation`), no label is used, and the model computes as at inference. ``hooks`` are told each step; whoever
     gives them opens and closes them.
     ``first`` is the step of a longer run that this training's step 0 is, for hooks, the order of the data and random
-    numbers. After each step ``on_step`` is told what was `Taken`; with its state as ``state`` and its step as
-    ``start``, a run goes on as if it had not stopped.
+    numbers. ``reductions`` tells how often the schedule ``"plateau"`` has lowered the rate. After each step ``on_step``
+    is told what was `Taken`; with its state as ``state`` and its step as ``start``, a run goes on as if it had not
+    stopped.
 
     In several processes each takes its share of every batch, SN and BRN take their batch statistics over all of
     them, and gradients are those of the whole batch.
@@ -70,9 +72,9 @@ def train(
         synchronized(model),
         criterion(model, teacher, training, deciding) as loss_of,
     ):
-        optimizer: Any = sgd(model, training)
+        optimizer: Any = optimizer_of(model, training)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        peaks = [group["lr"] for group in optimizer.param_groups]
+        peaks, rate = [group["lr"] for group in optimizer.param_groups], Rate(training, len(data))
         if accelerator.num_processes > 1 and not _all_used(model, parameters, deciding[:1]):
             # Only then, since it costs a look at the whole graph each step.
             accelerator.ddp_handler = accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)
@@ -87,7 +89,7 @@ def train(
             for hook in hooks:
                 hook.on_step(first + step)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = learning_rate(step, training.steps, peak, training.warmup, training.decay)
+                group["lr"] = rate.at(step, peak, reductions())
             optimizer.zero_grad()
             loss, right = _gradients(accelerator, prepared, loss_of, batches, training)
             if not np.isfinite(loss):
