@@ -9,10 +9,11 @@ from normswap import Inputs
 
 from . import Network
 
+SHAPE = (64, 64, 3)
 RESNET = {
-    "input_conv_filters": [16],
+    "input_conv_filters": [64],
     "input_conv_kernel_sizes": [7],
-    "stackwise_num_filters": [16, 32, 64],
+    "stackwise_num_filters": [64, 32, 64],
     "stackwise_num_blocks": [1, 1, 1],
     "stackwise_num_strides": [1, 2, 2],
 }
@@ -40,17 +41,22 @@ MOBILE = {
     "stackwise_activation": [["relu", "relu"], ["hard_swish", "hard_swish"]],
     "stackwise_padding": [[1, 1], [2, 2]],
     "output_num_filters": 64,
+    "depthwise_filters": 8,
+    "depthwise_stride": 2,
+    "depthwise_residual": False,
+    "last_layer_filter": 128,
     "input_activation": "hard_swish",
     "output_activation": "hard_swish",
     "input_num_filters": 16,
 }
 CSP = {
-    "stem_filters": 16,
+    "stem_filters": 32,
     "stem_kernel_size": 3,
     "stem_strides": 1,
     "stackwise_depth": [1, 2],
     "stackwise_strides": [1, 2],
     "stackwise_num_filters": [32, 64],
+    "stage_type": "dark",
 }
 HGNET = {
     "depths": [1, 2],
@@ -64,15 +70,15 @@ HGNET = {
     "image_shape": (64, 64, 3),
 }
 MIT = {
-    "depths": [1, 1, 1, 1],
+    "layerwise_depths": [1, 1, 1, 1],
     "image_shape": (64, 64, 3),
     "hidden_dims": [16, 32, 40, 64],
     "num_layers": 4,
-    "blockwise_num_heads": [1, 2, 5, 8],
-    "blockwise_sr_ratios": [8, 4, 2, 1],
+    "layerwise_num_heads": [1, 2, 5, 8],
+    "layerwise_sr_ratios": [8, 4, 2, 1],
     "max_drop_path_rate": 0.1,
-    "patch_sizes": [7, 3, 3, 3],
-    "strides": [4, 2, 2, 2],
+    "layerwise_patch_sizes": [7, 3, 3, 3],
+    "layerwise_strides": [4, 2, 2, 2],
 }
 
 
@@ -85,8 +91,7 @@ def networks() -> dict[str, Callable[[], Network]]:
         "DenseNetBackbone": _of("DenseNetBackbone", stackwise_num_repeats=[2, 2, 2]),
         "EfficientNetBackbone": _of("EfficientNetBackbone", **EFFICIENT),
         "MobileNetBackbone": _of("MobileNetBackbone", **MOBILE),
-        "CSPNetBackbone dark": _of("CSPNetBackbone", **CSP, block_type="dark_block"),
-        "CSPNetBackbone bottleneck": _of("CSPNetBackbone", **CSP, block_type="bottleneck_block"),
+        "CSPNetBackbone": _of("CSPNetBackbone", **CSP, block_type="dark_block"),
         "XceptionBackbone": _of(
             "XceptionBackbone", stackwise_conv_filters=[[16, 32], [32, 64]], stackwise_pooling=[True, False]
         ),
@@ -113,24 +118,24 @@ def _network(model: Any) -> Network:
     return Network(model, Inputs(np.random.default_rng(0).random((2, 64, 64, 3), "float32")))
 
 
-def _resnet() -> Any:
+def _resnet(**options: Any) -> Any:
     stages = {
-        "stackwise_num_filters": [16, 32, 64, 64],
+        "stackwise_num_filters": [64, 32, 64, 64],
         "stackwise_num_blocks": [1] * 4,
         "stackwise_num_strides": [1, 2, 2, 2],
     }
-    return _made("ResNetBackbone", **RESNET | stages, block_type="basic_block", image_shape=(64, 64, 3))
+    return _made("ResNetBackbone", **RESNET | stages, block_type="basic_block", **options)
 
 
 def _classifier() -> Network:
-    return _network(_made("ResNetImageClassifier", backbone=_resnet(), num_classes=4))
+    return _network(_made("ResNetImageClassifier", backbone=_resnet(image_shape=SHAPE), num_classes=4))
 
 
 def _deeplab() -> Network:
     return _network(
         _made(
             "DeepLabV3Backbone",
-            image_encoder=_resnet(),
+            image_encoder=_resnet(image_shape=SHAPE),
             projection_filters=16,
             low_level_feature_key="P2",
             spatial_pyramid_pooling_key="P5",
@@ -149,7 +154,12 @@ def _segformer() -> Network:
 def _retina() -> Network:
     return _network(
         _made(
-            "RetinaNetBackbone", image_encoder=_resnet(), min_level=3, max_level=5, use_p5=True, image_shape=(64, 64, 3)
+            "RetinaNetBackbone",
+            image_encoder=_resnet(image_shape=SHAPE),
+            min_level=3,
+            max_level=5,
+            use_p5=True,
+            image_shape=SHAPE,
         )
     )
 

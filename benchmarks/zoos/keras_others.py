@@ -13,7 +13,6 @@ from . import Network
 WIDTHS = [8, 16, 32]
 U_NETS = {
     "unet_2d": {"filter_num": WIDTHS, "batch_norm": True},
-    "vnet_2d": {"filter_num": WIDTHS, "batch_norm": True, "res_num_ini": 1, "res_num_max": 2, "pool": False},
     "unet_plus_2d": {"filter_num": WIDTHS, "batch_norm": True},
     "r2_unet_2d": {"filter_num": WIDTHS, "batch_norm": True},
     "att_unet_2d": {"filter_num": WIDTHS, "batch_norm": True},

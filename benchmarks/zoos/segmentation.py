@@ -25,5 +25,5 @@ def _network(name: str) -> Network:
 
     decoder, encoder = name.split("/")
     model = getattr(segmentation_models_pytorch, decoder)(encoder, encoder_weights=None, classes=3)
-    side = 128 if decoder == "PAN" else 96  # its pyramid pools to nothing below
+    side = 256 if decoder == "PAN" else 96  # its pyramid pools to single values below
     return Network(model, Inputs(torch.randn(2, 3, side, side)))
