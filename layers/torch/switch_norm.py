@@ -131,10 +131,15 @@ class _SwitchNorm(RunningNorm):
         """Return the gates of the mean and of the variance, in the order instance, layer, batch."""
         return self._gates(self.mean_weight), self._gates(self.var_weight)
 
-    def _gates(self, logits: Tensor, watched: bool = True) -> Tensor:
+    def _number(self, watched: bool) -> float | None:
+        """Return the temperature where it may be read without waiting for a device, None where it may not."""
+        temperature = self.temperature
+        return None if watched or temperature.device.type != "cpu" else float(temperature)
+
+    def _gates(self, logits: Tensor, number: float | None = None) -> Tensor:
         logits = wide(logits)
-        if not watched and self.temperature.device.type == "cpu" and (number := float(self.temperature)):
-            return (logits / number).softmax(0)  # faster than what follows, which is the same
+        if number:  # faster than what follows, which is the same
+            return (logits if number == 1.0 else logits / number).softmax(0)
         largest = torch.arange(logits.numel(), device=logits.device) == logits.argmax()
         return torch.where(self.temperature > 0, (logits / self._divisor()).softmax(0), largest.to(logits.dtype))
 
@@ -175,9 +180,8 @@ class _SwitchNorm(RunningNorm):
 
     def _infer(self, x: Tensor) -> Tensor:
         """Normalize maps with constant batch statistics and no gradient to come, in one pass through memory."""
-        gates = torch.stack(
-            [self._gates(logits.double(), watched=False) for logits in (self.mean_weight, self.var_weight)]
-        )
+        number = self._number(watched=False)
+        gates = torch.stack([self._gates(logits.double(), number) for logits in (self.mean_weight, self.var_weight)])
         fixed_mean = gates.new_zeros(self.num_features)
         fixed_var = torch.full_like(fixed_mean, self.epsilon)
         if self.batch_statistics != "none":
@@ -228,9 +232,8 @@ class _SwitchNorm(RunningNorm):
         layer_var = (var + square(above_layer)).mean(1, keepdims=True)
         if correction:
             layer_var = layer_var * unbias_layer
-        mean_gates, var_gates = (
-            small.array(self._gates(logits.to(small.dtype), small.watched)) for logits in gate_logits
-        )
+        number = self._number(small.watched)
+        mean_gates, var_gates = (small.array(self._gates(logits.to(small.dtype), number)) for logits in gate_logits)
         # A vector's own statistics are its layer's. Means are mixed as differences, which a large mean costs no digits.
         layer_gates = [gates[1] if maps else gates[0] + gates[1] for gates in (mean_gates, var_gates)]
         own_var = var if maps else layer_var
@@ -269,19 +272,17 @@ class _SwitchNorm(RunningNorm):
                 d_own = through_batch(-d_above_batch.sum(0, keepdims=True), d_batch_var)
                 d_mean, d_var = d_mean + d_own[0], d_var + d_own[1]
             d_logits = [
-                self._d_logits(small, mean_gates, d_mean_gates),
-                self._d_logits(small, var_gates, d_var_gates),
+                self._d_logits(small, mean_gates, d_mean_gates, number),
+                self._d_logits(small, var_gates, d_var_gates, number),
             ]
             return d_mean, d_var * unbias, (d_scale / sigma).sum(0), d_shift.sum(0), *d_logits
 
         return (away, scale, beta), backward
 
-    def _d_logits(self, small: Small, gates: Array, d_gates: list[Array]) -> Array:
+    def _d_logits(self, small: Small, gates: Array, d_gates: list[Array], number: float | None) -> Array:
         d_gates = small.library.stack(d_gates)
-        # A one-hot gate gives 0.
-        on_cpu = self.temperature.device.type == "cpu"
-        divisor = float(self.temperature) or 1.0 if on_cpu else small.array(self._divisor())
-        return gates * (d_gates - (gates * d_gates).sum()) / divisor
+        divisor = small.array(self._divisor()) if number is None else number or 1.0
+        return gates * (d_gates - (gates * d_gates).sum()) / divisor  # a one-hot gate gives 0
 
     def _batch_statistics(
         self, small: Small, count: int, mean: Array, var: Array, correction: int

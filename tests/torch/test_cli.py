@@ -253,7 +253,6 @@ class TestRefusals:
             (["patch", *MODEL, "--to", "gn", "--exclude", "x", "-o", "new"], 3, "expected a pattern that matches"),
             (["patch", "gn", "--to", "sn", "-o", "new"], 4, "already patched to gn"),
             (["patch", "gn", "--to", "gn", "-o", "new"], 4, "received a bundle patched already"),
-            (["finetune", "net.py:build", "--data", "data.npz", "-o", "new"], 3, "expected a bundle in net.py:build"),
             (["finetune", "gn", "--data", "gone", "-o", "new"], 3, "expected a folder of class folders, an .npz"),
             (["evaluate", "gn", "--data", "random"], 3, "received data=random, which serves `verify` alone"),
             (["evaluate", "gone.onnx", "--data", "data.npz"], 3, "expected a file at gone.onnx"),

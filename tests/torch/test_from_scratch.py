@@ -104,7 +104,8 @@ def test_weights_of_a_file(run, tmp_path):
     [
         ([*SHAPE, "--teacher", "original"], 3, "error: expected a patched model for its original, received net.py:bn, "
          "which no patch made; learn from labels: --teacher none"),
-        ([], 3, "error: expected the shape of one image, received none: give --input-shape"),
+        ([], 3, "error: expected the shape of one image, received none: give --input-shape; models of other inputs are "
+         "trained in Python"),
         ([*SHAPE, "--stages", "calibrate,all"], 3, "error: expected a patched model for its original, received "
          "net.py:bn, which no patch made; learn from labels: --teacher none"),
     ],
