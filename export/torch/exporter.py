@@ -35,7 +35,7 @@ def export_module(
         try:
             converted = _exported(module, tensors, waiting, opset=opset)
         except Exception as error:
-            if not waiting or any(isinstance(each, GuardOnDataDependentSymNode) for each in chain(error)):
+            if not waiting or _whatever_is_open(error):
                 raise UnsupportedError(
                     f"expected a model torch.onnx.export can export, received {described} on which it fails: "
                     f"{reason_of(error)}{_place(error, module)}"
@@ -51,7 +51,14 @@ def export_module(
         if all(shape_of(converted.graph.inputs[index])[axis] == shapes[index][axis] for index, axis in fixed):
             _drop_zero_biases(converted.graph)
             _drop_missing_axes(converted.graph)
+            _drop_idle_squeezes(converted.graph)
             return converted, [place for place in open_sizes if place not in waiting]
+
+
+def _whatever_is_open(error: BaseException) -> bool:
+    """Return whether an export failed by values of the data alone, which no fixed size of the inputs would help."""
+    guards = [each for each in chain(error) if isinstance(each, GuardOnDataDependentSymNode)]
+    return any(not re.search(r"\bs\d+\b", str(each)) for each in guards)
 
 
 def _exported(module: nn.Module, tensors: Sequence[Tensor], open_sizes: Open, *, opset: int) -> ir.Model:
@@ -102,6 +109,23 @@ def _drop_missing_axes(graph: ir.Graph) -> None:
         if node.op_type == "Reshape" and node.inputs[0] is None:
             for use in list(node.outputs[0].uses()):
                 use.node.replace_input_with(use.idx, None)
+            graph.remove(node, safe=True)
+
+
+def _drop_idle_squeezes(graph: ir.Graph) -> None:
+    """Leave out a Squeeze of an axis whose size is not 1: torch's leaves that one alone, ONNX's fails."""
+    for node in list(graph):
+        if node.op_type != "Squeeze" or len(node.inputs) != 2:
+            continue
+        x, axes = node.inputs
+        if x is None or axes is None or x.shape is None:
+            continue
+        constant = ir.convenience.get_const_tensor(axes)
+        if constant is None or constant.size != 1:
+            continue
+        size = x.shape[int(constant.numpy().item())]
+        if isinstance(size, int) and size != 1:
+            ir.convenience.replace_all_uses_with(node.outputs[0], x, replace_graph_outputs=True)
             graph.remove(node, safe=True)
 
 

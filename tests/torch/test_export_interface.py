@@ -459,3 +459,37 @@ def test_layers_that_cannot_be_watched(kind, front, reason, tmp_path):
     assert torch.equal(model(x), expected)
     with pytest.raises(UnsupportedError, match=f"^{reason}"):
         normswap.to_onnx(model, tmp_path / "m.onnx", example=x)
+
+
+class Squeezed(Body):
+    """Squeezes an axis that may have one value, and here has more."""
+
+    def forward(self, x):
+        return super().forward(x).squeeze(1)
+
+
+class Loops(Body):
+    """Takes out the edges from a node to itself, as many as there are, and adds one for each node."""
+
+    def forward(self, x, edges):
+        y = super().forward(x).mean((2, 3))
+        edges = edges[:, edges[0] != edges[1]]
+        edges = torch.cat([edges, torch.arange(len(x)).expand(2, -1)], 1)
+        if edges.shape[1] == 0:
+            return y
+        return torch.zeros_like(y).index_add(0, edges[1], y[edges[0]])
+
+
+@pytest.mark.parametrize(
+    ("model", "example"),
+    [
+        (Squeezed(), torch.randn(2, 3, 5, 5)),
+        (Loops(), (torch.randn(6, 3, 4, 4), torch.tensor([[0, 1, 2, 2, 5], [1, 1, 3, 0, 4]]))),
+    ],
+)
+def test_what_torchs_exporter_writes_wrong_or_only_at_fixed_sizes(model, example, tmp_path):
+    """A Squeeze of more than one value, which is none, is left out; sizes that stand in the way are fixed."""
+    model = trained_(copy.deepcopy(model))
+    normswap.patch(model, "gn", example=example)
+
+    assert normswap.to_onnx(model, tmp_path / "m.onnx", example=example).verdict
