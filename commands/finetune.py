@@ -192,6 +192,11 @@ what_norms_do = option_set(
         default=0,
         help="Re-estimate running statistics on so many images before each evaluation and at the end.",
     ),
+    option(
+        "--steady-statistics/--no-steady-statistics",
+        default=True,
+        help="At small batches let moving statistics average over as many images as at 64 a batch.",
+    ),
 )
 how_it_goes = option_set(
     option("--augment", default="none", help="Change images: crop or resized-crop, flip, or one of the two and flip."),

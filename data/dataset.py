@@ -96,11 +96,31 @@ class Data:
         """Return the indices of ``count`` images drawn without replacement."""
         return np.random.default_rng(seed).permutation(len(self))[:count]
 
+    def part(self, indices: Sequence[int] | NDArray[np.int64]) -> "Data":
+        """Return the images at ``indices`` as data of their own."""
+        return Data(_Part(self._images, np.asarray(indices)), self.preprocessing, self.classes)
+
     def _augmented(self, image: Array, random: np.random.Generator, names: Sequence[str]) -> Array:
         known = self.preprocessing
         box = random_box(image, random) if "resized-crop" in names else None
         image = known.fit(image) if box is None else resized(image, known.size, known.interpolation, box)
         return changed(image, names, random)
+
+
+class _Part:
+    """Some of the images of a source."""
+
+    def __init__(self, images: _Images, indices: NDArray[np.int64]) -> None:
+        self.images, self.indices, self.labels = images, indices, images.labels[indices]
+
+    def read(self, index: int) -> Array:
+        return self.images.read(int(self.indices[index]))
+
+    def check(self) -> None:
+        self.images.check()
+
+    def identity(self) -> bytes:
+        return self.images.identity() + self.indices.tobytes()
 
 
 @dataclass(frozen=True)

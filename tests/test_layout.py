@@ -42,7 +42,7 @@ def test_the_root_holds_only_what_ships():
 
 FLOW = [
     *("errors", "layers", "convert", "models", "frameworks", "sources", "data", "patchers", "bundles", "finetune"),
-    *("verification", "export", "interop", "demo", "console", "commands"),
+    *("verification", "export", "interop", "demo", "reproduce", "console", "commands"),
 ]
 """The rooms from the first in the way of the data to the last."""
 

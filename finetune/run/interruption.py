@@ -12,10 +12,10 @@ from ...errors import NormswapError, option
 class StoppedError(NormswapError):
     """A signal ended the run after a whole step; its exit code is the shell's for that signal, 128 + number."""
 
-    def __init__(self, number: int, step: int) -> None:
-        name = signal.Signals(number).name
-        super().__init__(f"stopped by {name} after step {step}, which is saved; go on with {option('resume')}")
-        self.exit_code = 128 + number
+    def __init__(self, number: int, step: int, way: str | None = None) -> None:
+        name, way = signal.Signals(number).name, way or f"go on with {option('resume')}"
+        super().__init__(f"stopped by {name} after step {step}, which is saved; {way}")
+        self.number, self.step, self.exit_code = number, step, 128 + number
 
 
 @contextmanager

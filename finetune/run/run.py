@@ -219,7 +219,9 @@ class _Run:
     def _hooks(self) -> Hooks:
         settings = self.settings
         limits = RenormLimits(self.model, settings.steps, settings.limits)
-        found: list[Hook] = [limits, Momentum(self.model, settings.batch_size)]
+        found: list[Hook] = [limits]
+        if settings.steady_statistics:
+            found.append(Momentum(self.model, settings.batch_size))
         if settings.harden:
             found.append(GateSchedule(self.model, settings.steps, temperature=(1.0, 0.1), harden=True))
         if settings.blend:

@@ -26,7 +26,8 @@ class Settings(Training):
     ``early_stop`` such a run ends when it is as accurate as its teacher on the data to evaluate on. ``limits`` is the
     preset of Batch Renormalization's limits. The first ``blend`` of the steps, a share, lead over from BatchNorm to
     what replaced it (see `Blend`). ``harden`` ends with SN's gates one-hot (see `GateSchedule`). Running statistics
-    are re-estimated on ``reestimate`` images before each evaluation and at the end. ``calibration_size`` images serve
+    are re-estimated on ``reestimate`` images before each evaluation and at the end; with ``steady_statistics`` they
+    average over as many images however small the batches (see `Momentum`). ``calibration_size`` images serve
     `calibrate`.
     """
 
@@ -38,6 +39,7 @@ class Settings(Training):
     blend: float = 0.0
     harden: bool = False
     reestimate: int = 0
+    steady_statistics: bool = True
     calibration_size: int = 256
     checkpoint_every: int = 100
 

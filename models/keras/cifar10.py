@@ -6,11 +6,11 @@ from keras import layers
 from ..norms import Norm
 from .norms import norm_layers
 
-_CONVOLUTIONS = (64, 1), (64, 1), (128, 2), (128, 1), (256, 2), (256, 1)
-"""Width and stride of each."""
+_CONVOLUTIONS = (1, 1), (1, 1), (2, 2), (2, 1), (4, 2), (4, 1)
+"""Width as a multiple of the first one's, and stride of each."""
 
 
-def cifar10_net(norm: Norm = "bn", *, classes: int = 10) -> keras.Model:
+def cifar10_net(norm: Norm = "bn", *, classes: int = 10, width: int = 64) -> keras.Model:
     """Return six convolutions, each with a norm, and a classifier, for images (N, 32, 32, 3).
 
     Args:
@@ -18,6 +18,7 @@ def cifar10_net(norm: Norm = "bn", *, classes: int = 10) -> keras.Model:
             each with ε = 1e-3, or a function that returns a layer for a number of channels:
             ``lambda channels: SwitchNormalization(momentum=0.98, compat="keras-switchnorm")``.
         classes: Number of scores.
+        width: Channels of the first two convolutions; the following have two and four times as many.
 
     Returns:
         The network, which maps images to scores (N, classes), without the published softmax: train it with a loss
@@ -35,10 +36,10 @@ def cifar10_net(norm: Norm = "bn", *, classes: int = 10) -> keras.Model:
     """
     norms = norm_layers(norm, 1e-3)
     model = keras.Sequential([keras.Input((32, 32, 3), name="image")])
-    for width, stride in _CONVOLUTIONS:
+    for times, stride in _CONVOLUTIONS:
         start = keras.initializers.HeNormal()
-        model.add(layers.Conv2D(width, 3, stride, padding="same", kernel_initializer=start))
-        model.add(norms(width))
+        model.add(layers.Conv2D(times * width, 3, stride, padding="same", kernel_initializer=start))
+        model.add(norms(times * width))
         model.add(layers.Activation("relu"))
     model.add(layers.GlobalAveragePooling2D())
     model.add(layers.Dense(classes))

@@ -1,0 +1,1 @@
+"""The experiments that the norms' first implementations published, each rerun by one command."""
