@@ -42,5 +42,5 @@ def main(debug: bool) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
-for command in (inspect, patch, finetune, evaluate, export, verify, plot, demo, reproduce):
+for command in (inspect, patch, finetune, evaluate, export, verify, plot, reproduce, demo):
     main.add_command(command)
