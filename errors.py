@@ -87,14 +87,17 @@ def said(error: BaseException) -> str:
     """Return what another library's error says, without colours; Keras has it in bold within an account of the call."""
     text = str(error)
     _, _, bold = text.partition("\x1b[1m")
-    return _COLOURS.sub("", " ".join(bold.partition("\x1b[0m")[0].split()) or text).strip()
+    return uncoloured(" ".join(bold.partition("\x1b[0m")[0].split()) or text).strip()
+
+
+def uncoloured(text: str) -> str:
+    """Return a text without the codes by which terminals colour it."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
 EXIT_MISSING = MissingDependencyError.exit_code
 EXIT_IO = 7
 EXIT_INTERRUPTED = 130
-
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 _EXTRAS = {
     "PIL": "data",

@@ -1,13 +1,13 @@
 """Why a framework's own exporter failed, and where in the model: what it says itself is about the exporter."""
 
-import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, ModuleType
 
+from ..errors import uncoloured
+
 _OURS = [Path(__file__).resolve().parents[1] / room for room in ("export", "frameworks", "layers", "patchers")]
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 _ADVICE = "The error above occurred when calling torch.export.export."
 
@@ -18,7 +18,7 @@ def reason_of(error: BaseException) -> str:
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
     for each in reversed(causes[1:] or causes):  # the first is the exporter's own
-        own = _COLOURS.sub("", str(each)).partition(_ADVICE)[0]
+        own = uncoloured(str(each)).partition(_ADVICE)[0]
         first = next((line.strip() for line in own.splitlines() if line.strip()), "")
         if " " in first:
             return first

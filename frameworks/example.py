@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import InputError
+
 Place = tuple[str | int, ...]
 
 
@@ -84,6 +86,11 @@ def to_array(value: Any) -> NDArray[Any]:
         value = value.detach().cpu()
         value = (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()
     return np.asarray(value, order="C")
+
+
+def not_taken(reason: str) -> InputError:
+    """Return the error of an example on which the model fails."""
+    return InputError(f"expected an example the model accepts, received one on which it fails: {reason}")
 
 
 def is_array(value: Any) -> bool:

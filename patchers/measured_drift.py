@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InputError, said
+from ..errors import said
 from ..frameworks.detect import get_framework
+from ..frameworks.example import not_taken
 from .contract import patcher_of
 
 See = Callable[[str, NDArray[Any]], None]
@@ -89,8 +90,7 @@ def _run(model: Any, example: Any) -> Run:
                 outputs = dict(outputs_of(framework.call(model, example)))
                 return {name: framework.to_numpy(y) for name, y in outputs.items()}
         except Exception as error:
-            message = f"expected an example the model accepts, received one on which it fails: {said(error)}"
-            raise InputError(message) from error
+            raise not_taken(said(error)) from error
 
     return run
 

@@ -13,9 +13,15 @@ from .data import cifar10
 from .experiment import Curve, Experiment, Finding, Outcomes, Scale
 
 MOMENTA = (0.98, 0.99, 0.997)
-BEST = "SN .98"
 FALL = 10.0
 """By how many points an epoch has to be below the best so far to be called a collapse."""
+
+
+def _name(momentum: float) -> str:
+    return f"SN {str(momentum)[1:]}"
+
+
+BEST = _name(MOMENTA[0])
 
 
 def curves(scale: Scale) -> list[Curve]:
@@ -32,7 +38,7 @@ def curves(scale: Scale) -> list[Curve]:
         "augment": "crop",
         "steady_statistics": False,
     }
-    named = {"BN": None, **{f"SN {str(momentum)[1:]}": momentum for momentum in MOMENTA}}
+    named = {"BN": None, **{_name(momentum): momentum for momentum in MOMENTA}}
     return [
         Curve(name, partial(network, momentum=momentum, width=width), epochs, 200, settings=settings)
         for name, momentum in named.items()
@@ -56,8 +62,8 @@ def judge(outcomes: Outcomes, scale: Scale) -> list[Finding]:
     """Compare SN with BN, and look for a collapse."""
     sn, bn = outcomes[BEST], outcomes["BN"]
     falls = {outcome.name: deepest_fall(outcome.accuracies) for outcome in outcomes.values()}
-    slow = [falls[f"SN {str(momentum)[1:]}"] for momentum in MOMENTA[1:]]
-    trained = [outcomes[f"SN {str(momentum)[1:]}"].losses for momentum in MOMENTA]
+    slow = [falls[_name(momentum)] for momentum in MOMENTA[1:]]
+    trained = [outcomes[_name(momentum)].losses for momentum in MOMENTA]
     same = all(losses == trained[0] for losses in trained)
     told = ", ".join(f"{name} {fall:.1f}" for name, fall in falls.items())
     losses = "the same losses in all three trainings, bit for bit" if same else "other losses in the three trainings"
@@ -81,6 +87,12 @@ def deepest_fall(accuracies: list[float]) -> float:
     return deepest
 
 
+DIFFERS = (
+    "gradients are clipped at norm 1",
+    "images are shifted by up to 4 pixels and not rotated",
+    "the rate falls by the loss on the images to evaluate on, not by the accuracy",
+)
+
 EXPERIMENT = Experiment(
     name="sn-toy",
     title="Switchable Normalization on CIFAR-10, and its momentum",
@@ -89,17 +101,5 @@ EXPERIMENT = Experiment(
     data=cifar10,
     curves=curves,
     judge=judge,
-    differs={
-        "full": (
-            "gradients are clipped at norm 1",
-            "images are shifted by up to 4 pixels and not rotated",
-            "the rate falls by the loss on the images to evaluate on, not by the accuracy",
-        ),
-        "small": (
-            "half the channels, 8 epochs",
-            "gradients are clipped at norm 1",
-            "images are shifted by up to 4 pixels and not rotated",
-            "the rate falls by the loss on the images to evaluate on, not by the accuracy",
-        ),
-    },
+    differs={"full": DIFFERS, "small": ("half the channels, 8 epochs", *DIFFERS)},
 )

@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from ...convert.gates import CLOSED_GATE
-from ...errors import InputError, NormswapError, UnsupportedError, said
-from ...frameworks.example import Inputs
+from ...errors import NormswapError, UnsupportedError, said
+from ...frameworks.example import Inputs, not_taken
 from ...frameworks.keras import (
     Interface,
     Specs,
@@ -99,8 +99,7 @@ def trace(model: Any, example: Inputs, *, opset: int, dynamic: bool = False) -> 
         except NormswapError:
             raise
         except Exception as error:
-            message = f"expected an example the model accepts, received one on which it fails: {said(error)}"
-            raise InputError(message) from error
+            raise not_taken(said(error)) from error
 
         def named() -> list[str]:
             return [*names, unique("probe", [*inputs.names, *names])]

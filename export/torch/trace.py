@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...convert.targets import BatchRenorm
-from ...errors import InputError, NormswapError, UnsupportedError
-from ...frameworks.example import Inputs
+from ...errors import NormswapError, UnsupportedError
+from ...frameworks.example import Inputs, not_taken
 from ...frameworks.names import unique
 from ...frameworks.torch import Probe, call, copied, input_names, quiet, taken_by
 from ...layers.torch.switch_norm import CLOSED
@@ -143,7 +143,7 @@ def _refusal(model: nn.Module, example: Inputs, error: Exception) -> NormswapErr
     try:
         call(model, example)
     except Exception:
-        return InputError(f"expected an example the model accepts, received one on which it fails: {reason_of(error)}")
+        return not_taken(reason_of(error))
     return UnsupportedError(
         f"expected a model whose layers can be watched while it runs, received {type(model).__name__}, on which that "
         f"fails: {reason_of(error)}; call its layers outside of control flow and transforms"

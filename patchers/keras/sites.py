@@ -8,7 +8,8 @@ from typing import Any
 import keras
 
 from ...convert.targets import BatchRenorm, SwitchNorm
-from ...errors import InputError, said, spoken
+from ...errors import said, spoken
+from ...frameworks.example import not_taken
 from ...frameworks.keras import Shape, build_shape, call, distinct_layers, inference, named_layers, override, watching
 from ...layers import keras as layers
 from ..plan import Site
@@ -115,6 +116,5 @@ def _dry_run(model: keras.Layer, watched: Mapping[int, keras.Layer], example: An
         ):
             call(model, example)
     except Exception as error:
-        message = f"expected an example the model accepts, received one on which it fails: {said(error)}"
-        raise InputError(message) from error
+        raise not_taken(said(error)) from error
     return seen

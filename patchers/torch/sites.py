@@ -15,8 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
-from ...errors import InputError, UnsupportedError, said, spoken
-from ...frameworks.example import Inputs
+from ...errors import UnsupportedError, said, spoken
+from ...frameworks.example import Inputs, not_taken
 from ...frameworks.torch import call, inference, input_names, named_layers, watching
 from ..plan import Site
 from .batch_norm import channels_of, is_frozen, overrides, rank_of
@@ -190,9 +190,7 @@ def _dry_run(
     try:  # where a transform of `torch.func` runs the layers there are no values to look at
         return _dry_run_on(model, modules, sites, example, closely=False)
     except Exception as error:
-        raise InputError(
-            f"expected an example the model accepts, received one on which it fails: {said(error)}"
-        ) from error
+        raise not_taken(said(error)) from error
 
 
 def _dry_run_on(
