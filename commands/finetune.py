@@ -129,7 +129,7 @@ how_it_learns = option_set(
         "--optimizer",
         type=click.Choice(["sgd", "adam", "adamw", "amsgrad"]),
         default="sgd",
-        help="Rule by which it learns, gradients clipped at norm 1.",
+        help="Rule by which it learns.",
     ),
     option("--momentum", type=float, help="Of --optimizer sgd; default 0.9."),
     option(
@@ -159,6 +159,11 @@ how_it_learns = option_set(
         "rate; default 10.",
     ),
     option("--min-lr", type=float, help="What plateau does not go below; default 0."),
+    option(
+        "--max-grad-norm",
+        default=1.0,
+        help="Length to which longer gradients are scaled down, 0 for none; the default --lr is for 1.",
+    ),
     option("--weight-decay", default=0.0, help="Of all but norms, biases and gates."),
     option("--gate-lr", default=1.0, help="Rate of SN's gates, as a multiple."),
     option(

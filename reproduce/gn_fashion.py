@@ -12,6 +12,7 @@ from .data import fashion_mnist
 from .experiment import Curve, Experiment, Finding, Outcomes, Scale
 
 NORMS = {"BN": "bn", "GN": "gn", "IN": "in", "SN": "sn", "SN, anchored": "anchored", "BRN": "brn"}
+DECAY = "no decay of the convolutions' weights, which had one of 1e-5"
 ABOVE = 3.0
 """By how many points a curve has to be above BN's to be clearly above it."""
 
@@ -20,7 +21,7 @@ def curves(scale: Scale) -> list[Curve]:
     """Return every norm at one image a step with Adam, and GN with AMSGrad at one and at 128."""
     images, epochs = (None, 13) if scale == "full" else (20_000, 1)
     adam = {"optimizer": "adam", "lr": 1e-3, "warmup": 0.0, "schedule": "plateau"}
-    adam |= {"factor": 0.2, "patience": 3, "min_lr": 1e-5, "steady_statistics": False}
+    adam |= {"factor": 0.2, "patience": 3, "min_lr": 1e-5, "steady_statistics": False, "max_grad_norm": 0.0}
     amsgrad = {**adam, "optimizer": "amsgrad"}
     many = 39 if scale == "full" else 3
     return [
@@ -64,8 +65,5 @@ EXPERIMENT = Experiment(
     data=fashion_mnist,
     curves=curves,
     judge=judge,
-    differs={
-        "full": ("gradients are clipped at norm 1",),
-        "small": ("1 epoch of 20,000 of the 60,000 images (3 at 128 a step)", "gradients are clipped at norm 1"),
-    },
+    differs={"full": (DECAY,), "small": ("1 epoch of 20,000 of the 60,000 images (3 at 128 a step)", DECAY)},
 )

@@ -21,6 +21,9 @@ WATCHED = 64
 MOST = 256
 """How many images are predicted at once, where training has room for a fourth of it: nothing is kept for gradients."""
 
+SMALL = 2**22
+"""How many values in images there is always room for, however few of them a step takes."""
+
 
 class Evaluation:
     """Measures ``model``, by the images to evaluate on and against ``original``, where a run has them.
@@ -32,10 +35,10 @@ class Evaluation:
         self, trainer: Trainer, model: Any, original: Any, data: Data, eval_data: Data | None, batch_size: int
     ) -> None:
         self.model, self.original, self.eval_data = model, original, eval_data
-        self.batch_size = min(MOST, 4 * batch_size)
         self._trainer = trainer
         self._logits, self._originals_logits = Logits(), Logits()
         self._watched = data.batch(data.sample(WATCHED))[0]
+        self.batch_size = min(MOST, max(4 * batch_size, SMALL // self._watched[0].size))
         if len(self._watched) > 1 and not np.ptp(self._watched, axis=0).any():
             raise VerificationError(f"expected images that differ, received {len(self._watched)} that are all the same")
 

@@ -17,7 +17,6 @@ Optimizer = Literal["sgd", "adam", "adamw", "amsgrad"]
 Schedule = Literal["cosine", "constant", "step", "poly", "plateau"]
 Precision = Literal["no", "fp16", "bf16"]
 
-MAX_GRADIENT_NORM = 1.0
 EPSILON = 1e-8
 """What Adam and its kin add to the root of the second moment; the frameworks' own differ."""
 RATE, RATE_IMAGES = 0.05, 64
@@ -45,7 +44,7 @@ _READ: Mapping[str, tuple[str, tuple[str, ...], Any]] = {
 
 @dataclass(frozen=True)
 class Training:
-    """How a model is trained for ``steps`` steps of ``optimizer``, gradients clipped at norm 1.
+    """How a model is trained for ``steps`` steps of ``optimizer``.
 
     A step takes ``accumulate`` batches of ``batch_size`` images, over all processes together. ``lr`` is the peak of
     the rate, which rises over a share ``warmup`` of the steps and then follows ``schedule`` (see `Rate`); the gates of
@@ -53,10 +52,11 @@ class Training:
     others: ``momentum`` of ``"sgd"`` (0.9); ``milestones`` of ``"step"``, shares of the steps or epochs (0.3, 0.6,
     0.9); ``factor`` of ``"step"`` and ``"plateau"`` (0.1); ``power`` of ``"poly"`` (1); ``patience``, in evaluations,
     and ``min_lr`` of ``"plateau"`` (10 and 0).
-    ``weight_decay`` spares norms, biases and gates; it is added to the gradient, but with ``"adamw"`` taken off the
-    weights. ``train`` names what learns: ``"all"``,
-    ``"norm"`` (the normalization layers' own parameters) or ``"last:N"`` (the last N blocks, see `blocks` of the
-    framework); what is frozen already never does. ``precision`` is that of the forward and backward passes.
+    Gradients whose norm, over all that learns, is above ``max_grad_norm`` are scaled down to it, unless it is 0; the
+    default rates are for 1. ``weight_decay`` spares norms, biases and gates; it is added to the gradient, but with
+    ``"adamw"`` taken off the weights. ``train`` names what learns: ``"all"``, ``"norm"`` (the normalization layers' own
+    parameters) or ``"last:N"`` (the last N blocks, see `blocks` of the framework); what is frozen already never does.
+    ``precision`` is that of the forward and backward passes.
     ``ema`` is the weight of the old value in a moving average of the weights, 0 for none. With a teacher the loss is
     T²·KL(teacher || student) of scores softened by ``temperature`` T, plus ``features`` times the distance of the
     replaced layers' outputs. ``augment`` is `normswap.data.augment`'s policy, ``workers`` read images ahead.
@@ -78,6 +78,7 @@ class Training:
     power: float | None = None
     patience: int | None = None
     min_lr: float | None = None
+    max_grad_norm: float = 1.0
     weight_decay: float = 0.0
     gate_lr: float = 1.0
     accumulate: int = 1
@@ -93,7 +94,7 @@ class Training:
         for name in ("steps", "batch_size", "lr", "accumulate", "temperature"):
             if not (getattr(self, name) is None or getattr(self, name) > 0):
                 raise InputError(f"expected `{name}` above 0, received {name}={getattr(self, name)}")
-        for name in ("weight_decay", "gate_lr", "features", "workers", "seed"):
+        for name in ("max_grad_norm", "weight_decay", "gate_lr", "features", "workers", "seed"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"expected `{name}` of at least 0, received {name}={getattr(self, name)}")
         if not 0 <= self.ema < 1:

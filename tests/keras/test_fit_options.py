@@ -85,6 +85,22 @@ class TestRule:
             np.testing.assert_allclose(other[name] - before[name], 5 * (one[name] - before[name]), rtol=1e-2, atol=1e-6)
 
     @pytest.mark.backends
+    def test_the_length_of_gradients(self):
+        """Longer ones are scaled down to it, over all variables together, and shorter ones left; 0 leaves all."""
+
+        def step(norm):
+            model = small_net("gn")
+            before = [np.array(variable) for variable in model.trainable_variables]
+            fitted(model, steps=1, lr=1.0, warmup=0.0, momentum=0.0, max_grad_norm=norm)
+            after = zip(model.trainable_variables, before, strict=True)
+            return np.concatenate([np.ravel(np.array(variable) - old) for variable, old in after])
+
+        whole = step(0.0)
+
+        np.testing.assert_array_equal(step(1e6), whole)
+        np.testing.assert_allclose(step(0.01), 0.01 * whole / np.linalg.norm(whole), atol=1e-6)
+
+    @pytest.mark.backends
     def test_a_rate_without_decay(self):
         """The constant rate rises and stays."""
         rates = [taken.lr for taken in fitted(small_net("gn"), steps=6, schedule="constant", warmup=0.5, lr=0.3)]

@@ -223,6 +223,21 @@ class TestOptions:
         assert not torch.equal(twin.bn.mean_weight, gates)
         assert model.head.weight.norm() < twin.head.weight.norm()
 
+    def test_the_length_of_gradients(self, data):
+        """Longer ones are scaled down to it and shorter ones left; 0 leaves all."""
+        start = nn.Sequential(nn.Flatten(), nn.Linear(432, 3))
+
+        def step(norm):
+            model = copy.deepcopy(start)
+            steps_taken(model, data, steps=1, lr=1.0, warmup=0.0, momentum=0.0, max_grad_norm=norm)
+            changes = [(new - old).flatten() for new, old in zip(model.parameters(), start.parameters(), strict=True)]
+            return torch.cat(changes)
+
+        whole = step(0)
+
+        assert torch.equal(step(1e6), whole)
+        torch.testing.assert_close(step(0.01), 0.01 * whole / whole.norm())
+
     @pytest.mark.parametrize("schedule", ["cosine", "constant"])
     def test_the_rate(self, model, data, schedule):
         """It is told with each step: up in the warm-up, then falling to nothing or staying."""
@@ -343,6 +358,10 @@ class TestOptions:
             ({"lr": float("nan")}, "expected `lr` above 0, received lr=nan"),
             ({"ema": 1.0}, "expected `ema` from 0 to below 1, received ema=1.0"),
             ({"warmup": 2.0}, "expected `warmup` from 0 to 1, received warmup=2.0"),
+            (
+                {"max_grad_norm": float("nan")},
+                "expected `max_grad_norm` of at least 0, received max_grad_norm=nan",
+            ),
             ({"workers": -1}, "expected `workers` of at least 0, received workers=-1"),
             ({"precision": "int8"}, "expected `precision` out of no, fp16, bf16, received 'int8'"),
             ({"optimizer": "rmsprop"}, "expected `optimizer` out of sgd, adam, adamw, amsgrad, received 'rmsprop'"),

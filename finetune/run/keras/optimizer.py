@@ -8,7 +8,7 @@ import keras
 from ....frameworks.keras import distinct_layers
 from ....layers.keras import SwitchNormalization
 from ...hooks.keras.norms import norm_parameters
-from ..training import EPSILON, MAX_GRADIENT_NORM, Training
+from ..training import EPSILON, Training
 from .replicas import summed
 
 
@@ -77,7 +77,7 @@ def optimizer_of(model: keras.Model, training: Training) -> keras.optimizers.Opt
     optimizer = rule(
         training.lr,
         name=training.optimizer,
-        global_clipnorm=MAX_GRADIENT_NORM,
+        global_clipnorm=training.max_grad_norm or None,
         gradient_accumulation_steps=training.accumulate if training.accumulate > 1 else None,
         scaled=[v for layer in switches for v in (layer.mean_weight, layer.var_weight)],
         scale=training.gate_lr,

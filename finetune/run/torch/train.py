@@ -20,7 +20,7 @@ from ...hooks.scores import scores
 from ...hooks.torch.learning import Learning
 from ..loading import StepBatches
 from ..rate import Rate
-from ..training import DECIDING, MAX_GRADIENT_NORM, SEEDS, Array, OnStep, State, Taken, Training, not_finite
+from ..training import DECIDING, SEEDS, Array, OnStep, State, Taken, Training, not_finite
 from .accelerator import accelerator_in
 from .average import Average
 from .loading import reader, ready
@@ -94,7 +94,8 @@ def train(
             loss, right = _gradients(accelerator, prepared, loss_of, batches, training)
             if not np.isfinite(loss):
                 raise VerificationError(not_finite(loss, first + step))
-            accelerator.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
+            if training.max_grad_norm:
+                accelerator.clip_grad_norm_(parameters, training.max_grad_norm)
             optimizer.step()
             average.update()
             if on_step is not None:
