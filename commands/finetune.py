@@ -202,6 +202,11 @@ what_norms_do = option_set(
         default=True,
         help="At small batches let moving statistics average over as many images as at 64 a batch.",
     ),
+    option(
+        "--sync-statistics/--no-sync-statistics",
+        default=True,
+        help="Take SN's and BRN's batch statistics over all processes, or as BatchNorm does over each one's images.",
+    ),
 )
 how_it_goes = option_set(
     option("--augment", default="none", help="Change images: crop or resized-crop, flip, or one of the two and flip."),

@@ -53,8 +53,9 @@ def accuracy(
     Raises `InputError` if a label has no score, `VerificationError` if a score is not finite.
     """
     top1 = top5 = n = 0
-    loss = 0.0
-    for start in range(share[0] * batch_size, len(data), share[1] * batch_size):
+    loss, (rank, world) = 0.0, share
+    batch_size = min(batch_size, max(1, -(-len(data) // world)))  # else some would wait for others
+    for start in range(rank * batch_size, len(data), world * batch_size):
         x, labels = data.batch(range(start, min(start + batch_size, len(data))))
         n += len(labels)
         scores = np.asarray(predict(x))

@@ -55,6 +55,9 @@ class Trainer(Protocol):
     def processes(self) -> tuple[int, int]:
         """Return this process's rank and how many train together."""
 
+    def agree(self, model: Any) -> None:
+        """Give the model of every process what rank 0's has beside parameters, such as the statistics of its images."""
+
     def seed(self, number: int) -> None:
         """Let the weights of a model that is built next depend on ``number`` alone."""
 

@@ -221,7 +221,8 @@ class _Run:
         limits = RenormLimits(self.model, settings.steps, settings.limits)
         found: list[Hook] = [limits]
         if settings.steady_statistics:
-            found.append(Momentum(self.model, settings.batch_size))
+            alone = 1 if settings.sync_statistics else self.world
+            found.append(Momentum(self.model, -(-settings.batch_size // alone)))
         if settings.harden:
             found.append(GateSchedule(self.model, settings.steps, temperature=(1.0, 0.1), harden=True))
         if settings.blend:
@@ -331,6 +332,7 @@ class _Run:
         nothing is missing.
         """
         checkpoints, figures = self.folder.checkpoints, {} if figures is None else figures
+        self.trainer.agree(self.model)
         with checkpoints.writing(progress.step, progress) if self.folder.writes else nullcontext() as folder:
             self.evaluation.require_finite(progress.step)
             if folder is not None:

@@ -60,7 +60,8 @@ class Training:
     ``ema`` is the weight of the old value in a moving average of the weights, 0 for none. With a teacher the loss is
     T²·KL(teacher || student) of scores softened by ``temperature`` T, plus ``features`` times the distance of the
     replaced layers' outputs. ``augment`` is `normswap.data.augment`'s policy, ``workers`` read images ahead.
-    Order of the data, rates and random numbers depend on ``seed`` and the step alone.
+    With ``sync_statistics`` SN and BRN take their batch statistics over all processes or replicas, else over each one's
+    own images, as BatchNorm does. Order of the data, rates and random numbers depend on ``seed`` and the step alone.
 
     Raises `InputError` for a value out of range, `UsageError` for one that the optimizer or the schedule does not read.
     """
@@ -88,6 +89,7 @@ class Training:
     features: float = 0.0
     augment: str = "none"
     workers: int = 0
+    sync_statistics: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 import normswap
+from normswap.bundles import bundle
+from normswap.finetune.run.batches import batch_indices
 from normswap.finetune.run.journal import read
 from normswap.finetune.run.settings import Settings
 from normswap.finetune.run.torch import processes
+from normswap.finetune.run.torch.train import predict
 
 from .models import trained_
 from .runs import bundled, coloured, quick
@@ -53,6 +57,9 @@ def shoot(step, figures):
 said = []
 for target in ("sn", "brn", "gn"):
     finetune(folder / f"in-{target}", folder / f"two-{target}", data, settings, eval_data=data, draw=False)
+own = replace(settings, **json.loads(sys.argv[3]))
+found = finetune(folder / "in-sn", folder / "own", data, own, eval_data=data, draw=False)
+(folder / "own.json").write_text(json.dumps(found.kept))
 for output, changes, on_step in (
     ("disagree", {"seed": rank}, None), ("stopped", {}, shoot), ("small", {"batch_size": 1}, None)
 ):
@@ -66,6 +73,11 @@ with contextlib.redirect_stderr(io.StringIO()) as shown:
     main([*command, "--train", "norm", "--steps", "2"], standalone_mode=False)
 (folder / f"{rank}.json").write_text(json.dumps([said, shown.getvalue()]))
 """
+
+OWN = {
+    "teacher": "none", "stages": "all", "batch_size": 10, "accumulate": 1, "ema": 0.0, "lr": 0.05,
+    "sync_statistics": False, "steady_statistics": False,
+}  # fmt: skip
 
 HEADS = """
 import torch
@@ -105,7 +117,7 @@ def test_two_processes(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "heads.py").write_text(HEADS)
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "script.py"), str(tmp_path)]
-    subprocess.run([sys.executable, *command, json.dumps(SETTINGS)], check=True, timeout=300)
+    subprocess.run([sys.executable, *command, json.dumps(SETTINGS), json.dumps(OWN)], check=True, timeout=300)
 
     expected = runpy.run_path(str(tmp_path / "heads.py"))["losses"](data)
     for rank in (0, 1):  # heads that take no part in the scores wait for no gradient
@@ -115,6 +127,7 @@ def test_two_processes(tmp_path):
         for figure in ("loss", "eval_top1", "drift", "clipped"):
             ours, theirs = ([row[figure] or 0.0 for row in rows] for rows in (two, one))
             assert ours == pytest.approx(theirs, abs=1e-5), (target, figure)
+    statistics_of_each_process(tmp_path, data)
     said, shown = zip(*(json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)), strict=True)
     assert f"bundle written to {tmp_path}/command\n" in shown[0]
     assert shown[1] == ""
@@ -130,6 +143,25 @@ def test_two_processes(tmp_path):
     ]
     assert not (tmp_path / "disagree").exists()
     assert not (tmp_path / "small").exists()
+
+
+def statistics_of_each_process(folder, data):
+    """A step's loss is the mean of what each has by its own images, and what was evaluated is what was saved."""
+    rows, (x, labels) = read(folder / "own/run/metrics.csv"), data.batch(batch_indices(len(data), 10, 0, seed=0))
+    model = bundle.read(folder / "in-sn", trust=True).model.train()
+    parts = [
+        functional.cross_entropy(model(torch.as_tensor(x[rank::2])), torch.as_tensor(labels[rank::2])).item()
+        for rank in (0, 1)
+    ]
+    first, kept = next(row for row in rows if row["step"] == 1), json.loads((folder / "own.json").read_text())
+    (evaluated,) = (row["eval_loss"] for row in rows if row["step"] == kept)
+    scores = predict(bundle.read(folder / "own", trust=True).model, data.batch(range(len(data)))[0])
+
+    assert first["loss"] == pytest.approx(np.mean(parts), abs=1e-6)
+    assert kept > 0
+    assert functional.cross_entropy(torch.as_tensor(scores), torch.as_tensor(data.labels)).item() == pytest.approx(
+        evaluated, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("target", ["sn", "brn"])

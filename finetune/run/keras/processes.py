@@ -20,6 +20,10 @@ def processes() -> tuple[int, int]:
     return 0, 1
 
 
+def agree(model: keras.Model) -> None:
+    """Give the model of every process what rank 0's has: Keras trains in one."""
+
+
 def gathered(value: Any) -> list[Any]:
     """Return the value of every process."""
     return [value]

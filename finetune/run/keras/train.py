@@ -1,6 +1,7 @@
 """Fine-tune a Keras model with ``fit``, on any backend, under a ``tf.distribute`` strategy where one is active."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import keras
@@ -66,7 +67,7 @@ def train(
     batches = StepBatches(data, training, first=first + start, steps=training.steps - start)
     with (
         Learning(model, training.train),
-        synchronized(model),
+        synchronized(model) if training.sync_statistics else nullcontext(),
         criterion(model, teacher, training, deciding) as loss_of,
     ):
         trainer = _Trainer(model, loss_of, taught=teacher is not None)

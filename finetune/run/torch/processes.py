@@ -8,6 +8,7 @@ import accelerate
 import torch
 from accelerate.utils import gather_object
 from torch import nn
+from torch.distributed import broadcast
 
 from ....layers.torch.norm import RunningNorm
 
@@ -29,6 +30,13 @@ def processes() -> tuple[int, int]:
 def gathered(value: Any) -> list[Any]:
     """Return the value of every process, in the order of their ranks."""
     return gather_object([value]) if processes()[1] > 1 else [value]
+
+
+def agree(model: nn.Module) -> None:
+    """Give the model of every process the buffers of rank 0's, as DistributedDataParallel does before each forward."""
+    if processes()[1] > 1:
+        for buffer in model.buffers():
+            broadcast(buffer, 0)
 
 
 @contextmanager

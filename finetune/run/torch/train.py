@@ -54,7 +54,7 @@ def train(
     stopped.
 
     In several processes each takes its share of every batch, SN and BRN take their batch statistics over all of
-    them, and gradients are those of the whole batch.
+    them (see `Training`), and gradients are those of the whole batch.
 
     Raises `VerificationError` if the loss is not finite; the model is then as it was before that step.
     Raises `InputError` for batches smaller than the number of processes, `UnsupportedError` if nothing in the model
@@ -69,7 +69,7 @@ def train(
         _in_mode(model, training=teacher is None),
         Learning(model, training.train),
         _guarded(model),
-        synchronized(model),
+        synchronized(model) if training.sync_statistics else nullcontext(),
         criterion(model, teacher, training, deciding) as loss_of,
     ):
         optimizer: Any = optimizer_of(model, training)
