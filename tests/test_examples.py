@@ -4,12 +4,14 @@ import copy
 import importlib.util
 import json
 import re
+import tomllib
 from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 
 import normswap.demo.digits
 import normswap.demo.torch
@@ -100,6 +102,29 @@ class TestTorch:
         told = json.loads(result.stdout)
         assert told["n"] == 500
         assert told["top1"] > 97
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(("network", "recipe"), [("resnet50_v1", "step"), ("resnet50_v2", "cosine")])
+def test_the_imagenet_recipes(tmp_path, network, recipe):
+    """A folder a class is all that a recipe needs, and all that it says is what the run has."""
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.effect_noise((64, 64), 40).convert("RGB").save(tmp_path / "data" / name / "0.png")
+    config, out = EXAMPLES / "imagenet" / f"{recipe}.toml", tmp_path / "out"
+    model = f"{EXAMPLES}/imagenet/networks.py:{network}"
+    small = {"size": 64, "workers": 0, "batch-size": 2, "steps": 1, "milestones": "0.3,0.6,0.9"}
+    if recipe == "cosine":
+        del small["milestones"]
+    options = [part for name, value in small.items() for part in (f"--{name}", str(value))]
+    data = ["--data", str(tmp_path / "data"), "--eval-data", str(tmp_path / "data")]
+
+    result = CliRunner().invoke(cli, ["finetune", model, "-c", str(config), "-o", str(out), *data, *options])
+
+    assert result.exit_code == 0, result.output
+    said, had = (tomllib.loads(path.read_text()) for path in (config, out / "run" / "run.toml"))
+    changed = {name for name in said if said[name] != had.get(name)}
+    assert changed == {"epochs", "batch_size", "workers"} | ({"milestones"} if recipe == "step" else set())
 
 
 @pytest.mark.keras
