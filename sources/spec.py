@@ -1,6 +1,8 @@
 """What people call a model: a name in a zoo, a callable in Python code, or a file."""
 
 import os
+import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -16,6 +18,12 @@ FORMS = (
     "timm:NAME, torchvision:NAME, keras:NAME, file.py:callable, package.module:callable, FILE.keras, FILE.h5 or "
     "FILE.pt2"
 )
+
+OWN = tuple(f"{__name__.partition('.')[0]}.models.{framework}" for framework in ("torch", "keras"))
+"""The modules of this library whose callables are networks."""
+
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+"""A name that a zoo has an architecture by, without a way to a file or a hub."""
 
 _returned: WeakValueDictionary[int, Any] = WeakValueDictionary()
 """What callables have returned, which may be patched by now."""
@@ -66,6 +74,20 @@ def _new(model: Any, spec: str) -> Any:
         )
     _returned[id(model)] = model
     return model
+
+
+def runs_code(spec: str) -> bool:
+    """Return whether `load_source` could run code for ``spec`` that is not of this library, a zoo or Keras.
+
+    A zoo's plain name builds an architecture that the zoo itself has; other names have it fetch a model of somebody's.
+    A Keras file is read in safe mode. A ``.pt2`` file is not judged here: it takes a word of its own to be read at all.
+    """
+    kind, _, name = spec.partition(":")
+    if kind in ZOOS and name:
+        return _PLAIN.fullmatch(name) is None
+    if spec.endswith((PROGRAM_SUFFIX, *KERAS_SUFFIXES)):
+        return False
+    return not (kind in OWN and name in import_module(kind).__all__)
 
 
 def relative_spec(spec: str, directory: Path) -> str:

@@ -1,5 +1,6 @@
 """Files that hold a whole Keras model."""
 
+import importlib
 import os
 import re
 import sys
@@ -8,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...errors import InputError, MissingDependencyError
+from ...errors import InputError, MissingDependencyError, missing
 from ..code import is_elsewhere
 from ..files import require_file
 
@@ -19,6 +20,7 @@ def read_model(path: Path) -> Any:
     """Return the model in a Keras file, read in safe mode; raises `InputError` if Keras refuses it."""
     require_file(path)
     keras = import_keras()
+    require_h5py(path)
     from ...layers import keras as _ours  # noqa: F401 - for Keras to know them, where the file holds some
 
     try:
@@ -29,6 +31,14 @@ def read_model(path: Path) -> Any:
             f"expected a Keras model in {path}, received a file Keras refuses: {said.rstrip('.')}{_way_out(path, said)}"
         )
         raise InputError(message) from error
+
+
+def require_h5py(path: Path) -> None:
+    """Raise `MissingDependencyError` without h5py, whose absence Keras would tell as a damaged file."""
+    try:
+        importlib.import_module("h5py")
+    except ModuleNotFoundError:
+        raise MissingDependencyError(missing("h5py", str(path))) from None
 
 
 @contextmanager
