@@ -122,7 +122,7 @@ def missing(module: str, what: str = "this") -> str:
     package = module.partition(".")[0]
     if package in _EXTRAS:
         return f"{what} needs {package}: pip install 'normswap[{_EXTRAS[package]}]'"
-    return f"{what} needs {package}, which is not installed: install it, or put it where Python finds it"
+    return f"{what} needs {package}, which is not installed; install it"
 
 
 def explain(error: Exception) -> tuple[int, str]:

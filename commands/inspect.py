@@ -77,7 +77,8 @@ def _show_bundle(model: str, *, every: bool, as_json: bool) -> None:
         }
         for norm in norms
     ]
-    text = sites_table(f"{len(rows)} norms in {model}, by its recipe and weights", rows, {}, [], every=every)
+    title = f"{len(rows)} norm{'' if len(rows) == 1 else 's'} in {model}"
+    text = sites_table(title, rows, {}, ["as its recipe and its weights tell; no model is built"], every=every)
     show(as_json, {"model": model, "sites": told}, text, _next(model, [norm.kind for norm in norms]))
 
 

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from click.testing import CliRunner
 from torch import nn
 
 import normswap
 from normswap.bundles import bundle
 from normswap.bundles.source import load_model
+from normswap.cli import main
 from normswap.data.preprocessing import Preprocessing, preprocessing_of
 from normswap.errors import InputError, MissingDependencyError, UnsupportedError
 from normswap.sources.spec import absolute_spec, relative_spec
@@ -74,8 +76,81 @@ class TestModels:
     def test_code_that_fails(self, tmp_path):
         """An error in the user's code is reported as theirs."""
         (tmp_path / "bad.py").write_text("1 / 0\n")
-        with pytest.raises(InputError, match="received code that fails: ZeroDivisionError"):
+        message = (
+            f"expected Python code in {tmp_path}/bad.py, received code that fails: ZeroDivisionError: division by "
+        )
+        with pytest.raises(InputError, match=exactly(f"{message}zero")):
             load_model(f"{tmp_path}/bad.py:f")
+
+    @pytest.mark.parametrize("where", ["file", "module"])
+    @pytest.mark.parametrize(
+        ("raised", "told"),
+        [
+            ("ValueError('no weights\\nat all')", "ValueError: no weights"),
+            ("FileNotFoundError(2, 'gone', 'net.pth')", "FileNotFoundError: [Errno 2] gone: 'net.pth'"),
+            ("SystemExit(0)", "SystemExit: 0"),
+            ("SystemExit()", "SystemExit"),
+            ("__import__('asyncio').CancelledError", "CancelledError"),
+            ("__import__('click').Abort", "Abort"),
+        ],
+    )
+    def test_a_callable_that_raises(self, tmp_path, monkeypatch, where, raised, told):
+        """It is named, with the kind of its error and its first line; nothing it raises ends us without a word."""
+        name = f"raising_{abs(hash(raised))}"
+        (tmp_path / f"{name}.py").write_text(f"def build():\n    raise {raised}\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        location = name if where == "module" else f"{tmp_path}/{name}.py"
+
+        with pytest.raises(InputError, match=exactly(f"expected a model from build in {location}, received {told}")):
+            load_model(f"{location}:build")
+
+    @pytest.mark.parametrize("where", ["file", "module"])
+    def test_code_that_ends_the_process(self, tmp_path, monkeypatch, where):
+        """A script whose work is not in a function is told as one that fails."""
+        (tmp_path / f"ending_{where}.py").write_text("import sys\n\nsys.exit('done')\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        location = f"ending_{where}" if where == "module" else f"{tmp_path}/ending_{where}.py"
+        message = f"expected Python code in {location}, received code that fails: SystemExit: done"
+
+        with pytest.raises(InputError, match=exactly(message)):
+            load_model(f"{location}:build")
+
+    def test_code_that_is_stopped(self, tmp_path):
+        """Ctrl-C is the user's."""
+        (tmp_path / "slow.py").write_text("def build():\n    raise KeyboardInterrupt\n")
+        with pytest.raises(KeyboardInterrupt):
+            load_model(f"{tmp_path}/slow.py:build")
+
+    def test_code_that_is_refused_by_us(self, tmp_path):
+        """An error of ours in it says what it says."""
+        code = "import normswap\n\ndef build():\n    return normswap.load('gone')\n"
+        (tmp_path / "loads.py").write_text(code)
+        with pytest.raises(InputError, match="^expected a bundle in gone, received no folder; make one with"):
+            load_model(f"{tmp_path}/loads.py:build")
+
+    @pytest.mark.parametrize(
+        ("package", "told"),
+        [
+            ("torch", "pip install 'normswap[torch]'"),
+            ("h5py", "pip install 'normswap[keras]'"),
+            ("no_such_library.nn", None),
+        ],
+    )
+    @pytest.mark.parametrize("late", [False, True])
+    def test_code_that_imports_what_is_not_installed(self, tmp_path, monkeypatch, package, told, late):
+        """The package is named, and how to install what is ours to know: it is no fault of the code."""
+        if told is not None:
+            monkeypatch.setitem(sys.modules, package, None)
+        line = f"import {package}"
+        (tmp_path / "net.py").write_text(f"def build():\n    {line}\n" if late else f"{line}\n")
+        top = package.partition(".")[0]
+        needs = f"{tmp_path}/net.py needs {top}"
+        message = f"{needs}: {told}" if told else f"{needs}, which is not installed; install it"
+
+        with pytest.raises(MissingDependencyError, match=exactly(message)):
+            load_model(f"{tmp_path}/net.py:build")
+        result = CliRunner().invoke(main, ["inspect", f"{tmp_path}/net.py:build"])
+        assert (result.exit_code, result.stderr) == (6, f"error: {message}\n")
 
     def test_the_same_model_again(self, tmp_path, monkeypatch):
         """A callable that returns what it returned before is refused: that may be patched or trained by now."""
