@@ -2,7 +2,7 @@
 
 import os
 import re
-from importlib import import_module
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -19,8 +19,8 @@ FORMS = (
     "FILE.pt2"
 )
 
-OWN = tuple(f"{__name__.partition('.')[0]}.models.{framework}" for framework in ("torch", "keras"))
-"""The modules of this library whose callables are networks."""
+_MODELS = f"{__name__.partition('.')[0]}.models"
+"""Where this library has networks of its own."""
 
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 """A name that a zoo has an architecture by, without a way to a file or a hub."""
@@ -87,7 +87,20 @@ def runs_code(spec: str) -> bool:
         return _PLAIN.fullmatch(name) is None
     if spec.endswith((PROGRAM_SUFFIX, *KERAS_SUFFIXES)):
         return False
-    return not (kind in OWN and name in import_module(kind).__all__)
+    return name not in _networks(kind)
+
+
+def _networks(module: str) -> Sequence[str]:
+    """Return the names of the networks in a module of this library's."""
+    if module == f"{_MODELS}.torch":
+        from ..models import torch
+
+        return torch.__all__
+    if module == f"{_MODELS}.keras":
+        from ..models import keras
+
+        return keras.__all__
+    return ()
 
 
 def relative_spec(spec: str, directory: Path) -> str:

@@ -1,6 +1,5 @@
 """Files that hold a whole Keras model."""
 
-import importlib
 import os
 import re
 import sys
@@ -36,7 +35,7 @@ def read_model(path: Path) -> Any:
 def require_h5py(path: Path) -> None:
     """Raise `MissingDependencyError` without h5py, whose absence Keras would tell as a damaged file."""
     try:
-        importlib.import_module("h5py")
+        import h5py  # noqa: F401
     except ModuleNotFoundError:
         raise MissingDependencyError(missing("h5py", str(path))) from None
 
