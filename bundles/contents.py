@@ -77,7 +77,7 @@ def keras_layers(path: Path) -> Iterator[KerasLayer]:
             if archive.getinfo("config.json").file_size > _LARGEST:
                 raise ValueError(f"more than {_LARGEST} bytes of config.json")
             yield from _layers(json.loads(archive.read("config.json")), None)
-    except (BadZipFile, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (BadZipFile, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"expected a Keras model in {path}, received a damaged file: {error}") from None
 
 

@@ -69,14 +69,14 @@ def _of_archive(path: Path) -> Gates:
             file.visititems(look)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    except (BadZipFile, OSError, RuntimeError, KeyError, ValueError) as error:
+    except (BadZipFile, OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         raise InputError(f"expected a Keras model in {path}, received a damaged file: {error}") from None
     return found
 
 
-def _temperature(group: Any) -> float:
+def _temperature(group: Any) -> Array:
     """Return the last of a layer's variables."""
-    return float(plain_array(group[str(len(group) - 1)]))
+    return plain_array(group[str(len(group) - 1)])
 
 
 def _of_layers(layers: KerasWeights) -> Gates:
@@ -102,18 +102,21 @@ def _of_state(checkpoint: Checkpoint) -> Gates:
         stem, _, part = name.rpartition(".")
         prefix = name.removesuffix(part)
         if part == "mean_weight" and f"{prefix}var_weight" in state:
-            temperature = float(state.get(f"{prefix}temperature", 1.0))
+            temperature = state.get(f"{prefix}temperature", 1.0)
             found[stem] = _shares(state[name], temperature), _shares(state[f"{prefix}var_weight"], temperature)
     return found
 
 
-def _shares(logits: Array, temperature: float = 1.0) -> Array:
+def _shares(logits: Array, temperature: Array | float = 1.0) -> Array:
     """Return the softmax of logits, which at a temperature of 0 is 1 for the largest.
 
     Raises `InputError` for an array that is none of gates.
     """
     if np.shape(logits) not in ((2,), (3,)):
         raise InputError(f"expected the logits of 2 or 3 gates, received an array of shape={np.shape(logits)}")
+    if np.size(temperature) != 1:
+        raise InputError(f"expected one temperature of gates, received an array of shape={np.shape(temperature)}")
+    temperature = float(np.reshape(temperature, ()))
     if not temperature:
         return np.asarray(np.eye(len(logits))[np.argmax(logits)])
     powers = np.exp((logits - logits.max()).astype(np.float64) / temperature)

@@ -87,7 +87,7 @@ def runs_code(spec: str) -> bool:
         return _PLAIN.fullmatch(name) is None
     if spec.endswith((PROGRAM_SUFFIX, *KERAS_SUFFIXES)):
         return False
-    return name not in _networks(kind)
+    return bool(kind and name) and name not in _networks(kind)
 
 
 def _networks(module: str) -> Sequence[str]:
@@ -114,7 +114,9 @@ def relative_spec(spec: str, directory: Path) -> str:
 
 
 def absolute_spec(spec: str, directory: Path) -> str:
-    """Return ``spec`` with a relative file's path resolved against ``directory``."""
+    """Return ``spec`` with a relative file's path resolved against ``directory``; raises `InputError` for no path."""
+    if "\0" in spec:
+        raise InputError(f"expected a model as {FORMS}, received model={spec!r}")
     file, colon, name = spec.rpartition(":")
     if file.endswith(".py"):
         return f"{(directory / file).resolve()}{colon}{name}"

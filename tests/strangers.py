@@ -47,7 +47,7 @@ def stranger(bundle, folder, source):
     manifest = json.loads((path / "normswap.json").read_text())
     (path / "normswap.json").write_text(json.dumps(manifest | {"source": source}))
     file, _, name = source.rpartition(":")
-    return path, f"{(path / file).resolve()}:{name}" if file.endswith(".py") else source
+    return path, f"{(path / file).resolve()}:{name}" if file.endswith(".py") and "\0" not in file else source
 
 
 def refusal(path, source, way="add --trust-code"):

@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import safetensors.torch
@@ -19,7 +20,7 @@ from normswap.bundles.source import load_model
 from normswap.cli import main
 from normswap.data.preprocessing import Preprocessing, preprocessing_of
 from normswap.errors import InputError, MissingDependencyError, UnsupportedError
-from normswap.sources.spec import absolute_spec, relative_spec
+from normswap.sources.spec import absolute_spec, load_source, relative_spec, runs_code
 from normswap.sources.torch.state_dict import load_state_dict, read_state_dict
 
 from ..helpers import exactly
@@ -44,6 +45,35 @@ def network(tmp_path):
     (tmp_path / "network.py").write_text(CODE)
     (tmp_path / "helper.py").write_text("WIDTH = 4\n")
     return f"{tmp_path}/network.py:build"
+
+
+@pytest.mark.parametrize(
+    ("spec", "runs"),
+    [
+        ("timm:resnet18", False),
+        ("timm:resnet50.a1_in1k", False),
+        ("torchvision:resnet18", False),
+        ("keras:ResNet50", False),
+        ("normswap.models.torch:resnet18_v1", False),
+        ("normswap.models.torch:partial", True),
+        ("normswap.models:torch", True),
+        ("normswap.cli:main", True),
+        ("timm:hf-hub:stranger/x", True),
+        ("timm:stranger/x", True),
+        ("timm:resnet18\n", True),
+        ("torchvision:../x", True),
+        ("net.py:build", True),
+        ("package.module:build", True),
+        ("os:abort", True),
+        ("net.keras", False),
+        ("net.pt2", False),
+        ("resnet18", False),
+        (":build", False),
+    ],
+)
+def test_which_sources_are_code(spec, runs):
+    """A zoo's plain names, networks of this library's and files are none; what names nothing is refused elsewhere."""
+    assert runs_code(spec) is runs
 
 
 class TestModels:
@@ -176,6 +206,30 @@ class TestModels:
         monkeypatch.setitem(__import__("sys").modules, "timm", None)
         with pytest.raises(MissingDependencyError, match="^a timm: model needs timm: pip install timm"):
             load_model("timm:resnet18")
+
+    @pytest.mark.parametrize(("pretrained", "given"), [(True, {"weights": "DEFAULT"}), (False, {"weights": None})])
+    @pytest.mark.parametrize("detector", [False, True])
+    def test_a_zoo_whose_backbones_have_weights(self, monkeypatch, pretrained, given, detector):
+        """An architecture alone is built without the weights that torchvision has for a detector's backbone."""
+        asked = {}
+
+        def plain(*, weights=None):
+            asked.update(weights=weights)
+            return nn.ReLU()
+
+        def with_backbone(*, weights=None, weights_backbone="IMAGENET1K_V1"):
+            asked.update(weights=weights, weights_backbone=weights_backbone)
+            return nn.ReLU()
+
+        built = with_backbone if detector else plain
+        models = ModuleType("torchvision.models")
+        models.get_model_builder = lambda name: built
+        models.get_model = lambda name, **options: built(**options)
+        monkeypatch.setitem(sys.modules, "torchvision", ModuleType("torchvision"))
+        monkeypatch.setitem(sys.modules, "torchvision.models", models)
+        load_source("torchvision:net", pretrained=pretrained)
+
+        assert asked == given | ({"weights_backbone": "IMAGENET1K_V1" if pretrained else None} if detector else {})
 
     def test_preprocessing(self, network):
         """A model's pretrained_cfg tells its input; arguments come first; without either it is unknown."""

@@ -17,6 +17,7 @@ from normswap.cli import main
 from normswap.data.dataset import open_data
 from normswap.errors import InputError
 from normswap.finetune import Settings, finetune
+from normswap.sources.spec import FORMS
 
 from ..helpers import exactly
 from ..strangers import PAYLOAD, SOURCES, commands, marks, refusal, stranger
@@ -153,6 +154,17 @@ class TestStrangers:
         normswap.load(path)
 
         assert asked == [(source, False, False)]
+
+    @pytest.mark.parametrize("source", ["x\0.py:build", "build", ""])
+    def test_what_names_nothing(self, written, folder, source):
+        """A source that is none is told as that."""
+        path, _ = stranger(written / "own", folder, source)
+        told = repr(source) if "\0" in source else source
+
+        assert invoke("export", path, "-o", "new") == (
+            3,
+            f"error: expected a model as {FORMS}, received model={told}\n",
+        )
 
     def test_nothing_is_built_of_a_file_held_against_a_reference(self, folder, monkeypatch):
         """`verify FILE --against` and `evaluate FILE.onnx` ask for no model at all."""
