@@ -2,6 +2,8 @@
 
 import json
 import math
+import signal
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,6 +11,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from statistics import median
 from time import monotonic
+from types import FrameType
 from typing import Any
 
 import click
@@ -41,7 +44,7 @@ class Group(click.Group):
     def invoke(self, context: click.Context) -> Any:
         """Run a command; an error ends it with its message and code, told as JSON too where that was asked for."""
         try:
-            with command_line(), warnings.catch_warnings():
+            with command_line(), warnings.catch_warnings(), _unwound():
                 warnings.showwarning = _show_warning
                 return super().invoke(context)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
@@ -57,6 +60,25 @@ class Group(click.Group):
                 show_json({"error": message, "exit_code": code})
             click.echo(f"error: {message}", err=True)
             raise click.exceptions.Exit(code) from None
+
+
+@contextmanager
+def _unwound() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP leave a command as its own errors do, by what it cleans up."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        click.echo("stopped", err=True)
+        raise SystemExit(128 + number)
+
+    alone = threading.current_thread() is threading.main_thread()  # which signals belong to
+    numbers = [each for each in (signal.SIGTERM, signal.SIGHUP) if alone and signal.getsignal(each) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:

@@ -80,7 +80,7 @@ def verify(
         verdict = verify_against(str(against), file, providers=providers)
     else:
         from ..bundles.opening import Opened
-        from ..sources.files import require_output
+        from ..sources.outputs import require_output
 
         if save_reference is not None:
             read = read_from(model, known.weights, known.example, file, data)
