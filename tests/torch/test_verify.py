@@ -213,11 +213,11 @@ class TestVerify:
         path.write_text("old")
         save = exporter._save
 
-        def careless(graph, to):
+        def careless(graph, *to):
             """Write the file with another shift in the stem."""
             bias = next(node for node in graph.graph if node.op_type == "Conv").inputs[2]
             bias.const_value = ir.tensor(bias.const_value.numpy() + 0.1)
-            save(graph, to)
+            save(graph, *to)
 
         monkeypatch.setattr(exporter, "_save", careless)
         with pytest.raises(VerificationError, match="first diverging layer: stem.1"):
