@@ -2,21 +2,23 @@
 
 import json
 import math
+import os
 import signal
+import sys
 import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from statistics import median
 from time import monotonic
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
-from .errors import EXIT_INTERRUPTED, NormswapWarning, command_line, explain
+from .errors import EXIT_INTERRUPTED, EXIT_IO, NormswapWarning, command_line, explain
 from .patchers.table import as_text
 
 SCHEMA_VERSION = 1
@@ -57,9 +59,54 @@ class Group(click.Group):
                 raise
             code, message = explain(error)
             if context.meta.get(JSON):
-                show_json({"error": message, "exit_code": code})
+                with suppress(OSError):  # which may be the error
+                    show_json({"error": message, "exit_code": code})
             click.echo(f"error: {message}", err=True)
             raise click.exceptions.Exit(code) from None
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command line; a result that cannot be printed is an error, what is told people beside it is not."""
+        stderr = sys.stderr
+        sys.stderr = _Unheard(stderr)  # type: ignore[assignment]
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:
+            click.echo(f"error: {error}", err=True)
+            raise SystemExit(EXIT_IO) from None
+        finally:
+            sys.stderr = stderr
+            _leave_no_rest()
+
+
+class _Unheard:
+    """A stream to people, for whom work goes on when nobody reads of it any more."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what can be flushed."""
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _leave_no_rest() -> None:
+    """Drop what stdout could not take, else Python would try again at its end, and tell of that."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ValueError:  # closed
+        pass
 
 
 @contextmanager

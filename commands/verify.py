@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     type=click.Choice(["cpu", "cuda", "tensorrt", "openvino", "coreml", "dml", "auto"]),
     help="Where onnxruntime runs the file; may be given several times. auto: all that are installed.",
 )
-@click.option("--save-reference", type=Path, help="Write what MODEL answers to an .npz, to verify without it.")
+@click.option(
+    "--save-reference", type=Path, help="Write what MODEL answers to an .npz, to verify without it, if FILE passes."
+)
 @click.option("--against", type=Path, help="Hold FILE against such an .npz; no MODEL and no framework is needed.")
 @timeout_option
 @model_options()

@@ -101,7 +101,9 @@ class Decoded:
 
     def _opened(self, index: int) -> Path | BinaryIO:
         file = self._files.open(index)
-        if isinstance(file, Path) and file.exists() and not file.is_file():  # a pipe would be waited for, a device read without end
+        if (
+            isinstance(file, Path) and file.exists() and not file.is_file()
+        ):  # a pipe would be waited for, a device read without end
             raise ValueError("no regular file")
         return file
 

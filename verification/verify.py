@@ -22,6 +22,7 @@ from ..frameworks import several
 from ..frameworks.detect import get_framework
 from ..frameworks.example import Inputs, to_array
 from ..frameworks.several import texts
+from ..sources.outputs import require_output
 from .drawn import Input
 from .evaluator import evaluate, first_infinite
 from .file import OnnxFile, read_model
@@ -79,7 +80,7 @@ def verify(
             scales; a file of a fixed batch size is run at that.
         providers: Where onnxruntime runs the file: ``"cpu"``, ``"cuda"``, ``"tensorrt"``, ``"openvino"``, ``"coreml"``,
             ``"dml"``, or ``"auto"`` for all that are installed. One or several.
-        save_reference: An ``.npz`` to write the model's answers to, for `verify_against`.
+        save_reference: An ``.npz`` to write the model's answers to, for `verify_against`, if the file passes.
         overwrite: Replace a reference that is there.
         seed: Of the random inputs.
         timeout: How many seconds the file may take to answer a batch.
@@ -105,6 +106,8 @@ def verify(
         False
     """
     sizes = _sizes(batch_sizes)
+    if save_reference is not None:
+        require_output(Path(save_reference), overwrite=overwrite)
     framework = get_framework(model)
     further = [framework.ordered(model, Inputs.of(batch)) for batch in ([] if data is None else several.batches(data))]
     file = read_model(Path(path))
@@ -124,9 +127,10 @@ def verify(
         batch_sizes=sizes,
         seed=seed,
     )
-    if save_reference is not None and not reference.problems:
+    verdict = _judge(runs, reference)
+    if save_reference is not None and verdict:
         save(reference, Path(save_reference), overwrite=overwrite)
-    return _judge(runs, reference)
+    return verdict
 
 
 def verify_against(
