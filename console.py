@@ -67,7 +67,7 @@ class Group(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the command line; a result that cannot be printed is an error, what is told people beside it is not."""
         stderr = sys.stderr
-        sys.stderr = _Unheard(stderr)  # type: ignore[assignment]
+        sys.stderr = _Unheard(stderr)
         try:
             return super().main(*args, **kwargs)
         except OSError as error:
