@@ -11,6 +11,7 @@ from typing import Any
 from ...errors import InputError, MissingDependencyError
 from ..code import is_elsewhere
 from ..files import require_file
+from .hdf5 import require_readable
 
 SUFFIXES = (".keras", ".h5", ".hdf5")
 
@@ -18,6 +19,7 @@ SUFFIXES = (".keras", ".h5", ".hdf5")
 def read_model(path: Path) -> Any:
     """Return the model in a Keras file, read in safe mode; raises `InputError` if Keras refuses it."""
     require_file(path)
+    require_readable(path)
     keras = import_keras()
     from ...layers import keras as _ours  # noqa: F401 - for Keras to know them, where the file holds some
 
