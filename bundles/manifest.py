@@ -8,7 +8,8 @@ from .. import __version__
 from ..convert.recipe import Recipe
 from ..data.preprocessing import Preprocessing
 from ..errors import InputError, OutputExistsError, option, spoken
-from ..sources.files import Kind, require_output, sha256
+from ..sources.files import sha256
+from ..sources.outputs import Kind, require_output
 from ..sources.spec import relative_spec
 from ..sources.weights import SUFFIX
 

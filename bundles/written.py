@@ -13,7 +13,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from ..sources.files import sha256, staged
+from ..sources.files import sha256
+from ..sources.outputs import staged
 from .manifest import MANIFEST
 
 FILE = "bundles.json"

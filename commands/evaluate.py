@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..console import progress, show
-from .options import json_option, model_options, positive
+from .options import json_option, model_options, positive, timeout_option
 
 if TYPE_CHECKING:
     from ..bundles.opening import ModelOptions
@@ -22,9 +22,18 @@ if TYPE_CHECKING:
 @click.option("--data", required=True, help="Labelled images.")
 @click.option("--against", help="Model or bundle to compare with: its accuracy, and how often both say the same.")
 @click.option("--batch-size", default=250, show_default=True, callback=positive)
+@timeout_option
 @model_options("example")
 @json_option
-def evaluate(model: str, data: str, against: str | None, batch_size: int, known: "ModelOptions", as_json: bool) -> None:
+def evaluate(
+    model: str,
+    data: str,
+    against: str | None,
+    batch_size: int,
+    timeout: float,
+    known: "ModelOptions",
+    as_json: bool,
+) -> None:
     """Measure the accuracy of MODEL, a bundle, or an ONNX file (run in onnxruntime).
 
     \b
@@ -35,7 +44,7 @@ def evaluate(model: str, data: str, against: str | None, batch_size: int, known:
     from ..bundles.opening import require_read
 
     require_read(known, *(each for each in (model, against) if each is not None))
-    first, *others = [(each, *_opened(each, known)) for each in (model, against) if each is not None]
+    first, *others = [(each, *_opened(each, known, timeout)) for each in (model, against) if each is not None]
     found = measure(*first, data, batch_size)
     result, text = {"model": model, **found.accuracy.to_dict()}, str(found)
     for other in others:
@@ -87,7 +96,7 @@ def measure(
     return Measured(found, np.concatenate(answers))
 
 
-def _opened(model: str, known: "ModelOptions") -> tuple[Callable[[Any], Any], "Preprocessing"]:
+def _opened(model: str, known: "ModelOptions", timeout: float) -> tuple[Callable[[Any], Any], "Preprocessing"]:
     """Return a model's, bundle's or file's function from images to scores, and how images become its input.
 
     It reads what it has a use for of the options.
@@ -97,7 +106,7 @@ def _opened(model: str, known: "ModelOptions") -> tuple[Callable[[Any], Any], "P
     if model.endswith(".onnx"):
         from ..verification.inference import open_onnx
 
-        return open_onnx(Path(model), mean=known.mean, std=known.std)
+        return open_onnx(Path(model), mean=known.mean, std=known.std, timeout=timeout)
     from ..finetune.run.contract import trainer_of
 
     opened = Opened(model, known.only(*reads(model)))

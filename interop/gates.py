@@ -9,6 +9,7 @@ import numpy as np
 
 from ..bundles.contents import KerasLayer, by_number, keras_layers, weights_of
 from ..errors import InputError
+from ..sources.keras.hdf5 import require_readable
 from .arrays import Array
 from .checkpoint import Checkpoint, read_checkpoint
 from .keras_h5 import KerasWeights, plain_array, require_no_link
@@ -49,6 +50,7 @@ def _of_archive(path: Path) -> Gates:
     """Return the gates in a ``.keras`` file, whose configuration says which of its variables they are."""
     import h5py
 
+    require_readable(path)
     layers: dict[str, list[KerasLayer]] = {}
     for layer in keras_layers(path):
         if layer.kind == "SwitchNormalization":

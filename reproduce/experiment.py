@@ -18,7 +18,7 @@ from ..finetune.run.history import History
 from ..finetune.run.interruption import StoppedError
 from ..finetune.run.run import finetune
 from ..finetune.run.settings import Settings
-from ..sources.files import staged
+from ..sources.outputs import staged
 from .processes import GOES_ON, launch
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError, NormswapWarning, option
-from ...sources.files import Kind, sha256, staged
+from ...sources.files import sha256
+from ...sources.outputs import Kind, staged
 
 KEPT = 2
 """How many of the newest checkpoints stay, so that there is one to fall back to."""

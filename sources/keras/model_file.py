@@ -11,6 +11,7 @@ from typing import Any
 from ...errors import InputError, MissingDependencyError, missing
 from ..code import is_elsewhere
 from ..files import require_file
+from .hdf5 import require_readable
 
 SUFFIXES = (".keras", ".h5", ".hdf5")
 
@@ -20,6 +21,7 @@ def read_model(path: Path) -> Any:
     require_file(path)
     keras = import_keras()
     require_h5py(path)
+    require_readable(path)
     from ...layers import keras as _ours  # noqa: F401 - for Keras to know them, where the file holds some
 
     try:

@@ -6,6 +6,7 @@ from typing import Any
 from ...errors import InputError
 from ..files import require_file
 from ..misfit import PatchedWeightsError, patched_way_out
+from .hdf5 import require_readable
 from .model_file import reason, require_h5py
 from .other_norms import has_other_norms, holds_other_norms
 
@@ -16,6 +17,7 @@ def load_weights(model: Any, path: Path) -> None:
     """Give a Keras model the weights in ``path``; raises `InputError` if they do not fit."""
     require_file(path)
     require_h5py(path)
+    require_readable(path)
     if path.suffix in HDF5_SUFFIXES and holds_other_norms(path) and not has_other_norms(model):
         # Keras would take those of Batch Renormalization for a BatchNorm's, whatever their epsilon and order.
         raise PatchedWeightsError(

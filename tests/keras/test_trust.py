@@ -16,7 +16,7 @@ from normswap.errors import InputError
 from normswap.finetune.run.figures import gates
 
 from ..helpers import exactly
-from ..strangers import commands, marks, refusal, stranger
+from ..strangers import PAYLOAD, commands, marks, refusal, stranger
 from .models import output
 from .test_bundles import CODE
 
@@ -70,6 +70,18 @@ def test_no_code(written, folder, source):
     assert invoke("plot", path, "-o", "plot.png")[0] == 0
     assert marks(folder) == []
     assert not (folder / "new").exists()
+
+
+@pytest.mark.parametrize("command", [["plot", "-o", "plot.png"], ["export", "-o", "new"]])
+def test_no_module_of_the_working_folder(written, folder, command):
+    """Where a file is read in a process of its own, that does not look for libraries there, as Python would."""
+    path, _ = stranger(written / "graph", folder, "payload.py:build")
+    for name in ("h5py", "numpy", "zipfile"):
+        (folder / f"{name}.py").write_text(PAYLOAD)
+    code, said = invoke(command[0], path, *command[1:])
+
+    assert code == 0, said
+    assert marks(folder) == []
 
 
 def test_a_file_that_keras_reads_by_itself(written, folder, images):
