@@ -241,7 +241,7 @@ def test_a_bundle_without_its_original_is_exported(run, folder, tmp_path):
     (tmp_path / "b" / "normswap.json").write_text(json.dumps(manifest))
     (tmp_path / "b" / "model.safetensors").write_bytes((folder / "gn" / "model.safetensors").read_bytes())
 
-    assert run("export", tmp_path / "b", "-o", tmp_path / "b.onnx")[0] == 0
+    assert run("export", tmp_path / "b", "--trust-code", "-o", tmp_path / "b.onnx")[0] == 0
     assert onnx.load(tmp_path / "b.onnx").producer_name == "normswap"
 
 
