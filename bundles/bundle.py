@@ -361,12 +361,12 @@ def _load_keras(bundle: Bundle, path: Path, model: Any = None, recipe: Recipe | 
     """
     source, preprocessing = bundle.source, bundle.preprocessing
     if model is None:
-        from ..sources.keras.model_file import read_model, registered_by
+        from ..sources.keras.model_file import RefusedByKerasError, read_model, registered_by
 
         try:
             with registered_by(source if source and is_trusted(source, bundle.trust) else None):
                 model = read_model(path)
-        except InputError:
+        except RefusedByKerasError:
             if source is None:
                 raise
             model = _build(bundle)

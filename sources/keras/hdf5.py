@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -55,8 +56,11 @@ def _require_readable(path: Path, size: int, changed: int, looks_at_sizes: bool)
         for name in archive.namelist():
             if name.endswith((".h5", ".hdf5")):
                 part = Path(folder) / "part.h5"
-                with archive.open(name) as packed, part.open("wb") as file:
-                    shutil.copyfileobj(packed, file)
+                try:
+                    with archive.open(name) as packed, part.open("wb") as file:
+                        shutil.copyfileobj(packed, file)
+                except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+                    raise InputError(f"expected a whole archive in {path}, received a damaged one: {error}") from None
                 _read(part, path, looks_at_sizes)
 
 

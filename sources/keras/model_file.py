@@ -16,8 +16,15 @@ from .hdf5 import require_readable
 SUFFIXES = (".keras", ".h5", ".hdf5")
 
 
+class RefusedByKerasError(InputError):
+    """Keras does not make a model of a file that is whole: code may be needed that it does not know or trust."""
+
+
 def read_model(path: Path) -> Any:
-    """Return the model in a Keras file, read in safe mode; raises `InputError` if Keras refuses it."""
+    """Return the model in a Keras file, read in safe mode.
+
+    Raises `RefusedByKerasError` if Keras refuses it, and `InputError` if it cannot be read at all.
+    """
     require_file(path)
     keras = import_keras()
     require_h5py(path)
@@ -31,7 +38,7 @@ def read_model(path: Path) -> Any:
         message = (
             f"expected a Keras model in {path}, received a file Keras refuses: {said.rstrip('.')}{_way_out(path, said)}"
         )
-        raise InputError(message) from error
+        raise RefusedByKerasError(message) from error
 
 
 def require_h5py(path: Path) -> None:

@@ -14,6 +14,7 @@ from normswap.bundles.source import load_model
 from normswap.cli import main
 from normswap.errors import InputError
 from normswap.finetune.run.figures import gates
+from normswap.sources.files import sha256
 
 from ..helpers import exactly
 from ..strangers import PAYLOAD, commands, marks, refusal, stranger
@@ -82,6 +83,21 @@ def test_no_module_of_the_working_folder(written, folder, command):
 
     assert code == 0, said
     assert marks(folder) == []
+
+
+@pytest.mark.parametrize("command", [["plot", "-o", "plot.png"], ["export", "-o", "new"]])
+def test_a_damaged_archive(written, folder, command):
+    """A flipped byte of the weights is told, also where the manifest lists the file as it is."""
+    path, _ = stranger(written / "graph", folder, "payload.py:build")
+    file, manifest = path / "model.keras", json.loads((path / "normswap.json").read_text())
+    content = bytearray(file.read_bytes())
+    content[content.index(b"\x89HDF") + 1000] ^= 1
+    file.write_bytes(content)
+    manifest["sha256"]["model.keras"] = sha256(file)
+    (path / "normswap.json").write_text(json.dumps(manifest))
+
+    message = f"expected a whole archive in {file}, received a damaged one: Bad CRC-32 for file 'model.weights.h5'"
+    assert invoke(command[0], path, *command[1:]) == (3, f"error: {message}\n")
 
 
 def test_a_file_that_keras_reads_by_itself(written, folder, images):
