@@ -9,6 +9,7 @@ less often.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -53,8 +54,10 @@ def set_num_threads(threads: int) -> None:
 def _compiled(function: Function, **options: Any) -> Function:
     # Sums may be reordered (else none of them is vectorized); nothing is assumed of infinities and NaNs.
     options |= {"nogil": True, "fastmath": {"reassoc", "contract"}, "error_model": "numpy"}
+    # What is compiled is kept in pickles, and Numba lets this file in the working folder, anybody's, say where.
+    kept = not Path(".numba_config.yaml").exists()
     try:
-        return cast(Function, numba.njit(cache=True, **options)(function))
+        return cast(Function, numba.njit(cache=kept, **options)(function))
     except RuntimeError:  # nowhere to write the cache to
         return cast(Function, numba.njit(**options)(function))
 

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +168,16 @@ class TestStrangers:
             f"error: expected a model as {FORMS}, received model={told}\n",
         )
 
+    @pytest.mark.parametrize(("settings", "kept"), [(True, "NullCache"), (False, "FunctionCache")])
+    def test_settings_of_the_working_folder(self, tmp_path, settings, kept):
+        """A file there cannot have Numba read what it has compiled, which is pickled, from where somebody put it."""
+        if settings:
+            (tmp_path / ".numba_config.yaml").write_text("cache_dir: theirs\n")
+        code = "from normswap.layers.torch import kernels; print(type(kernels._sum._cache).__name__)"
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+
+        assert done.stdout.splitlines() == [kept], done.stderr
+
     def test_nothing_is_built_of_a_file_held_against_a_reference(self, folder, monkeypatch):
         """`verify FILE --against` and `evaluate FILE.onnx` ask for no model at all."""
         for module in ("normswap.sources.spec.builder", "normswap.bundles.source.load_source"):
@@ -291,7 +303,7 @@ class TestOwn:
         assert invoke("export", "b", "-o", "b.onnx")[0] == 0
         other = tmp_path_factory.mktemp("other")
         (other / "own_net.py").write_text(PAYLOAD)
-        monkeypatch.delitem(__import__("sys").modules, "own_net")
+        monkeypatch.delitem(sys.modules, "own_net")
         monkeypatch.syspath_prepend(other)
 
         assert invoke("export", folder / "b", "-o", "new") == (3, f"error: {refusal(folder / 'b', 'own_net:build')}\n")
