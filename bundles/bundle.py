@@ -168,7 +168,8 @@ def save(
                 )
             shutil.copy2(before.original_weights, temporary / f"original{suffix}")
         recipe = _as_it_is(known.recipe, known.model)
-        (temporary / MANIFEST).write_text(manifest_of(temporary, directory, recipe, source, preprocessing))
+        manifest = manifest_of(temporary, directory, recipe, source, preprocessing)
+        (temporary / MANIFEST).write_text(manifest, encoding="utf-8")
 
 
 def _as_it_is(recipe: Recipe, model: Any) -> Recipe:
@@ -210,7 +211,7 @@ def save_into(bundle: Bundle, directory: Path) -> None:
             shutil.copy2(bundle.original_weights, manifest.with_name(bundle.original_weights.name))
         recipe = _as_it_is(bundle.recipe, bundle.model)
         text = manifest_of(manifest.parent, directory, recipe, bundle.source, bundle.preprocessing)
-        manifest.write_text(text)
+        manifest.write_text(text, encoding="utf-8")
         written = {file.name for file in manifest.parent.iterdir()}
     for name in (f"{which}{suffix}" for which in ("model", "original") for suffix in SUFFIX.values()):
         if name not in written:
@@ -246,12 +247,9 @@ def load(directory: str | Path, *, model: Any = None, trust: bool = False) -> An
 def read(directory: str | Path, *, model: Any = None, trust: bool = False) -> Bundle:
     """Return everything in a bundle; see `load`."""
     directory = Path(directory)
-    manifest = read_manifest(directory)
-    framework = manifest["framework"]
-    recipe = Recipe.from_dict(manifest["recipe"])
-    source = None if manifest["source"] is None else absolute_spec(manifest["source"], directory)
-    settings = manifest.get("preprocessing")
-    preprocessing = None if settings is None else Preprocessing.from_dict(settings)
+    manifest, recipe = read_manifest(directory)
+    framework, preprocessing = manifest.framework, manifest.preprocessing
+    source = None if manifest.source is None else absolute_spec(manifest.source, directory)
     weights = directory / f"model{SUFFIX[framework]}"
     if framework == "keras":
         model, recipe = _load_keras(weights, source, preprocessing, model, recipe)
@@ -265,7 +263,7 @@ def read(directory: str | Path, *, model: Any = None, trust: bool = False) -> Bu
         recipe=recipe,
         source=source,
         preprocessing=preprocessing,
-        has_original=f"original{SUFFIX[framework]}" in manifest["sha256"],
+        has_original=f"original{SUFFIX[framework]}" in manifest.sha256,
         trusted=trust,
     )
 

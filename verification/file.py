@@ -4,7 +4,6 @@ The order matters: versions and operators are told from the graph alone, externa
 measured before a byte of it is read, and only then may the checker and onnxruntime look.
 """
 
-import json
 import math
 import os
 import stat
@@ -19,6 +18,9 @@ import onnxruntime
 from onnx import TensorProto
 
 from ..errors import InputError, UnsupportedError
+from ..formats.fields import read
+from ..formats.place import Place
+from ..formats.text import from_json
 from ..sources.files import require_file
 
 PREFIX = "normswap."
@@ -43,21 +45,18 @@ class OnnxFile:
     @property
     def metadata(self) -> dict[str, Any]:
         """What normswap stored in the file, by name; raises `InputError` if it is not JSON."""
-        try:
-            return {
-                entry.key.removeprefix(PREFIX): json.loads(entry.value)
-                for entry in self.proto.metadata_props
-                if entry.key.startswith(PREFIX)
-            }
-        except ValueError as error:
-            raise InputError(f"expected JSON in the metadata of {self.path}, received: {error}") from None
+        entries = {entry.key: entry.value for entry in self.proto.metadata_props if entry.key.startswith(PREFIX)}
+        names = {key: key.removeprefix(PREFIX) for key in entries}
+        return {names[key]: from_json(text, self.told(names[key])) for key, text in entries.items()}
+
+    def told(self, *way: str) -> Place:
+        """Return the place of what normswap stored in the file, for messages."""
+        return Place(f"the metadata of {self.path}", remedy="export the model again").of(*way)
 
     @property
     def sites(self) -> dict[str, str]:
         """The layers the file tells of, each with the value in the graph that it returns."""
-        told = self.metadata.get("sites", {})
-        if not isinstance(told, dict):
-            raise InputError(f"expected layers by name in the metadata of {self.path}, received sites={told!r}")
+        told = read(dict[str, Any], self.metadata.get("sites", {}), self.told("sites"))
         produced = {name for node in self.proto.graph.node for name in node.output}
         return {site: value for site, value in told.items() if isinstance(value, str) and value in produced}
 

@@ -63,7 +63,7 @@ class Journal:
         self._open()
 
     def _open(self) -> None:
-        self._file = self.path.open("a", newline="")
+        self._file = self.path.open("a", newline="", encoding="utf-8")
         self._table = csv.writer(self._file, lineterminator="\n")
 
     def row(self, step: int, *, stage: str = "", **figures: float | None) -> None:
@@ -128,7 +128,7 @@ def read(path: Path) -> list[Row]:
 
     A column that an older version did not write is None.
     """
-    text = path.read_text(errors="replace")
+    text = path.read_text(encoding="utf-8", errors="replace")
     rows: list[Row] = []
     with suppress(KeyError, ValueError, csv.Error):
         for line in csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")):
@@ -142,7 +142,7 @@ def read(path: Path) -> list[Row]:
 def _write(path: Path, rows: list[Row]) -> None:
     """Write the table anew, whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with temporary.open("w", newline="") as file:
+    with temporary.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         table.writeheader()
         table.writerows(rows)

@@ -259,7 +259,7 @@ class _Run:
         progress = self.progress = self.new
         if self.eval_data is not None and self.original is not None:
             found = self.evaluation.accuracy(self.original)
-            progress.original = found.to_dict()
+            progress.original = found
             if self.journal is not None:
                 self.journal.row(0, stage=ORIGINAL, epoch=0, **_told(found))
         if self.calibrates:
@@ -380,11 +380,11 @@ class _Run:
         if self.eval_data is None:
             return figures
         found = self.evaluation.accuracy(self.model)
-        if self.tracks_best and (progress.best is None or found.top1 > progress.best["top1"]):
-            progress.best, progress.best_step = found.to_dict(), progress.step
+        if self.tracks_best and (progress.best is None or found.top1 > progress.best.top1):
+            progress.best, progress.best_step = found, progress.step
         if self.settings.early_stop and self.teacher is not None and self.tracks_best:
             assert progress.original is not None
-            progress.done = found.top1 >= progress.original["top1"]
+            progress.done = found.top1 >= progress.original.top1
         if waits and found.loss is not None and self.settings.schedule == "plateau":
             progress.plateau = progress.plateau.after(found.loss, self.settings.setting("patience"))
         return {**figures, **_told(found)}
@@ -404,7 +404,7 @@ class _Run:
         load_weights(self.model, deployed if deployed.exists() else chosen / f"model{self.suffix}")
         self.hooks.on_end()
         if self.eval_data is not None and not self.tracks_best:
-            best = self.evaluation.accuracy(self.model).to_dict()
+            best = self.evaluation.accuracy(self.model)
         if self.folder.writes:
             bundles.save_into(self.bundle, self.folder.output)
             self.folder.finish()
@@ -419,8 +419,8 @@ class _Run:
             self.folder.output,
             self.progress.step,
             float(np.mean(losses)) if losses else None,
-            None if best is None else Accuracy(**best),
-            None if original is None else Accuracy(**original),
+            best,
+            original,
             self._kept,
             self.progress.done,
         )
