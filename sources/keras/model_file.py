@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError, MissingDependencyError
+from ..archives import require_whole
 from ..code import is_elsewhere
 from ..files import require_file
 
@@ -18,6 +19,8 @@ SUFFIXES = (".keras", ".h5", ".hdf5")
 def read_model(path: Path) -> Any:
     """Return the model in a Keras file, read in safe mode; raises `InputError` if Keras refuses it."""
     require_file(path)
+    if path.suffix == ".keras":
+        require_whole(path, "a Keras model")
     keras = import_keras()
     from ...layers import keras as _ours  # noqa: F401 - for Keras to know them, where the file holds some
 
