@@ -21,7 +21,7 @@ from ..errors import InputError, UnsupportedError
 from ..formats.fields import read
 from ..formats.place import Place
 from ..formats.text import from_json
-from ..sources.files import require_file
+from ..sources.files import is_text, require_file
 
 PREFIX = "normswap."
 _PACKED = {"FLOAT4E2M1": 4, "INT2": 2, "INT4": 4, "UINT2": 2, "UINT4": 4, "FLOAT6E2M3": 6, "FLOAT6E3M2": 6}
@@ -93,7 +93,7 @@ def read_model(path: Path) -> OnnxFile:
     for tensor in _tensors(proto):
         _require_data(tensor, path)
     try:
-        onnx.checker.check_model(str(path), full_check=True)
+        onnx.checker.check_model(str(path) if is_text(path) else content, full_check=True)
     except Exception as error:
         raise _invalid(path, str(error)) from None
     return OnnxFile(path, content, proto)

@@ -20,6 +20,7 @@ from ...data.dataset import Data
 from ...data.labels import check_labels, same_classes, several_classes
 from ...errors import InputError, NormswapWarning, UnsupportedError, UsageError, VerificationError, named, option
 from ...frameworks.detect import get_framework
+from ...sources.tensors import read_arrays
 from ...sources.weights import SUFFIX, load_weights, write_weights
 from ..calibration.calibrate import calibrate, site_layers, split
 from ..hooks.blend import Blend
@@ -151,7 +152,7 @@ class _Run:
             self.progress, checkpoint = found
             self.saved = self.progress.step
             load_weights(self.model, checkpoint.folder / f"model{self.suffix}")
-            self.state = safetensors.numpy.load_file(checkpoint.folder / STATE)
+            self.state = read_arrays(checkpoint.folder / STATE)
 
     def _check_schedule(self) -> None:
         """Raise `UsageError` for a schedule that could never lower the rate."""

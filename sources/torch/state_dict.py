@@ -10,14 +10,17 @@ from zipfile import is_zipfile
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ...errors import InputError, UnsupportedError, note
+from ...formats.fields import read
+from ...formats.place import Place
+from ...formats.text import json_object
 from ..archives import require_whole
-from ..files import require_file
+from ..files import is_text, require_file
 from ..misfit import misfit
-from ..tensors import require_header
+from ..tensors import header_of
 from .wrappers import Rename, fitted, plain, state_in, without_count
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".th", ".bin")
@@ -38,12 +41,12 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """
     require_file(path)
     if path.suffix == ".safetensors":
-        require_header(path)
+        told = header_of(path).get("__metadata__")
+        versions = _versions_in(told.get(_VERSIONS)) if isinstance(told, dict) else None
         try:
-            with safe_open(path, "pt") as file:
-                told = (file.metadata() or {}).get(_VERSIONS)
-            versions = None if told is None else _versions_in(told)
-            return _plain(safetensors.torch.load_file(path), versions, path)
+            if is_text(path):
+                return _plain(safetensors.torch.load_file(path), versions, path)
+            return _plain(safetensors.torch.load(path.read_bytes()), versions, path)
         except (SafetensorError, OSError) as error:
             raise InputError(f"expected weights in {path}, received a damaged file: {error}") from None
     if path.suffix not in PICKLE_SUFFIXES:
@@ -132,13 +135,13 @@ def _versioned(state: Mapping[str, Tensor], versions: Versions | None) -> dict[s
     return result  # type: ignore[no-any-return]
 
 
-def _versions_in(text: str) -> Versions | None:
+def _versions_in(text: Any) -> Versions | None:
     """Return the versions that a file tells; None for what is none of ours."""
     try:
-        told = json.loads(text)
-    except ValueError:
+        told = read(dict[str, int], json_object(text, Place()), Place()) if isinstance(text, str) else None
+    except InputError:
         return None
-    return {name: {"version": version} for name, version in told.items()} if isinstance(told, dict) else None
+    return None if told is None else {name: {"version": version} for name, version in told.items()}
 
 
 def _plain(state: Mapping[str, Tensor], versions: Versions | None, path: Path) -> dict[str, Tensor]:
