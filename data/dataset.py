@@ -206,7 +206,7 @@ def from_arrays(images: Array, labels: Array, preprocessing: Preprocessing) -> D
             f"expected floating-point `x` in 0..1, received {low:.4g} to {high:.4g}; divide what is in 0..255 by 255 "
             f"or make it uint8, and leave normalization to {named('mean')} and {named('std')}"
         )
-    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu":  # not "m", spans of time
         raise InputError(
             f"expected `y` of {len(images)} non-negative integers, received shape={labels.shape} "
             f"and dtype={labels.dtype}"
@@ -217,6 +217,8 @@ def from_arrays(images: Array, labels: Array, preprocessing: Preprocessing) -> D
             f"expected `y` of non-negative integers, received {len(bad)} of {len(labels)} below 0, "
             f"first y[{bad[0]}]={labels[bad[0]]}"
         )
+    if labels.max() > np.iinfo(np.int64).max:
+        raise InputError(f"expected `y` of class numbers, received y of up to {labels.max()}")
     return Data(_Arrays(images, labels.astype(np.int64)), replace(preprocessing, crop=1.0))
 
 

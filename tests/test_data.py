@@ -240,6 +240,10 @@ class TestArrays:
              "expected `y` of 2 non-negative integers, received shape=(2,) and dtype=float64"),
             ({"x": np.zeros((3, 4, 6, 3)), "y": np.array([0, -1, -7])},
              "expected `y` of non-negative integers, received 2 of 3 below 0, first y[1]=-1"),
+            ({"x": np.zeros((2, 4, 6, 3)), "y": np.array([0, 1], "m8[s]")},
+             "expected `y` of 2 non-negative integers, received shape=(2,) and dtype=timedelta64[s]"),
+            ({"x": np.zeros((2, 4, 6, 3)), "y": np.array([0, 2**63], np.uint64)},
+             "expected `y` of class numbers, received y of up to 9223372036854775808"),
         ],
     )  # fmt: skip
     def test_arrays_that_do_not_fit(self, tmp_path, arrays, message):

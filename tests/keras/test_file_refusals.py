@@ -1,10 +1,14 @@
 """What the command line says of Keras files that need code of the user's: Keras's reason, and our way out."""
 
+import zipfile
+
+import h5py
 import keras
 import pytest
 from keras import layers
 
 from normswap.errors import InputError
+from normswap.sources.keras.weights import load_weights
 from normswap.sources.spec import FORMS, load_source
 
 from ..helpers import exactly
@@ -62,3 +66,48 @@ def test_a_saved_model_is_told_from_a_typing_error(tmp_path):
     )
     with pytest.raises(InputError, match=exactly(message)):
         load_source(str(tmp_path))
+
+
+class TestDamage:
+    def test_a_truncated_archive(self, tmp_path):
+        """It is no file that is not there, which is what Keras says."""
+        path = saved(layers.Dense(2), tmp_path / "m.keras")
+        path.write_bytes(path.read_bytes()[:-50])
+        message = f"expected a Keras model in {path}, received a truncated archive, or a file of another kind"
+        with pytest.raises(InputError, match=exactly(message)):
+            load_source(str(path))
+
+    def test_a_flipped_byte(self, tmp_path):
+        """Keras reads weights out of the archive without a look at its checksums."""
+        path = saved(dense := layers.Dense(2), tmp_path / "m.keras")
+        content = bytearray(path.read_bytes())
+        content[content.index(dense.kernel.numpy().tobytes()) + 2] ^= 1
+        path.write_bytes(content)
+        message = (
+            f"expected a Keras model in {path}, received a damaged file: model.weights.h5 is not what its checksum "
+            "says; get the file once more"
+        )
+        with pytest.raises(InputError, match=exactly(message)):
+            load_source(str(path))
+        with pytest.raises(InputError, match=exactly(message.replace("a Keras model", "weights for this model"))):
+            load_weights(keras.Sequential([keras.Input((3,)), layers.Dense(2)]), path)
+
+    @pytest.mark.parametrize("suffix", ["keras", "h5"])
+    def test_a_bomb(self, tmp_path, suffix):
+        """What unpacks to far more than it is, is not unpacked, as an archive or within HDF5."""
+        path = tmp_path / f"m.{suffix}"
+        if suffix == "keras":
+            with (
+                zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+                archive.open("model.weights.h5", "w") as file,
+            ):
+                for _ in range(600):
+                    file.write(bytes(1 << 20))
+        else:
+            with h5py.File(path, "w") as file:
+                file.create_dataset("model_weights/dense/kernel", (10**6, 10**6), "f4", chunks=(64, 64))
+        message = (
+            f"^expected a Keras model in {path}, received an archive of .* kB that unpacks to .*; if it is what you "
+        )
+        with pytest.raises(InputError, match=message + "want, pack it without compression$"):
+            load_source(str(path))
