@@ -3,18 +3,23 @@
 import json
 import logging
 import math
+import os
+import signal
+import sys
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from statistics import median
 from time import monotonic
-from typing import Any
+from types import FrameType
+from typing import Any, TextIO
 
 import click
 
-from .errors import EXIT_INTERRUPTED, NormswapWarning, command_line, explain
+from .errors import EXIT_INTERRUPTED, EXIT_IO, NormswapWarning, command_line, explain
 from .patchers.table import as_text
 
 SCHEMA_VERSION = 1
@@ -42,7 +47,7 @@ class Group(click.Group):
     def invoke(self, context: click.Context) -> Any:
         """Run a command; an error ends it with its message and code, told as JSON too where that was asked for."""
         try:
-            with command_line(), _notes(), warnings.catch_warnings():
+            with command_line(), _notes(), warnings.catch_warnings(), _unwound():
                 warnings.showwarning = _show_warning
                 return super().invoke(context)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
@@ -55,9 +60,73 @@ class Group(click.Group):
                 raise
             code, message = explain(error)
             if context.meta.get(JSON):
-                show_json({"error": message, "exit_code": code})
+                with suppress(OSError):  # which may be the error
+                    show_json({"error": message, "exit_code": code})
             click.echo(f"error: {message}", err=True)
             raise click.exceptions.Exit(code) from None
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command line; a result that cannot be printed is an error, what is told people beside it is not."""
+        stderr = sys.stderr
+        sys.stderr = _Unheard(stderr)
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:
+            click.echo(f"error: {error}", err=True)
+            raise SystemExit(EXIT_IO) from None
+        finally:
+            sys.stderr = stderr
+            _leave_no_rest()
+
+
+class _Unheard:
+    """A stream to people, for whom work goes on when nobody reads of it any more."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what can be flushed."""
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _leave_no_rest() -> None:
+    """Drop what stdout could not take, else Python would try again at its end, and tell of that."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ValueError:  # closed
+        pass
+
+
+@contextmanager
+def _unwound() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP leave a command as its own errors do, by what it cleans up."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        click.echo("stopped", err=True)
+        raise SystemExit(128 + number)
+
+    alone = threading.current_thread() is threading.main_thread()  # which signals belong to
+    numbers = [each for each in (signal.SIGTERM, signal.SIGHUP) if alone and signal.getsignal(each) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from normswap.data.dataset import Data
-from normswap.sources.files import staged
+from normswap.sources.outputs import staged
 
 WIDTHS = (32, 48, 48, 96, 96, 192)
 POOLED = (0, 2, 4)

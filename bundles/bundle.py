@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +19,8 @@ from ..errors import InputError, option, spoken
 from ..frameworks.detect import framework_of, get_framework
 from ..patchers.patch import as_module
 from ..patchers.way_back import replay
-from ..sources.files import sha256, staged
+from ..sources.files import sha256
+from ..sources.outputs import is_stage, staged
 from ..sources.spec import absolute_spec
 from ..sources.weights import SUFFIX, load_weights, write_weights
 from .manifest import BUNDLE, MANIFEST, manifest_of, read_manifest, require_replaceable
@@ -155,8 +159,7 @@ def save(
     if before is not None:
         source, preprocessing = source or before.source, preprocessing or before.preprocessing
     suffix = SUFFIX[known.recipe.framework]
-    with staged(directory, overwrite=overwrite, kind=BUNDLE) as temporary:
-        temporary.mkdir()
+    with _written(directory, overwrite=overwrite) as temporary:
         write_weights(known.model, temporary / f"model{suffix}")
         if original is not None:
             write_weights(original, temporary / f"original{suffix}")
@@ -170,6 +173,23 @@ def save(
         recipe = _as_it_is(known.recipe, known.model)
         manifest = manifest_of(temporary, directory, recipe, source, preprocessing)
         (temporary / MANIFEST).write_text(manifest, encoding="utf-8")
+
+
+@contextmanager
+def _written(directory: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Yield the folder in which a bundle's files are made, which takes the place of ``directory`` at the end.
+
+    Where a file system is mounted at ``directory`` itself, which cannot change its place, files move into it one by
+    one, the manifest last, and what is not replaced stays.
+    """
+    if os.path.ismount(directory):
+        require_replaceable(directory, overwrite=overwrite or not any(directory.iterdir()))
+        with staged(directory / MANIFEST, overwrite=True) as manifest:
+            yield manifest.parent
+        return
+    with staged(directory, overwrite=overwrite, kind=BUNDLE) as temporary:
+        temporary.mkdir()
+        yield temporary
 
 
 def _as_it_is(recipe: Recipe, model: Any) -> Recipe:
@@ -199,23 +219,43 @@ def _patched(patched: Any) -> Patched:
     return replace(bundle, model=patched)
 
 
-def save_into(bundle: Bundle, directory: Path) -> None:
-    """Write the bundle's model and its original as a bundle among what else is in ``directory``.
+def save_into(bundle: Bundle, directory: Path, *, without: Collection[str] = ()) -> None:
+    """Write the bundle's model and its original as a bundle with what else is in ``directory``, such as its run.
 
-    Files of an older bundle there are replaced one by one, the manifest last; what it had besides is removed.
+    What is called as one of ``without`` does not stay.
     """
     framework = bundle.recipe.framework
-    with staged(directory / MANIFEST, overwrite=True) as manifest:
-        write_weights(bundle.model, manifest.with_name(f"model{SUFFIX[framework]}"))
+    weights = {f"{which}{suffix}" for which in ("model", "original") for suffix in SUFFIX.values()}
+    with _written(directory, overwrite=True) as temporary:
+        write_weights(bundle.model, temporary / f"model{SUFFIX[framework]}")
         if bundle.has_original:
-            shutil.copy2(bundle.original_weights, manifest.with_name(bundle.original_weights.name))
+            shutil.copy2(bundle.original_weights, temporary / bundle.original_weights.name)
         recipe = _as_it_is(bundle.recipe, bundle.model)
-        text = manifest_of(manifest.parent, directory, recipe, bundle.source, bundle.preprocessing)
-        manifest.write_text(text, encoding="utf-8")
-        written = {file.name for file in manifest.parent.iterdir()}
-    for name in (f"{which}{suffix}" for which in ("model", "original") for suffix in SUFFIX.values()):
-        if name not in written:
-            (directory / name).unlink(missing_ok=True)
+        text = manifest_of(temporary, directory, recipe, bundle.source, bundle.preprocessing)
+        (temporary / MANIFEST).write_text(text, encoding="utf-8")
+        written = {file.name for file in temporary.iterdir()}
+        if not os.path.ismount(directory):
+            _link(directory, temporary, without={*weights, MANIFEST, *without})
+    for name in weights - written:
+        (directory / name).unlink(missing_ok=True)
+
+
+def _link(folder: Path, into: Path, *, without: Collection[str]) -> None:
+    """Have all there is in a folder in another one, too: the same files under a second name."""
+    for entry in folder.iterdir():
+        if entry.name in without or is_stage(entry.name):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, into / entry.name, symlinks=True, copy_function=_second_name)
+        else:
+            _second_name(entry, into / entry.name)
+
+
+def _second_name(file: str | Path, name: str | Path) -> None:
+    try:
+        os.link(file, name, follow_symlinks=False)
+    except OSError:  # a file system without
+        shutil.copy2(file, name, follow_symlinks=False)
 
 
 def load(directory: str | Path, *, model: Any = None, trust: bool = False) -> Any:

@@ -13,8 +13,8 @@ from ..formats.fields import read
 from ..formats.place import Place, shown
 from ..formats.seal import sealed, unsealed
 from ..formats.text import json_object
-from ..sources.files import Kind, require_output
 from ..sources.listing import listing, require_listed
+from ..sources.outputs import Kind, require_output
 from ..sources.spec import relative_spec
 from ..sources.weights import SUFFIX
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..console import progress, show
-from .options import json_option, model_options, positive
+from .options import json_option, model_options, positive, timeout_option
 
 if TYPE_CHECKING:
     from ..bundles.opening import ModelOptions
@@ -20,9 +20,18 @@ if TYPE_CHECKING:
 @click.option("--data", required=True, help="Labelled images.")
 @click.option("--against", help="Model or bundle to compare with: its accuracy, and how often both say the same.")
 @click.option("--batch-size", default=250, show_default=True, callback=positive)
+@timeout_option
 @model_options("example")
 @json_option
-def evaluate(model: str, data: str, against: str | None, batch_size: int, known: "ModelOptions", as_json: bool) -> None:
+def evaluate(
+    model: str,
+    data: str,
+    against: str | None,
+    batch_size: int,
+    timeout: float,
+    known: "ModelOptions",
+    as_json: bool,
+) -> None:
     """Measure the accuracy of MODEL, a bundle, or an ONNX file (run in onnxruntime).
 
     \b
@@ -33,10 +42,10 @@ def evaluate(model: str, data: str, against: str | None, batch_size: int, known:
     from ..bundles.opening import require_read
 
     require_read(known, *(each for each in (model, against) if each is not None))
-    first = measure(model, data, batch_size, known)
+    first = measure(model, data, batch_size, known, timeout)
     result, text = {"model": model, **first.accuracy.to_dict()}, str(first)
     if against is not None:
-        second = measure(against, data, batch_size, known)
+        second = measure(against, data, batch_size, known, timeout)
         agreement = first.agreement(second)
         result |= {"against": {"model": against, **second.accuracy.to_dict()}, "agreement": agreement}
         text = f"{model}: {first}\n{against}: {second}\nboth say the same of {agreement:.2f} % of the images"
@@ -59,7 +68,7 @@ class Measured:
         return 100 * float((self.answers == other.answers).mean())
 
 
-def measure(model: str, data: str, batch_size: int, known: "ModelOptions") -> Measured:
+def measure(model: str, data: str, batch_size: int, known: "ModelOptions", timeout: float) -> Measured:
     """Run a model, bundle or ONNX file on labelled images, with a bar on a terminal; it reads what it has a use for."""
     import numpy as np
 
@@ -67,7 +76,7 @@ def measure(model: str, data: str, batch_size: int, known: "ModelOptions") -> Me
     from ..data.labels import check_labels
     from ..finetune.run.accuracy import accuracy
 
-    predict, preprocessing = _opened(model, known)
+    predict, preprocessing = _opened(model, known, timeout)
     images = open_data(data, preprocessing)
     answers: list[Any] = []
     with progress(f"evaluating {model}", len(images)) as advance:
@@ -83,14 +92,14 @@ def measure(model: str, data: str, batch_size: int, known: "ModelOptions") -> Me
     return Measured(found, np.concatenate(answers))
 
 
-def _opened(model: str, known: "ModelOptions") -> tuple[Any, Any]:
+def _opened(model: str, known: "ModelOptions", timeout: float) -> tuple[Any, Any]:
     """Return a function from images to scores, and how images become its input."""
     from ..bundles.opening import Opened, reads
 
     if model.endswith(".onnx"):
         from ..verification.inference import open_onnx
 
-        return open_onnx(Path(model), mean=known.mean, std=known.std)
+        return open_onnx(Path(model), mean=known.mean, std=known.std, timeout=timeout)
     from ..finetune.run.contract import trainer_of
 
     opened = Opened(model, known.only(*reads(model)))

@@ -51,7 +51,7 @@ def export(
     """
     from ..bundles.opening import Opened
     from ..export.onnx import to_onnx
-    from ..sources.files import require_output
+    from ..sources.outputs import require_output
 
     require_output(output, overwrite=overwrite, sources=read_from(model, known.weights, known.example, data))
     opened = Opened(model, known)

@@ -73,6 +73,15 @@ def positive(context: click.Context, parameter: click.Parameter, value: float | 
     return value
 
 
+timeout_option = click.option(
+    "--timeout",
+    default=600.0,
+    show_default=True,
+    callback=positive,
+    help="Seconds that an ONNX file may take to answer a batch.",
+)
+
+
 def given(name: str) -> bool:
     """Return whether an option stands on the command line."""
     return click.get_current_context().get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE

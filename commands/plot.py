@@ -34,7 +34,7 @@ def plot(run: tuple[str, ...], output: Path, trust: bool, overwrite: bool, as_js
       normswap plot Baseline-CIFAR10.h5 -o gates.png
     """
     from ..finetune.run import plots
-    from ..sources.files import require_output, staged
+    from ..sources.outputs import require_output, staged
 
     if output.suffix.lower() not in plots.FORMATS:
         raise click.BadParameter(

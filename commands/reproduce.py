@@ -1,6 +1,5 @@
 """The command that reruns a published experiment: reproduce."""
 
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -54,4 +53,12 @@ def reproduce(name: str, data: str | None, scale: Any, seed: int, output: Path |
 
 
 def _experiment(name: str) -> Any:
-    return import_module(f"..reproduce.{name.replace('-', '_')}", __package__).EXPERIMENT
+    if name == "sn-toy":
+        from ..reproduce.sn_toy import EXPERIMENT
+    elif name == "renorm-wrn":
+        from ..reproduce.renorm_wrn import EXPERIMENT
+    elif name == "gn-fashion":
+        from ..reproduce.gn_fashion import EXPERIMENT
+    else:
+        from ..reproduce.small_batch import EXPERIMENT
+    return EXPERIMENT

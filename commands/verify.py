@@ -7,7 +7,7 @@ import click
 
 from ..console import show
 from ..errors import InputError, VerificationError
-from .options import json_option, model_options, overwrite_option, read_from, require_none
+from .options import json_option, model_options, overwrite_option, read_from, require_none, timeout_option
 
 if TYPE_CHECKING:
     from ..bundles.opening import ModelOptions
@@ -26,8 +26,11 @@ if TYPE_CHECKING:
     type=click.Choice(["cpu", "cuda", "tensorrt", "openvino", "coreml", "dml", "auto"]),
     help="Where onnxruntime runs the file; may be given several times. auto: all that are installed.",
 )
-@click.option("--save-reference", type=Path, help="Write what MODEL answers to an .npz, to verify without it.")
+@click.option(
+    "--save-reference", type=Path, help="Write what MODEL answers to an .npz, to verify without it, if FILE passes."
+)
 @click.option("--against", type=Path, help="Hold FILE against such an .npz; no MODEL and no framework is needed.")
+@timeout_option
 @model_options()
 @overwrite_option
 @json_option
@@ -38,6 +41,7 @@ def verify(
     providers: tuple[str, ...],
     save_reference: Path | None,
     against: Path | None,
+    timeout: float,
     known: "ModelOptions",
     overwrite: bool,
     as_json: bool,
@@ -77,10 +81,10 @@ def verify(
 
     if file is None:
         file = Path(model)
-        verdict = verify_against(str(against), file, providers=providers)
+        verdict = verify_against(str(against), file, providers=providers, timeout=timeout)
     else:
         from ..bundles.opening import Opened
-        from ..sources.files import require_output
+        from ..sources.outputs import require_output
 
         if save_reference is not None:
             read = read_from(model, known.weights, known.example, file, data)
@@ -94,6 +98,7 @@ def verify(
             providers=providers,
             save_reference=save_reference,
             overwrite=overwrite,
+            timeout=timeout,
         )
         if not verdict and opened.draws_weights():
             raise InputError(

@@ -206,7 +206,7 @@ def from_arrays(images: Array, labels: Array, preprocessing: Preprocessing) -> D
             f"expected floating-point `x` in 0..1, received {low:.4g} to {high:.4g}; divide what is in 0..255 by 255 "
             f"or make it uint8, and leave normalization to {named('mean')} and {named('std')}"
         )
-    if labels.shape != (len(images),) or labels.dtype.kind not in "iu":  # not "m", spans of time
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu":  # a timedelta is an np.integer, too
         raise InputError(
             f"expected `y` of {len(images)} non-negative integers, received shape={labels.shape} "
             f"and dtype={labels.dtype}"
@@ -218,7 +218,11 @@ def from_arrays(images: Array, labels: Array, preprocessing: Preprocessing) -> D
             f"first y[{bad[0]}]={labels[bad[0]]}"
         )
     if labels.max() > np.iinfo(np.int64).max:
-        raise InputError(f"expected `y` of class numbers, received y of up to {labels.max()}")
+        bad = np.flatnonzero(labels > np.iinfo(np.int64).max)
+        raise InputError(
+            f"expected `y` below 2**63, received {len(bad)} of {len(labels)} that are not, "
+            f"first y[{bad[0]}]={labels[bad[0]]}"
+        )
     return Data(_Arrays(images, labels.astype(np.int64)), replace(preprocessing, crop=1.0))
 
 

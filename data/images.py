@@ -91,7 +91,7 @@ class Decoded:
                 if self._room:
                     self._image(index)
                     continue
-                with _pillow().open(self._files.open(index)) as file:
+                with _pillow().open(self._opened(index)) as file:
                     _require_bytes(file.mode)
                     if not _is_whole(file):
                         file.load()
@@ -99,10 +99,18 @@ class Decoded:
                 lines.append(f"  {self._files.name(index)}: {_reason(error)}")
         return lines
 
+    def _opened(self, index: int) -> Path | BinaryIO:
+        file = self._files.open(index)
+        if (
+            isinstance(file, Path) and file.exists() and not file.is_file()
+        ):  # a pipe would be waited for, a device read without end
+            raise ValueError("no regular file")
+        return file
+
     def _image(self, index: int) -> Array:
         image = self._kept.get(index)
         if image is None:
-            with _pillow().open(self._files.open(index)) as file:
+            with _pillow().open(self._opened(index)) as file:
                 _require_bytes(file.mode)
                 pixels = np.asarray(file.convert(_MODES[self._channels]))
             image = pixels.reshape(*pixels.shape[:2], self._channels)

@@ -1,9 +1,12 @@
 """A model to a folded, cleaned and proven ONNX file."""
 
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from ..errors import InputError, UnsupportedError, VerificationError, spoken
 from ..frameworks.detect import framework_of, get_framework
 from ..frameworks.example import Inputs, to_array
 from ..frameworks.names import unique
-from ..sources.files import staged
+from ..sources.outputs import staged
 from ..verification.reference import drawn_example
 from ..verification.verdict import TOLERANCE, Verdict
 from ..verification.verify import verify
@@ -95,7 +98,7 @@ def to_onnx(
 
     Args:
         model: A patched model, or any other of PyTorch or Keras, with float32 weights.
-        path: File to write. Weights over 2 GB go into ``path`` + ".data".
+        path: File to write. Weights over 2 GB go into ``path`` + ".data", or ".1.data" where that is taken.
         example: What the model takes: a tensor or array (N, ...), a tuple of arguments, a mapping of keyword arguments,
             or `normswap.Inputs`; a Keras model that knows its input shapes needs none. The file is proved on it.
         data: Further batches to prove the file on, each as an example.
@@ -140,6 +143,7 @@ def to_onnx(
         raise UnsupportedError(problem)
     inputs = _inputs(model, example)
     notes = tracer.notes(model)
+    weights, before = _weights_name(path), _weights_of(path)
     with staged(path, overwrite=overwrite) as temporary, _pruned(model, inputs, prune_gates, notes):
         for careful in (False, True):
             traced = tracer.trace(model, inputs, opset=opset, dynamic=dynamic_size)
@@ -157,7 +161,7 @@ def to_onnx(
             for value, shape in zip(traced.model.graph.outputs, declared, strict=True):
                 value.shape = shape or value.shape  # as the model has it; what was inferred since may be wrong
             settle(traced.model.graph, traced.inputs, traced.outputs)
-            _save(traced.model, temporary)
+            _save(traced.model, temporary, weights)
             verdict = verify(model, temporary, example=inputs, data=data) if check else None
             if verdict is None or verdict or careful or not _curable(verdict, traced, forms):
                 break
@@ -169,6 +173,8 @@ def to_onnx(
         if verdict is not None:
             _record(temporary, {"passed": True, "checks": len(verdict.checks), "tolerance": TOLERANCE})
         size = sum(file.stat().st_size for file in temporary.parent.iterdir())
+    for name in before - {weights}:  # of the file that was replaced
+        path.with_name(name).unlink(missing_ok=True)
     folded, kept = _norm_report(traced, folds, forms)
     notes += traced.notes
     graph = traced.model.graph
@@ -260,11 +266,29 @@ def _clean(model: ir.Model, stored: Mapping[str, Any], opset: int) -> None:
             node.attributes.pop("noop_with_empty_axes", None)  # which the converter leaves and 17 does not know
 
 
-def _save(model: ir.Model, path: Path) -> None:
-    """Write the file, and its weights beside it where they are too many for one."""
+def _weights_name(path: Path) -> str:
+    """Return what a file of weights beside ``path`` is to be called, as nothing there is: a pair comes in two steps."""
+    names = chain([f"{path.name}.data"], (f"{path.name}.{number}.data" for number in count(1)))
+    return next(name for name in names if not os.path.lexists(path.with_name(name)))
+
+
+def _weights_of(path: Path) -> set[str]:
+    """Return what the files of weights beside a file of ours are called; there are none beside others."""
+    if not path.is_file():
+        return set()
+    try:
+        tensors = onnx.load(path, load_external_data=False).graph.initializer
+    except Exception:  # what protobuf raises of a file of another kind
+        return set()
+    found = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
+    return {name for name in found if re.fullmatch(rf"{re.escape(path.name)}(\.\d+)?\.data", name)}
+
+
+def _save(model: ir.Model, path: Path, name: str) -> None:
+    """Write the file, and its weights beside it under ``name`` where they are too many for one."""
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     if weights > ONE_FILE:
-        ir.save(model, path, external_data=f"{path.name}.data")
+        ir.save(model, path, external_data=name)
     else:
         path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
 

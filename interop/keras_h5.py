@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import InputError, OutputExistsError
+from ..sources.keras.hdf5 import require_readable
 from .arrays import Array, Parts, Shapes, expect_shapes, expect_values
 
 Kind = Literal["sn", "brn", "gn", "other"]
@@ -76,6 +77,7 @@ def read_keras_h5(path: Path) -> KerasWeights:
 
     if not path.is_file():
         raise InputError(f"expected a file at {path}, received none there")
+    require_readable(path, looks_at_sizes=True)
     try:
         with h5py.File(path, "r") as file:
             links = file.id.links

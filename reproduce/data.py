@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from ..data.dataset import Data, open_data
 from ..data.preprocessing import Preprocessing
 from ..errors import InputError
-from ..sources.files import staged
+from ..sources.outputs import staged
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package ``dataset-fashion-mnist`` installs its four files."""

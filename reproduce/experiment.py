@@ -20,7 +20,7 @@ from ..finetune.run.run import finetune
 from ..finetune.run.settings import Settings
 from ..formats.place import Place
 from ..formats.text import json_object
-from ..sources.files import staged
+from ..sources.outputs import staged
 from .processes import GOES_ON, launch
 
 if TYPE_CHECKING:

@@ -32,7 +32,12 @@ def _require(path: Path, what: str, damaged: Callable[[ZipFile], str | None]) ->
         raise InputError(f"expected {what} in {path}, received a truncated archive, or a file of another kind")
     try:
         with ZipFile(path) as archive:
-            require_size(path, what, sum(each.file_size for each in archive.infolist()))
+            unpacked, packed = sum(each.file_size for each in archive.infolist()), path.stat().st_size
+            if unpacked > max(MOST, RATIO * packed):
+                raise InputError(
+                    f"expected {what} in {path}, received an archive of {size(packed)} that unpacks to "
+                    f"{size(unpacked)}; if it is what you want, pack it without compression"
+                )
             bad = damaged(archive)
     except InputError:
         raise
@@ -42,16 +47,6 @@ def _require(path: Path, what: str, damaged: Callable[[ZipFile], str | None]) ->
         raise InputError(
             f"expected {what} in {path}, received a damaged file: {bad} is not what its checksum says; get the file "
             "once more"
-        )
-
-
-def require_size(path: Path, what: str, unpacked: int) -> None:
-    """Raise `InputError` for a file that would unpack to more bytes than one with ``what`` in it may."""
-    packed = path.stat().st_size
-    if unpacked > max(MOST, RATIO * packed):
-        raise InputError(
-            f"expected {what} in {path}, received an archive of {size(packed)} that unpacks to {size(unpacked)}; if it "
-            "is what you want, pack it without compression"
         )
 
 

@@ -20,6 +20,19 @@ def scores(opset=20, ir_version=9, op="MatMul", domain="", weight=WEIGHT):
     return helper.make_model(graph, opset_imports=imports, ir_version=ir_version)
 
 
+def endless(opset=20):
+    """A model that goes through a loop for longer than anyone waits, (batch, 3) to (batch, 3)."""
+    turn = helper.make_tensor_value_info("i", TensorProto.INT64, [])
+    true = {name: helper.make_tensor_value_info(name, TensorProto.BOOL, []) for name in ("go", "on")}
+    rows = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3]) for name in ("x", "y", "a", "b")}
+    nodes = [helper.make_node("Identity", ["go"], ["on"]), helper.make_node("Neg", ["a"], ["b"])]
+    body = helper.make_graph(nodes, "body", [turn, true["go"], rows["a"]], [true["on"], rows["b"]])
+    often = [numpy_helper.from_array(np.array(2**62), "often"), numpy_helper.from_array(np.array(True), "first")]
+    loop = helper.make_node("Loop", ["often", "first", "x"], ["y"], body=body)
+    graph = helper.make_graph([loop], "g", [rows["x"]], [rows["y"]], often)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
+
+
 def external(folder, **entries):
     """A file whose weight is external data described by ``entries``."""
     proto = scores()

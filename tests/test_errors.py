@@ -15,7 +15,7 @@ from normswap.errors import InputError, OutputExistsError, UnsupportedError, com
 from normswap.finetune.run.interruption import StoppedError
 from normswap.finetune.run.training import not_finite
 from normswap.patchers.plan import Site, decide
-from normswap.sources.files import require_output
+from normswap.sources.outputs import require_output
 from normswap.verification.stored import load_reference
 
 SITE = Site("layer 1.bn", "BatchNorm2d", 8, obstacle="it clips")

@@ -12,14 +12,18 @@ import onnx
 import pytest
 from onnx import helper
 
+from normswap.data.preprocessing import Preprocessing
 from normswap.errors import InputError, MissingDependencyError, UnsupportedError
 from normswap.verification.file import newest_versions, read_model
 from normswap.verification.inference import open_onnx
+from normswap.verification.reference import Batch, Reference
 from normswap.verification.runtime import chosen_providers, session
 from normswap.verification.sizes import changed
+from normswap.verification.stored import save_reference
+from normswap.verification.verify import verify_against
 
 from .helpers import exactly
-from .onnx_models import WEIGHT, external, refused, scores
+from .onnx_models import WEIGHT, endless, external, refused, scores
 
 
 class TestWholeFiles:
@@ -211,6 +215,25 @@ class TestProviders:
         message = "expected a provider of cpu, cuda, tensorrt, openvino, coreml, dml or auto, received none"
         with pytest.raises(InputError, match=exactly(message)):
             chosen_providers([])
+
+
+class TestTime:
+    def test_a_loop_without_end(self, folder):
+        """The file is given up after the time it was allowed, by `verify` and by `evaluate`."""
+        file = endless()
+        told = Preprocessing((1, 1, 3), "channels_last").to_dict()
+        file.metadata_props.add(key="normswap.preprocessing", value=json.dumps(told))
+        (folder / "m.onnx").write_bytes(file.SerializeToString())
+        message = (
+            "expected the file's outputs for inputs of shape (2, 3) within 0.2 s, received none; allow more by timeout"
+        )
+        predict, _ = open_onnx(folder / "m.onnx", timeout=0.2)
+        with pytest.raises(InputError, match=exactly(message)):
+            predict(np.zeros((2, 3), np.float32))
+        x = np.zeros((2, 3), np.float32)
+        save_reference(Reference([Batch(1.0, {"x": x}, {"y": x}, {})]), folder / "m.npz", overwrite=False)
+        with pytest.raises(InputError, match=exactly(message)):
+            verify_against(folder / "m.npz", folder / "m.onnx", timeout=0.2)
 
 
 class TestEvaluate:

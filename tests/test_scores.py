@@ -3,11 +3,8 @@
 import numpy as np
 import pytest
 
-from normswap.data.dataset import from_arrays
-from normswap.data.preprocessing import Preprocessing
-from normswap.errors import InputError, UnsupportedError
+from normswap.errors import UnsupportedError
 from normswap.finetune.hooks.scores import Logits, class_count, scores
-from normswap.finetune.run.accuracy import accuracy
 
 from .helpers import exactly
 
@@ -78,12 +75,3 @@ def test_probabilities_in_bfloat16():
         logits = Logits()
         logits.decide(np.round(shares / 2**exponent) * 2**exponent)
         assert logits.probabilities
-
-
-def test_one_row_of_scores_for_many_images():
-    """What returns less than a row for each image is not measured: NumPy would take the row for all of them."""
-    images = np.zeros((40, 8, 8, 3), np.uint8)
-    data = from_arrays(images, np.arange(40) % 4, Preprocessing((3, 8, 8), "channels_first"))
-    message = "expected scores of shape (40, classes) for labels up to 3, received (1, 4)"
-    with pytest.raises(InputError, match=exactly(message)):
-        accuracy(lambda x: np.eye(4)[:1], data)

@@ -11,18 +11,23 @@ from numpy.typing import NDArray
 from ..data.preprocessing import Preprocessing
 from ..errors import InputError, spoken
 from .file import read_model
-from .runtime import session
+from .runtime import TIMEOUT, answers, session
 
 Predict = Callable[[NDArray[Any]], NDArray[Any]]
 
 
 def open_onnx(
-    path: Path, *, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None
+    path: Path,
+    *,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    timeout: float = TIMEOUT,
 ) -> tuple[Predict, Preprocessing]:
     """Return a function from a batch of images to scores in onnxruntime, and how images become its input.
 
     The preprocessing is the file's own, with ``mean`` and ``std`` in its place where they are given.
-    Raises `InputError` if the file is no ONNX model of one input, or does not tell its preprocessing.
+    Raises `InputError` if the file is no ONNX model of one input, or does not tell its preprocessing; the function does
+    if it takes more than ``timeout`` seconds.
     """
     file = read_model(path)
     stored = file.metadata.get("preprocessing")
@@ -39,7 +44,9 @@ def open_onnx(
 
     def predict(x: NDArray[Any]) -> NDArray[Any]:
         try:
-            result: NDArray[Any] = runner.run(None, {entry.name: x.astype(dtype, copy=False)})[0]
+            result: NDArray[Any] = answers(runner, None, {entry.name: x.astype(dtype, copy=False)}, timeout=timeout)[0]
+        except InputError:
+            raise
         except Exception as error:
             raise InputError(f"expected images the file takes, received some on which it fails: {error}") from None
         return result

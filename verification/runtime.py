@@ -1,16 +1,20 @@
 """Run ONNX models in onnxruntime, on the execution providers asked for and on no other."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from threading import TIMEOUT_MAX, Timer
 from typing import Any
 
 import onnxruntime
 
-from ..errors import InputError, MissingDependencyError
+from ..errors import InputError, MissingDependencyError, named
 from ..sources.files import is_text
 
 _Level = onnxruntime.GraphOptimizationLevel
+
+TIMEOUT = 600.0
+"""How many seconds a file may take to answer one batch, unless it is said otherwise."""
 
 # The option keeps CUDA from multiplying with ten bits where float32 has 23.
 PROVIDERS: dict[str, tuple[str, dict[str, str], str]] = {
@@ -82,6 +86,36 @@ def session(
     if full not in runner.get_providers():
         raise _missing(provider, f"one that runs on {', '.join(runner.get_providers())} in its place")
     return runner
+
+
+def answers(
+    runner: onnxruntime.InferenceSession, names: Sequence[str] | None, feed: Mapping[str, Any], *, timeout: float
+) -> list[Any]:
+    """Return the outputs asked for, or with None all of them.
+
+    Raises `InputError` if they take more than ``timeout`` seconds: a few bytes can ask for a loop without end.
+    """
+    options, late = onnxruntime.RunOptions(), []
+
+    def stop() -> None:
+        late.append(True)
+        options.terminate = True
+
+    timer = Timer(min(timeout, TIMEOUT_MAX), stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        return list(runner.run(names, feed, options))
+    except Exception:
+        if not late:
+            raise
+        shapes = ", ".join(str(array.shape) for array in feed.values())
+        raise InputError(
+            f"expected the file's outputs for inputs of shape {shapes} within {timeout:g} s, received none; "
+            f"allow more by {named('timeout')}"
+        ) from None
+    finally:
+        timer.cancel()
 
 
 def _missing(name: str, received: Any) -> MissingDependencyError:

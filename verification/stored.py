@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, spoken
-from ..sources.files import require_file, staged
+from ..sources.files import require_file
+from ..sources.outputs import staged
 from .reference import FEW, Arrays, Batch, Errors, Reference
 
 FORMAT = 1

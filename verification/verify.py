@@ -22,12 +22,13 @@ from ..frameworks import several
 from ..frameworks.detect import get_framework
 from ..frameworks.example import Inputs, to_array
 from ..frameworks.several import texts
+from ..sources.outputs import require_output
 from .drawn import Input
 from .evaluator import evaluate, first_infinite
 from .file import OnnxFile, read_model
 from .reference import BATCH_SIZES, FEW, Arrays, Batch, Reference, collect, samples
 from .rows import row_problems
-from .runtime import chosen_providers, session
+from .runtime import TIMEOUT, answers, chosen_providers, session
 from .sizes import changed, contradictions
 from .stored import load_reference
 from .stored import save_reference as save
@@ -61,6 +62,7 @@ def verify(
     save_reference: str | Path | None = None,
     overwrite: bool = False,
     seed: int = 0,
+    timeout: float = TIMEOUT,
 ) -> Verdict:
     """Hold an ONNX file against the model it was made from; the verdict is true if the file passes.
 
@@ -78,15 +80,16 @@ def verify(
             scales; a file of a fixed batch size is run at that.
         providers: Where onnxruntime runs the file: ``"cpu"``, ``"cuda"``, ``"tensorrt"``, ``"openvino"``, ``"coreml"``,
             ``"dml"``, or ``"auto"`` for all that are installed. One or several.
-        save_reference: An ``.npz`` to write the model's answers to, for `verify_against`.
+        save_reference: An ``.npz`` to write the model's answers to, for `verify_against`, if the file passes.
         overwrite: Replace a reference that is there.
         seed: Of the random inputs.
+        timeout: How many seconds the file may take to answer a batch.
 
     Returns:
         The `Verdict`, which is true if the file passes; ``print(verdict)`` says what it passed, or why it failed.
 
     Raises:
-        InputError: If the file is damaged or unsafe, or data does not fit it.
+        InputError: If the file is damaged or unsafe, takes too long, or data does not fit it.
         UnsupportedError: If onnxruntime does not load it.
         MissingDependencyError: If a provider is not installed.
         OutputExistsError: If ``save_reference`` exists.
@@ -103,10 +106,12 @@ def verify(
         False
     """
     sizes = _sizes(batch_sizes)
+    if save_reference is not None:
+        require_output(Path(save_reference), overwrite=overwrite)
     framework = get_framework(model)
     further = [framework.ordered(model, Inputs.of(batch)) for batch in ([] if data is None else several.batches(data))]
     file = read_model(Path(path))
-    runs = _Runs(file, providers)
+    runs = _Runs(file, providers, timeout)
     inputs = [Input.of(value) for value in file.inputs]
     examples = [] if example is None else [framework.ordered(model, Inputs.of(example))]
     shown = [*examples, *(batch for batch in further if len(batch) == len(inputs))]
@@ -122,18 +127,26 @@ def verify(
         batch_sizes=sizes,
         seed=seed,
     )
-    if save_reference is not None and not reference.problems:
+    verdict = _judge(runs, reference)
+    if save_reference is not None and verdict:
         save(reference, Path(save_reference), overwrite=overwrite)
-    return _judge(runs, reference)
+    return verdict
 
 
-def verify_against(reference: str | Path, path: str | Path, *, providers: str | Iterable[str] = ("cpu",)) -> Verdict:
+def verify_against(
+    reference: str | Path,
+    path: str | Path,
+    *,
+    providers: str | Iterable[str] = ("cpu",),
+    timeout: float = TIMEOUT,
+) -> Verdict:
     """Hold an ONNX file against the answers `verify` saved of a model; needs no framework.
 
     Args:
         reference: The ``.npz`` that `verify` wrote as ``save_reference``. Nothing in it is run.
         path: The ONNX file.
         providers: Where onnxruntime runs the file; see `verify`.
+        timeout: How many seconds the file may take to answer a batch.
 
     Returns:
         The `Verdict`, as that of `verify`.
@@ -162,7 +175,7 @@ def verify_against(reference: str | Path, path: str | Path, *, providers: str | 
         problems += _unfit(value, batch.arrays[value.name], "input")
     if problems:
         raise InputError(f"expected a reference of the model in {path}, received {reference} of another: {problems[0]}")
-    return _judge(_Runs(file, providers), stored)
+    return _judge(_Runs(file, providers, timeout), stored)
 
 
 def _sizes(given: Any) -> tuple[int, ...]:
@@ -179,8 +192,8 @@ class _Runs:
     Without optimisation the layers' outputs can be asked for too.
     """
 
-    def __init__(self, file: OnnxFile, providers: str | Iterable[str]) -> None:
-        self.file = file
+    def __init__(self, file: OnnxFile, providers: str | Iterable[str], timeout: float) -> None:
+        self.file, self.timeout = file, timeout
         self.sites = file.sites
         self.outputs = [value.name for value in file.proto.graph.output]
         contents = {"off": file.with_outputs(sorted(set(self.sites.values()))), "on": file.content}
@@ -219,7 +232,7 @@ class _Runs:
 
     def run(self, runner: onnxruntime.InferenceSession, batch: Batch, names: Sequence[str]) -> Arrays:
         """Return the values asked for, by name."""
-        return dict(zip(names, runner.run(list(names), self.feed(batch)), strict=True))
+        return dict(zip(names, answers(runner, list(names), self.feed(batch), timeout=self.timeout), strict=True))
 
 
 def _judge(runs: _Runs, reference: Reference) -> Verdict:
@@ -238,6 +251,8 @@ def _judge(runs: _Runs, reference: Reference) -> Verdict:
             continue  # float16 ends at 65504
         try:
             found = {how: runs.run(runner, batch, runs.outputs) for how, runner in runs.sessions.items()}
+        except InputError:  # which is of time alone
+            raise
         except Exception as error:
             shapes = ", ".join(str(array.shape) for array in batch.arrays.values())
             problems.append(f"onnxruntime fails on inputs of shape {shapes}, which the model takes: {error}")

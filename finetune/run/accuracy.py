@@ -59,9 +59,10 @@ def accuracy(
         x, labels = data.batch(range(start, min(start + batch_size, len(data))))
         n += len(labels)
         scores = np.asarray(predict(x))
-        if scores.ndim != 2 or len(scores) != len(x) or labels.max() >= scores.shape[1]:
+        if scores.ndim != 2 or len(scores) != len(labels) or labels.max() >= scores.shape[1]:
             raise InputError(
-                f"expected scores of shape ({len(x)}, classes) for labels up to {labels.max()}, received {scores.shape}"
+                f"expected scores of shape ({len(labels)}, classes) for labels up to {labels.max()}, "
+                f"received {scores.shape}"
             )
         if not np.isfinite(scores).all():
             raise VerificationError("expected finite scores, received NaN or infinity")

@@ -15,8 +15,8 @@ from ...formats.fields import read
 from ...formats.place import Place
 from ...formats.seal import sealed, unsealed
 from ...formats.text import json_object
-from ...sources.files import Kind, staged
 from ...sources.listing import listing, require_listed
+from ...sources.outputs import Kind, staged
 
 KEPT = 2
 """How many of the newest checkpoints stay, so that there is one to fall back to."""

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from ...bundles.manifest import RUN, require_replaceable
 from ...errors import InputError, UsageError, named
-from ...sources.files import staged
+from ...sources.outputs import clear, is_stage, staged
 from .accuracy import Accuracy
 from .checkpoints import Checkpoint, Checkpoints
 from .journal import Journal
@@ -147,8 +147,7 @@ class RunFolder:
     def _clean(self) -> None:
         """Remove what a killed writer left."""
         for folder in (self.output, self.checkpoints.folder):
-            for left in folder.glob(".*.tmp-*"):
-                shutil.rmtree(left)
+            clear(folder)
 
     def _compare(self, before: Settings, now: Settings) -> None:
         one, other = asdict(before), asdict(now)
@@ -165,4 +164,4 @@ class RunFolder:
     def _is_empty(self) -> bool:
         """Return whether there is nothing in the output but what a killed writer left."""
         names = [entry.name for entry in self.output.iterdir()] if self.output.is_dir() else []
-        return all(name == LOCK or (name.startswith(".") and ".tmp-" in name) for name in names)
+        return all(name == LOCK or is_stage(name) for name in names)

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ...errors import MissingDependencyError
+from ...sources.outputs import staged
 
 METRICS = "metrics.csv"
 EVENTS = "tensorboard"
@@ -141,14 +142,10 @@ def read(path: Path) -> list[Row]:
 
 def _write(path: Path, rows: list[Row]) -> None:
     """Write the table anew, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
+    with staged(path, overwrite=True) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 class _Events:

@@ -64,7 +64,7 @@ def overlay(histories: Sequence[History]) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=by == "step", steps=(1, 2, 5, 10)))
         if column in ("loss", "eval_loss"):
             log_if_steep(axes, np.concatenate([line.get_ydata() for line in axes.lines]))
-        elif column == "seconds":
+        elif column in ("seconds", "learning_rate"):
             axes.set_ylim(bottom=0)
         style(axes, share=label.endswith("%"))
     handles = [

@@ -35,7 +35,7 @@ from .accuracy import Accuracy
 from .contract import trainer_of
 from .evaluation import Evaluation, first_scores
 from .figures import Clipping, gates
-from .folder import Progress, RunFolder
+from .folder import RETIRED, Progress, RunFolder
 from .history import EPOCHS, History
 from .interruption import StoppedError, signals
 from .journal import ORIGINAL, Journal
@@ -407,7 +407,7 @@ class _Run:
         if self.eval_data is not None and not self.tracks_best:
             best = self.evaluation.accuracy(self.model)
         if self.folder.writes:
-            bundles.save_into(self.bundle, self.folder.output)
+            bundles.save_into(self.bundle, self.folder.output, without=[RETIRED])
             self.folder.finish()
             History.of(self.folder.output).write(self.folder.path / EPOCHS)
             if self.draws:

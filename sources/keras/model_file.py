@@ -4,14 +4,15 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ...errors import InputError, MissingDependencyError
-from ..archives import require_size, require_whole
+from ..archives import require_whole
 from ..code import is_elsewhere
 from ..files import require_file
+from .hdf5 import require_readable
 
 SUFFIXES = (".keras", ".h5", ".hdf5")
 
@@ -19,7 +20,9 @@ SUFFIXES = (".keras", ".h5", ".hdf5")
 def read_model(path: Path) -> Any:
     """Return the model in a Keras file, read in safe mode; raises `InputError` if Keras refuses it."""
     require_file(path)
-    require_honest(path, "a Keras model")
+    if path.suffix == ".keras":
+        require_whole(path, "a Keras model")
+    require_readable(path)
     keras = import_keras()
     from ...layers import keras as _ours  # noqa: F401 - for Keras to know them, where the file holds some
 
@@ -31,24 +34,6 @@ def read_model(path: Path) -> Any:
             f"expected a Keras model in {path}, received a file Keras refuses: {said.rstrip('.')}{_way_out(path, said)}"
         )
         raise InputError(message) from error
-
-
-def require_honest(path: Path, what: str) -> None:
-    """Raise `InputError` for a damaged archive of Keras 3, and for a file that unpacks to far more than it is."""
-    if path.suffix == ".keras":
-        require_whole(path, what)
-        return
-    import h5py
-
-    sizes: list[int] = []
-
-    def note(name: str, member: Any) -> None:
-        if isinstance(member, h5py.Dataset):
-            sizes.append(member.nbytes)
-
-    with suppress(OSError, RuntimeError, KeyError, ValueError), h5py.File(path, "r") as file:  # damaged: Keras tells
-        file.visititems(note)
-    require_size(path, what, sum(sizes))
 
 
 @contextmanager

@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
+from ..archives import require_whole
 from ..files import require_file
 from ..misfit import PatchedWeightsError, patched_way_out
-from .model_file import reason, require_honest
+from .hdf5 import require_readable
+from .model_file import reason
 from .other_norms import has_other_norms, holds_other_norms
 
 HDF5_SUFFIXES = (".h5", ".hdf5")
@@ -15,7 +17,9 @@ HDF5_SUFFIXES = (".h5", ".hdf5")
 def load_weights(model: Any, path: Path) -> None:
     """Give a Keras model the weights in ``path``; raises `InputError` if they do not fit."""
     require_file(path)
-    require_honest(path, "weights for this model")
+    if path.suffix == ".keras":
+        require_whole(path, "weights for this model")
+    require_readable(path)
     if path.suffix in HDF5_SUFFIXES and holds_other_norms(path) and not has_other_norms(model):
         # Keras would take those of Batch Renormalization for a BatchNorm's, whatever their epsilon and order.
         raise PatchedWeightsError(

@@ -189,6 +189,21 @@ class TestFiles:
 
         assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == old
 
+    def test_a_pair_takes_the_place_of_a_pair(self, model, images, tmp_path, monkeypatch):
+        """New weights have another name till the new file is there, for the old one to be whole; then the old go."""
+        monkeypatch.setattr(exporter, "ONE_FILE", 100)
+        (tmp_path / "m.onnx.1.data").write_text("someone's")
+        normswap.to_onnx(model, tmp_path / "m.onnx", example=images)
+        normswap.to_onnx(patched(model, "gn", images), tmp_path / "m.onnx", example=images, overwrite=True)
+
+        assert sorted(os.listdir(tmp_path)) == ["m.onnx", "m.onnx.1.data", "m.onnx.2.data"]
+        assert (tmp_path / "m.onnx.1.data").read_text() == "someone's"
+        np.testing.assert_allclose(answer(tmp_path / "m.onnx", images), model(images).detach(), atol=1e-4)
+
+        monkeypatch.setattr(exporter, "ONE_FILE", 2**31)
+        normswap.to_onnx(model, tmp_path / "m.onnx", example=images, overwrite=True)
+        assert sorted(os.listdir(tmp_path)) == ["m.onnx", "m.onnx.1.data"]
+
     def test_layers_that_are_no_batch_norms_stay_right(self, tmp_path):
         """InstanceNorm with running statistics and channels-last LayerNorm stay right beside a patched norm."""
 

@@ -88,7 +88,7 @@ class TestResume:
     def test_starts_where_there_is_none(self, source, data, tmp_path):
         """--resume without a run to resume is a fresh run, and so is one beside what a killed writer left."""
         assert finetune(source(), tmp_path / "out", data, SETTINGS, resume=True).steps == 6
-        (tmp_path / "new" / ".run.tmp-1").mkdir(parents=True)
+        (tmp_path / "new" / ".normswap-0123456789abcdef").mkdir(parents=True)
         assert finetune(source(), tmp_path / "new", data, SETTINGS, resume=True).steps == 6
 
     def test_a_folder_that_is_no_run(self, source, data, tmp_path):

@@ -388,5 +388,7 @@ def test_accuracy_counts_ties_as_wrong(data):
     parts = [accuracy(lambda x: np.zeros((len(x), 10)), data, batch_size=10, share=(rank, 3)) for rank in range(3)]
     assert [part.n for part in parts] == [36, 30, 30]
     assert Accuracy.merged(parts).n == 96
-    with pytest.raises(InputError, match=r"^expected scores of shape \(\d+, classes\) for labels up to 2, received"):
+    with pytest.raises(InputError, match=r"^expected scores of shape \(96, classes\) for labels up to 2, received"):
         accuracy(lambda x: np.zeros((len(x), 2)), data)
+    with pytest.raises(InputError, match=r"^expected scores of shape \(96, .* received \(1, 10\)$"):
+        accuracy(lambda x: np.zeros((1, 10)), data)

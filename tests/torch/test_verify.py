@@ -213,11 +213,11 @@ class TestVerify:
         path.write_text("old")
         save = exporter._save
 
-        def careless(graph, to):
+        def careless(graph, *to):
             """Write the file with another shift in the stem."""
             bias = next(node for node in graph.graph if node.op_type == "Conv").inputs[2]
             bias.const_value = ir.tensor(bias.const_value.numpy() + 0.1)
-            save(graph, to)
+            save(graph, *to)
 
         monkeypatch.setattr(exporter, "_save", careless)
         with pytest.raises(VerificationError, match="first diverging layer: stem.1"):
@@ -246,6 +246,7 @@ def test_weights_rounded_otherwise_are_right_where_they_cancel(tmp_path, units, 
     """A file rounds folded weights anew, which a model that is exact on its own may magnify."""
     model, path = trained_(Cancelling()).eval(), tmp_path / "m.onnx"
     normswap.to_onnx(model, path, example=torch.randn(2, 2))
+    assert normswap.verify(model, path, save_reference=tmp_path / "r.npz")
     proto = onnx.load(path)
     weight = next(tensor for tensor in proto.graph.initializer if tensor.dims and tensor.dims[:] in ([1, 2], [2, 1]))
     moved = numpy_helper.to_array(weight) + np.float32(units * np.spacing(np.float32(1))) * np.float32([1, 0]).reshape(
@@ -253,8 +254,9 @@ def test_weights_rounded_otherwise_are_right_where_they_cancel(tmp_path, units, 
     )
     weight.CopyFrom(numpy_helper.from_array(moved, weight.name))
     onnx.save(proto, path)
-    verdict = normswap.verify(model, path, save_reference=tmp_path / "r.npz")
+    verdict = normswap.verify(model, path, save_reference=tmp_path / "unwanted.npz")
 
     assert verdict.max_rel > 1e-5
+    assert (tmp_path / "unwanted.npz").exists() is passes
     assert bool(verdict) is passes
     assert normswap.verify_against(tmp_path / "r.npz", path) == verdict
