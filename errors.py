@@ -136,6 +136,14 @@ _EXTRAS = {
 }
 
 
+def missing(module: str, what: str = "this") -> str:
+    """Return what says that ``what`` needs a module that is not installed, and how to install it where we know."""
+    package = module.partition(".")[0]
+    if package in _EXTRAS:
+        return f"{what} needs {package}: pip install 'normswap[{_EXTRAS[package]}]'"
+    return f"{what} needs {package}, which is not installed; install it"
+
+
 def explain(error: Exception) -> tuple[int, str]:
     """Return the exit code and the message for any error a command ended with."""
     if isinstance(error, NormswapError):
@@ -143,7 +151,7 @@ def explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, OSError) or "I/O error" in str(error):  # safetensors has a class of its own for it
         return EXIT_IO, str(error)
     if isinstance(error, ModuleNotFoundError):
-        package = str(error.name).partition(".")[0]
-        if package in _EXTRAS:
-            return EXIT_MISSING, f"this needs {package}: pip install 'normswap[{_EXTRAS[package]}]'"
+        module = str(error.name)
+        if module.partition(".")[0] in _EXTRAS:
+            return EXIT_MISSING, missing(module)
     return 1, f"{type(error).__name__}: {error} (normswap --debug shows where)"

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,10 +21,12 @@ from ..patchers.patch import as_module
 from ..patchers.way_back import replay
 from ..sources.files import sha256
 from ..sources.outputs import is_stage, staged
-from ..sources.spec import absolute_spec
+from ..sources.spec import absolute_spec, runs_code
 from ..sources.weights import SUFFIX, load_weights, write_weights
 from .manifest import BUNDLE, MANIFEST, manifest_of, read_manifest, require_replaceable
 from .source import load_model
+from .trust import Trust, is_trusted, require_trusted, trust_in
+from .written import remember
 
 MEMORY = "_normswap_bundle"
 """Attribute of a loaded model that holds the bundle it came from, for it to be saved again."""
@@ -55,7 +57,7 @@ class Bundle:
     source: str | None
     preprocessing: Preprocessing | None
     has_original: bool
-    trusted: bool = False
+    trust: Trust = field(default_factory=Trust)
 
     def identity(self) -> str:
         """Return a hash that tells this model from others, by recipe and weights."""
@@ -70,8 +72,8 @@ class Bundle:
                 f"{spoken(_PATCH_AGAIN, 'pass original= to `normswap.save`')}"
             )
         if self.recipe.framework == "keras":
-            return _load_keras(self.original_weights, self.source, self.preprocessing)[0]
-        return _filled(_build(self.directory, self.source, trust=self.trusted), self.original_weights)
+            return _load_keras(self, self.original_weights)[0]
+        return _filled(_build(self), self.original_weights)
 
     @property
     def original_weights(self) -> Path:
@@ -109,7 +111,8 @@ def unpatched(model: Any, source: str | None = None, preprocessing: Preprocessin
     loaded again into one given to `load`. ``preprocessing`` says how images become its input.
     """
     recipe = Recipe(framework_of(model), ())
-    return Unpatched(Path(source or "model"), model, recipe, source, preprocessing, has_original=False)
+    own = Trust(own=True)
+    return Unpatched(Path(source or "model"), model, recipe, source, preprocessing, has_original=False, trust=own)
 
 
 def save(
@@ -123,7 +126,8 @@ def save(
 ) -> None:
     """Write a patched model as a bundle: a report of `patch`, a `Bundle`, or a model that `load` returned.
 
-    What comes from a bundle keeps that bundle's source, original and preprocessing where they are None.
+    What comes from a bundle keeps that bundle's source, original and preprocessing where they are None. The ``source``
+    given is the caller's own code, which `load` runs without asking while the bundle is as it was written.
 
     Args:
         patched: What `patch` or `load` returned.
@@ -156,8 +160,25 @@ def save(
     if before is None and isinstance(loaded, Bundle):  # patched once more since it was loaded
         before = replace(loaded, model=known.model, recipe=known.recipe.after(loaded.recipe))
         known = before
+    own = source is not None
     if before is not None:
+        own = own or before.trust.own
         source, preprocessing = source or before.source, preprocessing or before.preprocessing
+    write(known, directory, source, original, preprocessing, own=own, overwrite=overwrite)
+
+
+def write(
+    known: Patched,
+    directory: Path,
+    source: str | None,
+    original: Any,
+    preprocessing: Preprocessing | None,
+    *,
+    own: bool,
+    overwrite: bool,
+) -> None:
+    """Write a bundle as `save` does; ``own`` says that its source is the user's own code, which is remembered."""
+    before = known if isinstance(known, Bundle) else None
     suffix = SUFFIX[known.recipe.framework]
     with _written(directory, overwrite=overwrite) as temporary:
         write_weights(known.model, temporary / f"model{suffix}")
@@ -173,6 +194,13 @@ def save(
         recipe = _as_it_is(known.recipe, known.model)
         manifest = manifest_of(temporary, directory, recipe, source, preprocessing)
         (temporary / MANIFEST).write_text(manifest, encoding="utf-8")
+    _remember(directory, source, own=own)
+
+
+def _remember(directory: Path, source: str | None, *, own: bool) -> None:
+    """Have the bundle in ``directory``, just written, load without asking if its source is the user's own code."""
+    if own and source is not None and runs_code(source):
+        remember(directory, absolute_spec(source, Path.cwd()))
 
 
 @contextmanager
@@ -238,6 +266,7 @@ def save_into(bundle: Bundle, directory: Path, *, without: Collection[str] = ())
             _link(directory, temporary, without={*weights, MANIFEST, *without})
     for name in weights - written:
         (directory / name).unlink(missing_ok=True)
+    _remember(directory, bundle.source, own=bundle.trust.own)
 
 
 def _link(folder: Path, into: Path, *, without: Collection[str]) -> None:
@@ -258,16 +287,18 @@ def _second_name(file: str | Path, name: str | Path) -> None:
         shutil.copy2(file, name, follow_symlinks=False)
 
 
-def load(directory: str | Path, *, model: Any = None, trust: bool = False) -> Any:
+def load(directory: str | Path, *, model: Any = None, trust: bool = False, trust_code: bool = False) -> Any:
     """Return the patched model in a bundle.
 
-    What it returns can be trained, exported and saved again. A torch bundle's architecture is built by running the code
-    its source names; so is a Keras bundle's if Keras does not know its classes.
+    What it returns can be trained, exported and saved again. A torch bundle's architecture is built by its source; so
+    is a Keras bundle's if Keras does not know its classes. A source that is Python code is run if the bundle was
+    written on this machine and is as it was, or is trusted.
 
     Args:
         directory: The bundle's folder, as `save` or ``normswap patch`` wrote it.
         model: A fresh unpatched copy of the architecture, in place of the bundle's source.
         trust: Allows a source that is a ``.pt2`` file, which can run code while it is read.
+        trust_code: Allows a source that is Python code or a model of a hub, whoever wrote it.
 
     Raises:
         InputError: If the folder is not a bundle, is damaged, is not trusted, or does not fit.
@@ -279,62 +310,64 @@ def load(directory: str | Path, *, model: Any = None, trust: bool = False) -> An
         >>> type(normswap.load("net-sn", model=torch.nn.Sequential(torch.nn.BatchNorm1d(8)))[0]).__name__
         'SwitchNorm1d'
     """
-    bundle = read(directory, model=model, trust=trust)
+    bundle = read(directory, model=model, trust=trust, trust_code=trust_code)
     bundle.model.__dict__[MEMORY] = replace(bundle, model=None)
     return bundle.model
 
 
-def read(directory: str | Path, *, model: Any = None, trust: bool = False) -> Bundle:
+def read(directory: str | Path, *, model: Any = None, trust: bool = False, trust_code: bool = False) -> Bundle:
     """Return everything in a bundle; see `load`."""
     directory = Path(directory)
     manifest, recipe = read_manifest(directory)
     framework, preprocessing = manifest.framework, manifest.preprocessing
     source = None if manifest.source is None else absolute_spec(manifest.source, directory)
     weights = directory / f"model{SUFFIX[framework]}"
-    if framework == "keras":
-        model, recipe = _load_keras(weights, source, preprocessing, model, recipe)
-    else:
-        model = _build(directory, source, trust=trust) if model is None else as_module(model)
-        replay(model, recipe)
-        model = _filled(model, weights)
-    return Bundle(
+    bundle = Bundle(
         directory=directory,
-        model=model,
+        model=None,
         recipe=recipe,
         source=source,
         preprocessing=preprocessing,
         has_original=f"original{SUFFIX[framework]}" in manifest.sha256,
-        trusted=trust,
+        trust=trust_in(directory, source, code=trust_code, program=trust),
     )
+    if framework == "keras":
+        bundle.model, bundle.recipe = _load_keras(bundle, weights, model, recipe)
+    else:
+        model = _build(bundle) if model is None else as_module(model)
+        replay(model, recipe)
+        bundle.model = _filled(model, weights)
+    return bundle
 
 
-def _build(directory: Path, source: str | None, *, trust: bool) -> Any:
-    if source is None:
+def _build(bundle: Bundle) -> Any:
+    """Return the model that a bundle's source builds; raises `InputError` if there is none or it is not trusted."""
+    if bundle.source is None:
         raise InputError(
-            f"expected a bundle that says where its architecture comes from, received {directory} without; "
+            f"expected a bundle that says where its architecture comes from, received {bundle.directory} without; "
             f"{spoken('save it with source=', 'pass a fresh model to load(directory, model=...)')}"
         )
-    return load_model(source, pretrained=False, trust=trust)
+    require_trusted(bundle.source, bundle.directory, bundle.trust)
+    return load_model(bundle.source, pretrained=False, trust=bundle.trust.program)
 
 
-def _load_keras(
-    path: Path, source: str | None, preprocessing: Preprocessing | None, model: Any = None, recipe: Recipe | None = None
-) -> tuple[Any, Any]:
-    """Return the model in a Keras file, which tells its architecture unless its classes are known to code alone.
+def _load_keras(bundle: Bundle, path: Path, model: Any = None, recipe: Recipe | None = None) -> tuple[Any, Any]:
+    """Return the model in a Keras file of a bundle, which tells its architecture if Keras knows its classes.
 
-    Then it is built as a torch model is: by the source's code or given as ``model``, and patched by ``recipe``, which
+    Else it is built as a torch model is: by the source's code or given as ``model``, and patched by ``recipe``, which
     is returned with this model's names.
     """
+    source, preprocessing = bundle.source, bundle.preprocessing
     if model is None:
         from ..sources.keras.model_file import read_model, registered_by
 
         try:
-            with registered_by(source):
+            with registered_by(source if source and is_trusted(source, bundle.trust) else None):
                 model = read_model(path)
         except InputError:
             if source is None:
                 raise
-            model = load_model(source, pretrained=False)
+            model = _build(bundle)
         else:
             if recipe is not None:
                 from ..patchers.keras.saving import mark

@@ -29,7 +29,7 @@ class ModelOptions:
     it, ``example`` an ``.npz`` of named arrays in its place (see `sources.named_arrays`), ``size`` an image's height
     and width, or one number for both, where only they differ. ``mean`` is subtracted from images in 0..1 and ``std``
     divides them, one number or one for each channel. ``trust`` allows to read files that can run code while they are
-    read.
+    read, ``trust_code`` to run the code that a bundle's source names.
 
     Raises `UsageError` for two of ``input_shape``, ``example`` and ``size``.
     """
@@ -40,6 +40,7 @@ class ModelOptions:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     trust: bool = False
+    trust_code: bool = False
     example: Path | None = None
 
     def __post_init__(self) -> None:
@@ -67,24 +68,35 @@ def reads(spec: str) -> list[str]:
     """Return the names of the `ModelOptions` that what ``spec`` names has a use for."""
     if spec.endswith(".onnx"):
         return ["mean", "std"]
-    return [field.name for field in fields(ModelOptions) if field.name != "weights" or not _is_bundle(spec)]
+    bundle = _is_bundle(spec)
+    unread = {"weights"} if bundle else {"trust_code"} if spec.endswith(PROGRAM_SUFFIX) else {"trust", "trust_code"}
+    return [field.name for field in fields(ModelOptions) if field.name not in unread]
 
 
 def require_read(options: ModelOptions, *specs: str) -> None:
     """Raise `UsageError` if an option says something that none of the models has a use for."""
     read = {name for spec in specs for name in reads(spec)}
-    if options.trust and not any(_is_bundle(spec) or spec.endswith(PROGRAM_SUFFIX) for spec in specs):
-        raise UsageError(
-            f"expected a {PROGRAM_SUFFIX} file, or a bundle, for {option('trust')}, received {' and '.join(specs)}; "
-            "leave that out"
-        )
-    if unread := [name for name in options.given() if name not in (*read, "trust")]:
+    takes = {"trust": f"a {PROGRAM_SUFFIX} file, or a bundle,", "trust_code": "a bundle"}
+    for name, kind in takes.items():
+        if getattr(options, name) and name not in read:
+            raise UsageError(f"expected {kind} for {option(name)}, received {' and '.join(specs)}; leave that out")
+    if unread := [name for name in options.given() if name not in read]:
         models = " and ".join(f"{'the bundle' if _is_bundle(spec) else 'the ONNX file'} {spec}" for spec in specs)
-        flags = ", ".join(map(named, unread))
         own = "which tells its own" if len(specs) == 1 else "which tell their own"
-        raise UsageError(
-            f"expected no {flags} beside {models}, {own}, received {options.told(*unread)}; leave that out"
-        )
+        raise _unread(options, unread, f"{models}, {own}")
+
+
+def require_unread(options: ModelOptions, bundle: str) -> None:
+    """Raise `UsageError` for any option beside a bundle whose files alone are read."""
+    if told := [name for name in options.given() if name not in ("trust", "trust_code")]:
+        raise _unread(options, told, f"the bundle {bundle}, which tells its own")
+    if trusted := options.given():
+        raise _unread(options, trusted, f"the bundle {bundle}, of which nothing is run")
+
+
+def _unread(options: ModelOptions, names: list[str], models: str) -> UsageError:
+    flags = ", ".join(map(named, names))
+    return UsageError(f"expected no {flags} beside {models}, received {options.told(*names)}; leave that out")
 
 
 class Opened:
@@ -101,7 +113,7 @@ class Opened:
         require_read(options, spec)
         self.spec, self.options = spec, options
         bundled = need_bundle or _is_bundle(spec)
-        self.bundle = bundles.read(spec, trust=options.trust) if bundled else None
+        self.bundle = bundles.read(spec, trust=options.trust, trust_code=options.trust_code) if bundled else None
         if self.bundle is not None:
             self.model = self.bundle.model
         else:
@@ -183,12 +195,13 @@ class Opened:
 
     def save(self, report: Any, directory: Path, *, original: Any, overwrite: bool) -> None:
         """Write what became of the model as a bundle, which knows where it came from; raises as `bundle.save`."""
-        bundles.save(
+        bundles.write(
             report,
             directory,
-            source=self.bundle.source if self.bundle else self.spec,
-            original=original,
-            preprocessing=self.preprocessing,
+            self.bundle.source if self.bundle else self.spec,
+            original,
+            self.preprocessing,
+            own=self.bundle.trust.own if self.bundle else True,
             overwrite=overwrite,
         )
 

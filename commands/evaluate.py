@@ -1,5 +1,6 @@
 """The command that measures accuracy: evaluate."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from .options import json_option, model_options, positive, timeout_option
 
 if TYPE_CHECKING:
     from ..bundles.opening import ModelOptions
+    from ..data.preprocessing import Preprocessing
     from ..finetune.run.accuracy import Accuracy
 
 
@@ -42,13 +44,14 @@ def evaluate(
     from ..bundles.opening import require_read
 
     require_read(known, *(each for each in (model, against) if each is not None))
-    first = measure(model, data, batch_size, known, timeout)
-    result, text = {"model": model, **first.accuracy.to_dict()}, str(first)
-    if against is not None:
-        second = measure(against, data, batch_size, known, timeout)
-        agreement = first.agreement(second)
+    first, *others = [(each, *_opened(each, known, timeout)) for each in (model, against) if each is not None]
+    found = measure(*first, data, batch_size)
+    result, text = {"model": model, **found.accuracy.to_dict()}, str(found)
+    for other in others:
+        second = measure(*other, data, batch_size)
+        agreement = found.agreement(second)
         result |= {"against": {"model": against, **second.accuracy.to_dict()}, "agreement": agreement}
-        text = f"{model}: {first}\n{against}: {second}\nboth say the same of {agreement:.2f} % of the images"
+        text = f"{model}: {found}\n{against}: {second}\nboth say the same of {agreement:.2f} % of the images"
     show(as_json, result, text)
 
 
@@ -68,15 +71,16 @@ class Measured:
         return 100 * float((self.answers == other.answers).mean())
 
 
-def measure(model: str, data: str, batch_size: int, known: "ModelOptions", timeout: float) -> Measured:
-    """Run a model, bundle or ONNX file on labelled images, with a bar on a terminal; it reads what it has a use for."""
+def measure(
+    model: str, predict: Callable[[Any], Any], preprocessing: "Preprocessing", data: str, batch_size: int
+) -> Measured:
+    """Run what ``model`` names on labelled images, with a bar on a terminal."""
     import numpy as np
 
     from ..data.dataset import open_data
     from ..data.labels import check_labels
     from ..finetune.run.accuracy import accuracy
 
-    predict, preprocessing = _opened(model, known, timeout)
     images = open_data(data, preprocessing)
     answers: list[Any] = []
     with progress(f"evaluating {model}", len(images)) as advance:
@@ -92,8 +96,11 @@ def measure(model: str, data: str, batch_size: int, known: "ModelOptions", timeo
     return Measured(found, np.concatenate(answers))
 
 
-def _opened(model: str, known: "ModelOptions", timeout: float) -> tuple[Any, Any]:
-    """Return a function from images to scores, and how images become its input."""
+def _opened(model: str, known: "ModelOptions", timeout: float) -> tuple[Callable[[Any], Any], "Preprocessing"]:
+    """Return a model's, bundle's or file's function from images to scores, and how images become its input.
+
+    It reads what it has a use for of the options.
+    """
     from ..bundles.opening import Opened, reads
 
     if model.endswith(".onnx"):

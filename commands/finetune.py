@@ -12,7 +12,7 @@ import click
 
 from ..console import numbers, option_set, progress, show
 from ..errors import InputError, NormswapWarning
-from .options import command, decide, given, json_option, model_options, overwrite_option, positive
+from .options import command, decide, given, json_option, model_options, overwrite_option, positive, trusting
 
 if TYPE_CHECKING:
     from ..bundles.bundle import Bundle
@@ -36,6 +36,9 @@ _LISTS = {"stages", "augment", "milestones", "input_shape", "size", "mean", "std
 _EXCLUSIVE = (("steps", "epochs"), ("stages", "train"), ("teacher", "distill"))
 _SAYS_NOTHING = {"stages": "", "train": "all", "teacher": "original", "distill": False}
 """What an option in a file may be beside the one that excludes it, as a run's run.toml has both of some."""
+
+_TRUST = ("trust", "trust_code")
+"""Options that no file has: it may be another's, such as the run.toml of a bundle, and they answer for others' code."""
 
 _NEEDS = {
     "temperature": "a teacher",
@@ -63,7 +66,8 @@ def _read_config(context: click.Context, parameter: click.Parameter, path: Path 
     except InputError as error:
         raise click.BadParameter(str(error)) from None
     found = {name.replace("-", "_"): value for name, value in said.items()}
-    known = {each.name: each.type for each in context.command.params if each.name not in (None, "config")}
+    unread = (None, "config", *_TRUST)
+    known = {each.name: each.type for each in context.command.params if each.name not in unread}
     if unknown := sorted(found.keys() - known.keys()):
         raise click.BadParameter(
             f"expected options of this command in {path}, received {', '.join(unknown)}; "
@@ -267,6 +271,7 @@ def finetune(bundle: str, output: Path, known: "ModelOptions", **options: Any) -
         decide(options, *pair)
     _leave_unread(options)
     _require_outside(output, options)
+    _require_typed(bundle)
     opened = Opened(bundle, known)
     preprocessing = opened.require_preprocessing()
     found = _bundle(opened, options["seed"])
@@ -317,9 +322,21 @@ def _require_one(options: dict[str, Any], one: str, other: str) -> None:
         )
 
 
+def _require_typed(bundle: str) -> None:
+    """Raise `InputError` for a MODEL in the file of --config that is code: the file may be another's."""
+    from ..bundles.manifest import is_bundle, is_unfinished
+    from ..sources.spec import runs_code
+
+    if not given("bundle") and not is_bundle(bundle) and not is_unfinished(bundle) and runs_code(bundle):
+        raise InputError(
+            f"expected a MODEL that is code on the command line, received bundle={bundle!r} in the file of --config; "
+            "if you trust that code, give it there"
+        )
+
+
 def _next(output: Path, known: "ModelOptions") -> list[str]:
     """Return what a trained bundle is for: to be measured, and to become a file."""
-    trust = ["--trust"] if known.trust else []
+    trust = trusting(known)
     return [
         command("evaluate", output, "--data", "DATA", *trust),
         command("export", output, *trust, "-o", f"{output}.onnx"),

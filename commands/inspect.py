@@ -1,5 +1,6 @@
 """The command that lists a model's BatchNorms: inspect."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,12 +23,20 @@ TARGETS = ("sn", "gn", "in")
 def inspect(model: str, every: bool, known: "ModelOptions", as_json: bool) -> None:
     """List the BatchNorms of MODEL and what replacing each is expected to change.
 
+    Of a bundle it tells what they have become, by its files: no model is built.
+
     \b
     Examples:
       normswap inspect timm:resnet50 --input-shape 3,224,224
       normswap inspect net.py:build --weights net.pth --all
     """
-    from ..bundles.opening import Opened
+    from ..bundles.manifest import is_bundle
+    from ..bundles.opening import Opened, require_unread
+
+    if is_bundle(model):
+        require_unread(known, model)
+        _show_bundle(model, every=every, as_json=as_json)
+        return
     from ..patchers.patch import plans
     from ..patchers.table import EXPECTED, site_row, sites_table
 
@@ -43,7 +52,34 @@ def inspect(model: str, every: bool, known: "ModelOptions", as_json: bool) -> No
     legend = [f"{EXPECTED},", "if it becomes sn, gn or in; brn changes nothing"] if known_drift else []
     drifts = {target: f"as {target}" for target in TARGETS}
     text = sites_table(f"{len(rows)} BatchNorms in {model}", rows, drifts, legend, every=every)
-    show(as_json, {"model": model, "sites": [_told(*each) for each in sites]}, text, _next(model, sites))
+    told = [_told(*each) for each in sites]
+    show(as_json, {"model": model, "sites": told}, text, _next(model, [site.kind for site, _ in sites]))
+
+
+def _show_bundle(model: str, *, every: bool, as_json: bool) -> None:
+    from ..bundles.contents import norms_in
+    from ..patchers.table import site_row, sites_table
+
+    norms = norms_in(Path(model))
+    rows = [
+        site_row(norm.name, (), norm.source, norm.channels, norm.spatial) | {"patched to": norm.kind} for norm in norms
+    ]
+    told = [
+        {
+            "name": norm.name,
+            "aliases": [],
+            "type": norm.source,
+            "channels": norm.channels,
+            "shape": None if norm.spatial is None else list(norm.spatial),
+            "patched_to": norm.kind,
+            "drift": dict.fromkeys(TARGETS),
+            "obstacle": "",
+        }
+        for norm in norms
+    ]
+    title = f"{len(rows)} norm{'' if len(rows) == 1 else 's'} in {model}"
+    text = sites_table(title, rows, {}, ["as its recipe and its weights tell; no model is built"], every=every)
+    show(as_json, {"model": model, "sites": told}, text, _next(model, [norm.kind for norm in norms]))
 
 
 def _drift(decisions: tuple["Decision", ...]) -> dict[str, float | None]:
@@ -63,8 +99,8 @@ def _told(site: "Site", drift: dict[str, float | None]) -> dict[str, Any]:
     }
 
 
-def _next(model: str, sites: list[Any]) -> list[str]:
+def _next(model: str, kinds: list[str | None]) -> list[str]:
     """Return the command to type next: to patch what is left, or to export what is patched."""
-    if any(site.kind is None for site, _ in sites):
+    if None in kinds:
         return [command("patch", *typed("every"), "--to", "sn", "-o", f"{short_name(model)}-sn")]
-    return [command("export", *typed("every"), "-o", f"{short_name(model)}.onnx")] if sites else []
+    return [command("export", *typed("every"), "-o", f"{short_name(model)}.onnx")] if kinds else []

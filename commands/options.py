@@ -5,17 +5,23 @@ import shlex
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..console import numbers, option_set, remember_json
+
+if TYPE_CHECKING:
+    from ..bundles.opening import ModelOptions
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, callback=remember_json, help="Print one JSON object on stdout."
 )
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
 trust_option = click.option("--trust", is_flag=True, help="Read a .pt2 file, which can run code while it is read.")
+trust_code_option = click.option(
+    "--trust-code", is_flag=True, help="Run the code that a BUNDLE says its model is built by, whoever wrote it."
+)
 all_option = click.option("--all", "every", is_flag=True, help="Give every layer a row; else those alike share one.")
 
 _MODEL = {
@@ -38,6 +44,7 @@ _MODEL = {
         "--std", callback=numbers(float, above=0), help="Images are divided by it; one number or one each."
     ),
     "trust": trust_option,
+    "trust_code": trust_code_option,
 }
 
 
@@ -127,6 +134,11 @@ def _typed(parameter: click.Parameter) -> list[str]:
 def command(*arguments: str | Path) -> str:
     """Return a command of normswap to type next."""
     return shlex.join(["normswap", *map(str, arguments)])
+
+
+def trusting(known: "ModelOptions") -> list[str]:
+    """Return the options that a bundle needs if the model it was made of needed them."""
+    return [f"--{name.replace('_', '-')}" for name in ("trust", "trust_code") if getattr(known, name)]
 
 
 def short_name(model: str) -> str:

@@ -18,6 +18,7 @@ from .options import (
     positive,
     require_none,
     short_name,
+    trusting,
     typed,
 )
 from .way_back import next_of_bundle, patch_back
@@ -146,7 +147,7 @@ def patch(
             as_json,
             _told(report.plan, output, report.recipe) | figures,
             text,
-            next_of_bundle(output, known.trust, known.example),
+            next_of_bundle(output, known),
         )
         return
     original = None if opened.bundle or patched_weights else opened.copy()
@@ -255,7 +256,7 @@ def _again(model: str, target: str | None) -> str:
 
 def _next(output: Path, known: "ModelOptions") -> list[str]:
     """Return what a bundle is for: to be trained where it takes images, and to become a file."""
-    trust = ["--trust"] if known.trust else []
+    trust = trusting(known)
     if known.example is not None:  # of a model that may take no images, which are what `finetune` reads
         return [command("export", output, *trust, "--example", known.example, "-o", f"{output}.onnx")]
     return [

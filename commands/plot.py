@@ -71,19 +71,20 @@ def _several(runs: tuple[str, ...]) -> tuple[Any, dict[str, Any]]:
 
 def _gates(run: str, *, trust: bool) -> "Gates":
     """Return the gates in a bundle, a model or a file of weights; there are none in a run that has not ended."""
-    from ..bundles.bundle import read
     from ..bundles.manifest import is_bundle, is_unfinished
     from ..bundles.source import load_model
     from ..finetune.run.figures import gates
     from ..finetune.run.history import folder_of
-    from ..interop.gates import gates_in
+    from ..interop.gates import gates_in, gates_in_bundle
     from ..sources.spec import PROGRAM_SUFFIX
 
     folder = folder_of(run)
+    if not run.endswith(PROGRAM_SUFFIX):
+        require_none(["trust"], f"a {PROGRAM_SUFFIX} file for --trust")
     if is_unfinished(folder):
         return {}
     if is_bundle(folder) or Path(run).is_dir():
-        return gates(read(folder, trust=trust).model)
+        return gates_in_bundle(folder)
     if Path(run).is_file() and not run.endswith(PROGRAM_SUFFIX) and (found := gates_in(Path(run))) is not None:
         return found
     return gates(load_model(run, trust=trust))

@@ -69,6 +69,7 @@ def verify(
             "mean",
             "std",
             "trust",
+            "trust_code",
         ]
         require_none(of_a_model, "no option of a MODEL beside --against, which stands in its place")
     if save_reference is None:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import NormswapWarning
-from .options import command
+from .options import command, trusting
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from ..bundles.opening import Opened
+    from ..bundles.opening import ModelOptions, Opened
     from ..convert.recipe import Recipe, Rules
     from ..convert.targets import Target
 
@@ -65,11 +65,11 @@ def patch_back(
     return report, told, plan_table(title, report.plan.decisions, drift, drops=drops, every=every)
 
 
-def next_of_bundle(output: Path, trust: bool, example: Path | None = None) -> list[str]:
+def next_of_bundle(output: Path, known: "ModelOptions") -> list[str]:
     """Return what such a bundle is for: to be evaluated where it takes images, and to become a file without norms."""
-    trusted = ["--trust"] if trust else []
-    if example is not None:
-        return [command("export", output, *trusted, "--example", example, "-o", f"{output}.onnx")]
+    trusted = trusting(known)
+    if known.example is not None:
+        return [command("export", output, *trusted, "--example", known.example, "-o", f"{output}.onnx")]
     return [
         command("evaluate", output, "--data", "DATA", *trusted),
         command("export", output, *trusted, "-o", f"{output}.onnx"),

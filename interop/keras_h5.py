@@ -80,9 +80,7 @@ def read_keras_h5(path: Path) -> KerasWeights:
     require_readable(path, looks_at_sizes=True)
     try:
         with h5py.File(path, "r") as file:
-            links = file.id.links
-            if link := links.visit(lambda name, info: None if info.type == h5py.h5l.TYPE_HARD else name, info=True):
-                raise InputError(f"expected data at {link.decode()}, received a link; put there what it points to")
+            require_no_link(file)
             root = file.get("model_weights", file)
             _require_tensorflow_layout(root)
             found = KerasWeights({layer: _read_layer(_member(root, layer)) for layer in _names(root, "layer_names")})
@@ -165,7 +163,7 @@ def _text(value: Any) -> str:
 
 
 def _read_layer(group: Any) -> LayerWeights:
-    found = {name: _array(_member(group, name)) for name in _names(group, "weight_names")}
+    found = {name: plain_array(_member(group, name)) for name in _names(group, "weight_names")}
     try:
         return _recognise(found)
     except InputError as error:
@@ -209,7 +207,17 @@ def _member(group: Any, name: str) -> Any:
     return group[name]
 
 
-def _array(dataset: Any) -> Array:
+def require_no_link(file: Any) -> None:
+    """Raise `InputError` for an HDF5 file with a link, which can lead to another file."""
+    import h5py
+
+    links = file.id.links
+    if link := links.visit(lambda name, info: None if info.type == h5py.h5l.TYPE_HARD else name, info=True):
+        raise InputError(f"expected data at {link.decode()}, received a link; put there what it points to")
+
+
+def plain_array(dataset: Any) -> Array:
+    """Return the numbers in a dataset of HDF5; raises `InputError` for others, and for data outside of the file."""
     import h5py
 
     if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in "biuf":

@@ -116,7 +116,7 @@ def _together(decisions: Iterable["Decision"]) -> float:
 
 
 def site_row(
-    name: str, aliases: Iterable[str], source: str, channels: int, spatial: Iterable[int] | None
+    name: str, aliases: Iterable[str], source: str, channels: int | None, spatial: Iterable[int] | None
 ) -> dict[str, Any]:
     """Return what a table of sites tells of each of them first."""
     shape = None if spatial is None else "x".join(map(str, spatial))

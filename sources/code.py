@@ -6,13 +6,16 @@ import importlib.util
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
-from ..errors import InputError
+from ..errors import InputError, MissingDependencyError, NormswapError, missing
 from .files import require_file
+
+T = TypeVar("T")
 
 
 def builder(location: str, name: str, forms: str) -> Callable[[], Any]:
@@ -20,30 +23,56 @@ def builder(location: str, name: str, forms: str) -> Callable[[], Any]:
 
     A file and what it imports, then or when it is called, see the modules beside it first, as when Python runs it.
 
-    Raises `InputError` if there is none or the code fails; ``forms`` says what else a model could have been.
+    Raises `InputError` if there is none or the code fails, also when it is called, and `MissingDependencyError` if it
+    imports what is not installed; ``forms`` says what else a model could have been.
     """
+    folder = None
     if location.endswith(".py"):
         path = Path(location)
         require_file(path)
-        module = _run(path)
+        module, folder = _run(path), path.resolve().parent
     else:
-        try:
-            module = importlib.import_module(location)
-        except ModuleNotFoundError as error:
-            raise InputError(
-                f"expected a module to import or one of {forms}, received model={location}:{name} ({error})"
-            ) from None
+        module = _imported(location, f"{location}:{name}", forms)
     found = getattr(module, name, None)
     if not callable(found):
         raise InputError(f"expected a callable {name} in {location}, received {found!r}")
-    if not location.endswith(".py"):
-        return found  # type: ignore[no-any-return]
 
     def build() -> Any:
-        with _modules_of(path.resolve().parent):
-            return found()
+        with nullcontext() if folder is None else _modules_of(folder):
+            return _ran(found, location, f"expected a model from {name} in {location}, received")
 
     return build
+
+
+def _imported(location: str, spec: str, forms: str) -> ModuleType:
+    def find() -> ModuleType:
+        try:
+            return importlib.import_module(location)
+        except ModuleNotFoundError as error:
+            if error.name is None or f"{location}.".startswith(f"{error.name}."):
+                raise InputError(
+                    f"expected a module to import or one of {forms}, received model={spec} ({error})"
+                ) from None
+            raise
+
+    return _ran(find, location, f"expected Python code in {location}, received code that fails:")
+
+
+def _ran(code: Callable[[], T], location: str, expected: str) -> T:
+    """Return what the user's code in ``location`` gives; however it fails is told as theirs, but for Ctrl-C.
+
+    Raises `InputError` that begins with ``expected``, `MissingDependencyError` for an import of what is not installed,
+    and what of ours the code lets through.
+    """
+    try:
+        return code()
+    except (KeyboardInterrupt, NormswapError):
+        raise
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(missing(str(error.name), location)) from error
+    except BaseException as error:  # such as SystemExit, which would end us without a result
+        said = next(iter(str(error).splitlines()), "")
+        raise InputError(f"{expected} {type(error).__name__}{said and f': {said}'}") from error
 
 
 def _run(path: Path) -> ModuleType:
@@ -53,10 +82,8 @@ def _run(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(module_spec)
     with _modules_of(path.resolve().parent):
         first = sys.modules.setdefault(path.stem, module)
-        try:
-            module_spec.loader.exec_module(module)
-        except Exception as error:
-            raise InputError(f"expected Python code in {path}, received code that fails: {error!r}") from error
+        run = partial(module_spec.loader.exec_module, module)
+        _ran(run, str(path), f"expected Python code in {path}, received code that fails:")
     _rename(module, first.__name__)  # what it is called by now, if the file was run before
     return module
 

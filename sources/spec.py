@@ -1,6 +1,8 @@
 """What people call a model: a name in a zoo, a callable in Python code, or a file."""
 
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -16,6 +18,12 @@ FORMS = (
     "timm:NAME, torchvision:NAME, keras:NAME, file.py:callable, package.module:callable, FILE.keras, FILE.h5 or "
     "FILE.pt2"
 )
+
+_MODELS = f"{__name__.partition('.')[0]}.models"
+"""Where this library has networks of its own."""
+
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+"""A name that a zoo has an architecture by, without a way to a file or a hub."""
 
 _returned: WeakValueDictionary[int, Any] = WeakValueDictionary()
 """What callables have returned, which may be patched by now."""
@@ -68,6 +76,33 @@ def _new(model: Any, spec: str) -> Any:
     return model
 
 
+def runs_code(spec: str) -> bool:
+    """Return whether `load_source` could run code for ``spec`` that is not of this library, a zoo or Keras.
+
+    A zoo's plain name builds an architecture that the zoo itself has; other names have it fetch a model of somebody's.
+    A Keras file is read in safe mode. A ``.pt2`` file is not judged here: it takes a word of its own to be read at all.
+    """
+    kind, _, name = spec.partition(":")
+    if kind in ZOOS and name:
+        return _PLAIN.fullmatch(name) is None
+    if spec.endswith((PROGRAM_SUFFIX, *KERAS_SUFFIXES)):
+        return False
+    return bool(kind and name) and name not in _networks(kind)
+
+
+def _networks(module: str) -> Sequence[str]:
+    """Return the names of the networks in a module of this library's."""
+    if module == f"{_MODELS}.torch":
+        from ..models import torch
+
+        return torch.__all__
+    if module == f"{_MODELS}.keras":
+        from ..models import keras
+
+        return keras.__all__
+    return ()
+
+
 def relative_spec(spec: str, directory: Path) -> str:
     """Return ``spec`` with a file's path made relative to ``directory``, so that both can move together."""
     file, colon, name = spec.rpartition(":")
@@ -79,7 +114,9 @@ def relative_spec(spec: str, directory: Path) -> str:
 
 
 def absolute_spec(spec: str, directory: Path) -> str:
-    """Return ``spec`` with a relative file's path resolved against ``directory``."""
+    """Return ``spec`` with a relative file's path resolved against ``directory``; raises `InputError` for no path."""
+    if "\0" in spec:
+        raise InputError(f"expected a model as {FORMS}, received model={spec!r}")
     file, colon, name = spec.rpartition(":")
     if file.endswith(".py"):
         return f"{(directory / file).resolve()}{colon}{name}"

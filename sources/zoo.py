@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 from ..errors import InputError, MissingDependencyError, NormswapError
@@ -23,7 +24,15 @@ def _timm(name: str, pretrained: bool) -> Any:
 
 def _torchvision(name: str, pretrained: bool) -> Any:
     models = _import("torchvision.models", "pip install torchvision, built for the installed torch")
-    return _from_zoo("torchvision", name, lambda: models.get_model(name, weights="DEFAULT" if pretrained else None))
+
+    def build() -> Any:
+        if pretrained:
+            return models.get_model(name, weights="DEFAULT")
+        # A detector's backbone has weights of its own, which are fetched unless they are refused.
+        parts = signature(models.get_model_builder(name)).parameters.keys() & {"weights", "weights_backbone"}
+        return models.get_model(name, **dict.fromkeys(parts))
+
+    return _from_zoo("torchvision", name, build)
 
 
 def _keras_application(name: str, pretrained: bool) -> Any:

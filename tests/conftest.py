@@ -9,6 +9,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores are enough
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_state(tmp_path_factory):
+    """Have bundles remembered in a folder of this session's, by the commands that tests start too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A folder for models, beside which a secret lies that no model may read."""

@@ -62,6 +62,7 @@ def finetune(
     resume: bool = False,
     overwrite: bool = False,
     trust: bool = False,
+    trust_code: bool = False,
     record: Mapping[str, Any] | None = None,
     draw: bool = True,
     on_step: OnStep | None = None,
@@ -73,7 +74,7 @@ def finetune(
     folder ``run`` in the output has the settings as ``run.toml`` with ``record`` beside them, the curves as
     ``metrics.csv`` and ``epochs.csv``, for TensorBoard and (unless ``draw=False``, or without matplotlib) as
     ``curves.png``, and checkpoints. With ``resume`` a run found there goes on, bit for bit as if it had not stopped,
-    and one is started where there is none. ``trust`` is that of `normswap.load`. ``on_step`` is
+    and one is started where there is none. ``trust`` and ``trust_code`` are those of `normswap.load`. ``on_step`` is
     told the number of steps taken and their figures, in the process of rank 0.
 
     Raises `InputError` if there is no original to distil from, if the run found used other settings or data, if another
@@ -81,8 +82,9 @@ def finetune(
     `VerificationError` if the loss is not finite, in which case the last checkpoint's model is the output;
     `StoppedError` after Ctrl-C or SIGTERM, once the step is done and saved.
     """
-    bundle = source if isinstance(source, bundles.Bundle) else bundles.read(source, trust=trust)
-    run = _Run(bundle, Path(output), data, settings, eval_data, on_step, draw)
+    if not isinstance(source, bundles.Bundle):
+        source = bundles.read(source, trust=trust, trust_code=trust_code)
+    run = _Run(source, Path(output), data, settings, eval_data, on_step, draw)
     run.check(resume=resume, overwrite=overwrite)
     with run.folder.locked():
         run.begin(record or {}, resume=resume)

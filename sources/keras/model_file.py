@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...errors import InputError, MissingDependencyError
+from ...errors import InputError, MissingDependencyError, missing
 from ..archives import require_whole
 from ..code import is_elsewhere
 from ..files import require_file
@@ -24,6 +24,7 @@ def read_model(path: Path) -> Any:
         require_whole(path, "a Keras model")
     require_readable(path)
     keras = import_keras()
+    require_h5py(path)
     from ...layers import keras as _ours  # noqa: F401 - for Keras to know them, where the file holds some
 
     try:
@@ -34,6 +35,14 @@ def read_model(path: Path) -> Any:
             f"expected a Keras model in {path}, received a file Keras refuses: {said.rstrip('.')}{_way_out(path, said)}"
         )
         raise InputError(message) from error
+
+
+def require_h5py(path: Path) -> None:
+    """Raise `MissingDependencyError` without h5py, whose absence Keras would tell as a damaged file."""
+    try:
+        import h5py  # noqa: F401
+    except ModuleNotFoundError:
+        raise MissingDependencyError(missing("h5py", str(path))) from None
 
 
 @contextmanager

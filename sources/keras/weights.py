@@ -8,7 +8,7 @@ from ..archives import require_whole
 from ..files import require_file
 from ..misfit import PatchedWeightsError, patched_way_out
 from .hdf5 import require_readable
-from .model_file import reason
+from .model_file import reason, require_h5py
 from .other_norms import has_other_norms, holds_other_norms
 
 HDF5_SUFFIXES = (".h5", ".hdf5")
@@ -19,6 +19,7 @@ def load_weights(model: Any, path: Path) -> None:
     require_file(path)
     if path.suffix == ".keras":
         require_whole(path, "weights for this model")
+    require_h5py(path)
     require_readable(path)
     if path.suffix in HDF5_SUFFIXES and holds_other_norms(path) and not has_other_norms(model):
         # Keras would take those of Batch Renormalization for a BatchNorm's, whatever their epsilon and order.

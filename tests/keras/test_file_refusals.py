@@ -1,11 +1,14 @@
 """What the command line says of Keras files that need code of the user's: Keras's reason, and our way out."""
 
+import sys
 import zipfile
 
 import keras
 import pytest
+from click.testing import CliRunner
 from keras import layers
 
+from normswap.cli import main
 from normswap.errors import InputError
 from normswap.sources.keras.weights import load_weights
 from normswap.sources.spec import FORMS, load_source
@@ -65,6 +68,17 @@ def test_a_saved_model_is_told_from_a_typing_error(tmp_path):
     )
     with pytest.raises(InputError, match=exactly(message)):
         load_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["m.h5", "m.keras"])
+def test_without_h5py(tmp_path, monkeypatch, name):
+    """A package that is missing is told as that, not as a damaged file."""
+    keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()]).save(tmp_path / name)
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    result = CliRunner().invoke(main, ["inspect", f"{tmp_path}/{name}"])
+
+    message = f"error: {tmp_path}/{name} needs h5py: pip install 'normswap[keras]'\n"
+    assert (result.exit_code, result.stderr) == (6, message)
 
 
 class TestDamage:

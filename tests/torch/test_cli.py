@@ -335,7 +335,7 @@ def test_overwrite_replaces_a_bundle_whole(run, folder, tmp_path):
         (["plot", "gn", "-o", "photos.png"], "a regular file", "a folder"),
         (["patch", *MODEL, "--to", "sn", "-o", "photos"], "a bundle", "a folder"),
         (["patch", *MODEL, "--to", "sn", "-o", "net.pth"], "a bundle", "a file"),
-        (["finetune", "gn", "--data", "data.npz", "-o", "photos"], "a bundle", "a folder"),
+        (["finetune", "gn", "--trust-code", "--data", "data.npz", "-o", "photos"], "a bundle", "a folder"),
     ],
     ids=lambda value: " ".join(value[:1]) if isinstance(value, list) else value,
 )

@@ -242,10 +242,7 @@ class TestConfig:
         assert code == 2
         expected = f"expected options of this command in {tmp_path}/other.toml, received stepps; there are accumulate, "
         assert expected in err
-        assert (
-            ", steps, sync_statistics, teacher, temperature, train, trust, warmup, weight_decay, weights, workers\n"
-            in err
-        )
+        assert ", steps, sync_statistics, teacher, temperature, train, warmup, weight_decay, weights, workers\n" in err
         assert not (tmp_path / "out").exists()
 
 

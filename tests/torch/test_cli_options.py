@@ -238,7 +238,7 @@ def test_a_bundle_without_its_original_is_exported(run, folder, tmp_path):
     """There is nothing to time it beside, and no need to."""
     bundle.save(replace(bundle.read(folder / "gn"), has_original=False), tmp_path / "b")
 
-    assert run("export", tmp_path / "b", "-o", tmp_path / "b.onnx")[0] == 0
+    assert run("export", tmp_path / "b", "--trust-code", "-o", tmp_path / "b.onnx")[0] == 0
     assert onnx.load(tmp_path / "b.onnx").producer_name == "normswap"
 
 

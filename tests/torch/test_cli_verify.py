@@ -11,6 +11,7 @@ import torch
 from click.testing import CliRunner
 from onnx import numpy_helper
 
+from normswap.bundles.written import remember
 from normswap.cli import main
 
 CODE = """
@@ -43,6 +44,7 @@ def written(tmp_path_factory):
 def run(written, tmp_path, monkeypatch):
     """A function that runs a command in a folder of the test's own; returns exit code, what --json says, and text."""
     shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+    remember(tmp_path / "gn", f"{tmp_path}/net.py:build")  # as if it was written there
     monkeypatch.chdir(tmp_path)
 
     def invoke(*arguments):

@@ -6,18 +6,21 @@ import os
 import pickle
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import safetensors.torch
 import torch
+from click.testing import CliRunner
 from torch import nn
 
 import normswap
 from normswap.bundles import bundle
 from normswap.bundles.source import load_model
+from normswap.cli import main
 from normswap.data.preprocessing import Preprocessing, preprocessing_of
 from normswap.errors import InputError, MissingDependencyError, UnsupportedError
-from normswap.sources.spec import absolute_spec, relative_spec
+from normswap.sources.spec import absolute_spec, load_source, relative_spec, runs_code
 from normswap.sources.torch.state_dict import load_state_dict, read_state_dict
 
 from ..helpers import exactly
@@ -42,6 +45,35 @@ def network(tmp_path):
     (tmp_path / "network.py").write_text(CODE)
     (tmp_path / "helper.py").write_text("WIDTH = 4\n")
     return f"{tmp_path}/network.py:build"
+
+
+@pytest.mark.parametrize(
+    ("spec", "runs"),
+    [
+        ("timm:resnet18", False),
+        ("timm:resnet50.a1_in1k", False),
+        ("torchvision:resnet18", False),
+        ("keras:ResNet50", False),
+        ("normswap.models.torch:resnet18_v1", False),
+        ("normswap.models.torch:partial", True),
+        ("normswap.models:torch", True),
+        ("normswap.cli:main", True),
+        ("timm:hf-hub:stranger/x", True),
+        ("timm:stranger/x", True),
+        ("timm:resnet18\n", True),
+        ("torchvision:../x", True),
+        ("net.py:build", True),
+        ("package.module:build", True),
+        ("os:abort", True),
+        ("net.keras", False),
+        ("net.pt2", False),
+        ("resnet18", False),
+        (":build", False),
+    ],
+)
+def test_which_sources_are_code(spec, runs):
+    """A zoo's plain names, networks of this library's and files are none; what names nothing is refused elsewhere."""
+    assert runs_code(spec) is runs
 
 
 class TestModels:
@@ -74,8 +106,81 @@ class TestModels:
     def test_code_that_fails(self, tmp_path):
         """An error in the user's code is reported as theirs."""
         (tmp_path / "bad.py").write_text("1 / 0\n")
-        with pytest.raises(InputError, match="received code that fails: ZeroDivisionError"):
+        message = (
+            f"expected Python code in {tmp_path}/bad.py, received code that fails: ZeroDivisionError: division by "
+        )
+        with pytest.raises(InputError, match=exactly(f"{message}zero")):
             load_model(f"{tmp_path}/bad.py:f")
+
+    @pytest.mark.parametrize("where", ["file", "module"])
+    @pytest.mark.parametrize(
+        ("raised", "told"),
+        [
+            ("ValueError('no weights\\nat all')", "ValueError: no weights"),
+            ("FileNotFoundError(2, 'gone', 'net.pth')", "FileNotFoundError: [Errno 2] gone: 'net.pth'"),
+            ("SystemExit(0)", "SystemExit: 0"),
+            ("SystemExit()", "SystemExit"),
+            ("__import__('asyncio').CancelledError", "CancelledError"),
+            ("__import__('click').Abort", "Abort"),
+        ],
+    )
+    def test_a_callable_that_raises(self, tmp_path, monkeypatch, where, raised, told):
+        """It is named, with the kind of its error and its first line; nothing it raises ends us without a word."""
+        name = f"raising_{abs(hash(raised))}"
+        (tmp_path / f"{name}.py").write_text(f"def build():\n    raise {raised}\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        location = name if where == "module" else f"{tmp_path}/{name}.py"
+
+        with pytest.raises(InputError, match=exactly(f"expected a model from build in {location}, received {told}")):
+            load_model(f"{location}:build")
+
+    @pytest.mark.parametrize("where", ["file", "module"])
+    def test_code_that_ends_the_process(self, tmp_path, monkeypatch, where):
+        """A script whose work is not in a function is told as one that fails."""
+        (tmp_path / f"ending_{where}.py").write_text("import sys\n\nsys.exit('done')\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        location = f"ending_{where}" if where == "module" else f"{tmp_path}/ending_{where}.py"
+        message = f"expected Python code in {location}, received code that fails: SystemExit: done"
+
+        with pytest.raises(InputError, match=exactly(message)):
+            load_model(f"{location}:build")
+
+    def test_code_that_is_stopped(self, tmp_path):
+        """Ctrl-C is the user's."""
+        (tmp_path / "slow.py").write_text("def build():\n    raise KeyboardInterrupt\n")
+        with pytest.raises(KeyboardInterrupt):
+            load_model(f"{tmp_path}/slow.py:build")
+
+    def test_code_that_is_refused_by_us(self, tmp_path):
+        """An error of ours in it says what it says."""
+        code = "import normswap\n\ndef build():\n    return normswap.load('gone')\n"
+        (tmp_path / "loads.py").write_text(code)
+        with pytest.raises(InputError, match="^expected a bundle in gone, received no folder; make one with"):
+            load_model(f"{tmp_path}/loads.py:build")
+
+    @pytest.mark.parametrize(
+        ("package", "told"),
+        [
+            ("torch", "pip install 'normswap[torch]'"),
+            ("h5py", "pip install 'normswap[keras]'"),
+            ("no_such_library.nn", None),
+        ],
+    )
+    @pytest.mark.parametrize("late", [False, True])
+    def test_code_that_imports_what_is_not_installed(self, tmp_path, monkeypatch, package, told, late):
+        """The package is named, and how to install what is ours to know: it is no fault of the code."""
+        if told is not None:
+            monkeypatch.setitem(sys.modules, package, None)
+        line = f"import {package}"
+        (tmp_path / "net.py").write_text(f"def build():\n    {line}\n" if late else f"{line}\n")
+        top = package.partition(".")[0]
+        needs = f"{tmp_path}/net.py needs {top}"
+        message = f"{needs}: {told}" if told else f"{needs}, which is not installed; install it"
+
+        with pytest.raises(MissingDependencyError, match=exactly(message)):
+            load_model(f"{tmp_path}/net.py:build")
+        result = CliRunner().invoke(main, ["inspect", f"{tmp_path}/net.py:build"])
+        assert (result.exit_code, result.stderr) == (6, f"error: {message}\n")
 
     def test_the_same_model_again(self, tmp_path, monkeypatch):
         """A callable that returns what it returned before is refused: that may be patched or trained by now."""
@@ -101,6 +206,30 @@ class TestModels:
         monkeypatch.setitem(__import__("sys").modules, "timm", None)
         with pytest.raises(MissingDependencyError, match="^a timm: model needs timm: pip install timm"):
             load_model("timm:resnet18")
+
+    @pytest.mark.parametrize(("pretrained", "given"), [(True, {"weights": "DEFAULT"}), (False, {"weights": None})])
+    @pytest.mark.parametrize("detector", [False, True])
+    def test_a_zoo_whose_backbones_have_weights(self, monkeypatch, pretrained, given, detector):
+        """An architecture alone is built without the weights that torchvision has for a detector's backbone."""
+        asked = {}
+
+        def plain(*, weights=None):
+            asked.update(weights=weights)
+            return nn.ReLU()
+
+        def with_backbone(*, weights=None, weights_backbone="IMAGENET1K_V1"):
+            asked.update(weights=weights, weights_backbone=weights_backbone)
+            return nn.ReLU()
+
+        built = with_backbone if detector else plain
+        models = ModuleType("torchvision.models")
+        models.get_model_builder = lambda name: built
+        models.get_model = lambda name, **options: built(**options)
+        monkeypatch.setitem(sys.modules, "torchvision", ModuleType("torchvision"))
+        monkeypatch.setitem(sys.modules, "torchvision.models", models)
+        load_source("torchvision:net", pretrained=pretrained)
+
+        assert asked == given | ({"weights_backbone": "IMAGENET1K_V1" if pretrained else None} if detector else {})
 
     def test_preprocessing(self, network):
         """A model's pretrained_cfg tells its input; arguments come first; without either it is unknown."""
@@ -315,13 +444,13 @@ class TestBundle:
         assert found.preprocessing.mean == (0.5, 0.4, 0.3)
 
     def test_a_bundle_moves_with_its_code(self, network, tmp_path):
-        """Moved together, bundle and code still find each other."""
+        """Moved together, bundle and code still find each other, the code run where it is trusted."""
         bundle.save(normswap.patch(load_model(network), "gn"), tmp_path / "b", source=network)
         (tmp_path / "elsewhere").mkdir()
         for name in ("b", "network.py", "helper.py"):
             (tmp_path / name).rename(tmp_path / "elsewhere" / name)
 
-        assert isinstance(normswap.load(tmp_path / "elsewhere" / "b")[1], nn.GroupNorm)
+        assert isinstance(normswap.load(tmp_path / "elsewhere" / "b", trust_code=True)[1], nn.GroupNorm)
 
     def test_without_a_source(self, network, tmp_path):
         """A bundle that does not know its architecture loads into a model that is given."""
