@@ -20,8 +20,10 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,13 @@ mutations = module_from_spec(_spec)
 _spec.loader.exec_module(mutations)
 
 Fingerprint = Callable[[Path], Any]
-LIMIT = 30.0
+LIMIT = 60.0
+IMPORTED = (
+    *("torch", "torch._dynamo", "numba", "scipy.optimize", "onnx", "onnxruntime", "PIL.Image", "pydantic", "psutil"),
+    *("matplotlib.pyplot", "accelerate", "tensorboardX", "normswap.bundles.opening", "normswap.patchers.torch.patch"),
+    *("normswap.finetune.run.run", "normswap.finetune.run.plots", "normswap.finetune.run.torch.trainer"),
+    *("normswap.verification.verify", "normswap.verification.inference", "normswap.layers.torch.kernels"),
+)
 SHOWN = 20
 
 NETWORK = """
@@ -312,11 +320,12 @@ def main() -> None:
     names = options.formats.split(",")
     keras = bool({"keras", "h5"} & {*names})
 
+    for module in (*IMPORTED, *(["keras"] if keras else [])):  # once, for the children
+        with suppress(ImportError):
+            import_module(module)
     import torch
 
     torch.set_num_threads(1)
-    if keras:
-        pass  # once, for the children
     work = Path(tempfile.mkdtemp(prefix="fuzz-"))
     base = work / "base"
     base.mkdir()
@@ -325,28 +334,35 @@ def main() -> None:
               if FORMATS[n].read}  # fmt: skip
     counts: dict[str, Counter[Any]] = {name: Counter() for name in names}
     faults: list[str] = []
-    for name, draw in inputs(names, options.count, options.seed):
-        folder = work / "input"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        for top in {pattern.partition("/")[0] for pattern in FORMATS[name].files}:
-            source = base / top
-            shutil.copytree(source, folder / top) if source.is_dir() else shutil.copy2(source, folder / top)
-        expected = None if mutated(name, folder, draw) else wanted.get(name)
-        found = in_child(partial(attempt, name, base, folder, expected), LIMIT)
-        counts[name][found["code"]] += 1
-        if found["code"] in (1, "hang", "crash", "differs"):
-            faults.append(f"{name}: {found['code']}: {found['said']}")
-            if options.keep is not None:
-                shutil.copytree(folder, options.keep / f"{len(faults)}-{name}", dirs_exist_ok=True)
+    try:
+        for name, draw in inputs(names, options.count, options.seed):
+            folder = work / "input"
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            for top in {pattern.partition("/")[0] for pattern in FORMATS[name].files}:
+                source = base / top
+                shutil.copytree(source, folder / top) if source.is_dir() else shutil.copy2(source, folder / top)
+            expected = None if mutated(name, folder, draw) else wanted.get(name)
+            found = in_child(partial(attempt, name, base, folder, expected), LIMIT)
+            counts[name][found["code"]] += 1
+            if found["code"] in (1, "hang", "crash", "differs"):
+                faults.append(f"{name}: {found['code']}: {found['said']}")
+                if options.keep is not None:
+                    shutil.copytree(folder, options.keep / f"{len(faults)}-{name}", dirs_exist_ok=True)
+    finally:  # as far as it came
+        table(counts, faults)
+        shutil.rmtree(work)
+    raise SystemExit(bool(faults))
+
+
+def table(counts: Mapping[str, Counter[Any]], faults: list[str]) -> None:
+    """Print how many inputs of each format ended in which exit code, and what was a fault."""
     codes = sorted({code for each in counts.values() for code in each}, key=str)
     print(f"{'format':12}", *(f"{code!s:>8}" for code in codes), f"{'all':>8}")
     for name, each in counts.items():
         print(f"{name:12}", *(f"{each[code]:8}" for code in codes), f"{sum(each.values()):8}")
     for fault, times in Counter(faults).most_common(SHOWN):
         print(f"{times} x {fault}")
-    shutil.rmtree(work)
-    raise SystemExit(bool(faults))
 
 
 if __name__ == "__main__":
