@@ -5,7 +5,7 @@ BIN := .venv/bin
 FILES := .venv/files
 PEERS := build/peers
 
-.PHONY: demo test lint bench zoo docs clean always
+.PHONY: demo test lint bench zoo fuzz docs clean always
 
 demo: $(FILES)
 	$(BIN)/normswap demo
@@ -26,6 +26,10 @@ bench: $(FILES) $(PEERS)
 zoo: $(FILES) build/zoo
 	$(BIN)/python benchmarks/recipes.py
 	$(BIN)/python benchmarks/zoo.py --jobs 2 --results build/zoo.jsonl
+
+# For a night.
+fuzz: $(FILES)
+	$(BIN)/python benchmarks/fuzz.py --count 5000
 
 docs: $(FILES)
 	$(BIN)/pip install -q -c constraints.txt mkdocs-material

@@ -1,6 +1,7 @@
 """How the command line reads numbers and shows results and errors: tables, bars, and one JSON object."""
 
 import json
+import logging
 import math
 import os
 import signal
@@ -46,7 +47,7 @@ class Group(click.Group):
     def invoke(self, context: click.Context) -> Any:
         """Run a command; an error ends it with its message and code, told as JSON too where that was asked for."""
         try:
-            with command_line(), warnings.catch_warnings(), _unwound():
+            with command_line(), _notes(), warnings.catch_warnings(), _unwound():
                 warnings.showwarning = _show_warning
                 return super().invoke(context)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
@@ -126,6 +127,28 @@ def _unwound() -> Iterator[None]:
     finally:
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def _notes() -> Iterator[None]:
+    """Tell of each `note` once, on stderr."""
+    told: set[str] = set()
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if (message := record.getMessage()) not in told:
+                told.add(message)
+                click.echo(f"note: {message}", err=True)
+
+    logger, handler = logging.getLogger("normswap"), Handler(logging.INFO)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:

@@ -1,8 +1,9 @@
 """The errors normswap raises on purpose, each with the exit code the command line gives it."""
 
+import logging
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -81,6 +82,24 @@ def option(name: str, value: Any = True) -> str:
     """Return how an option is given: ``--overwrite`` or ``overwrite=True``, ``--exclude bn1`` or ``exclude='bn1'``."""
     command = named(name) if value is True else f"{named(name)} {shlex.quote(str(value))}"
     return spoken(command, f"{name}={value!r}")
+
+
+LISTED = 10
+"""How many lines of a list a message shows."""
+
+
+def listed(lines: Sequence[str], indent: str = "  ") -> str:
+    """Return the first `LISTED` of the lines, one under the other, and how many more there are."""
+    more = [f"and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
+    return "\n".join(f"{indent}{line}" for line in [*lines[:LISTED], *more])
+
+
+_logger = logging.getLogger("normswap")
+
+
+def note(message: str) -> None:
+    """Tell what was done and is as it should be: a line at the command line, a log record of "normswap" in Python."""
+    _logger.info(message)
 
 
 def said(error: BaseException) -> str:

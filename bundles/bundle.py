@@ -192,7 +192,8 @@ def write(
                 )
             shutil.copy2(before.original_weights, temporary / f"original{suffix}")
         recipe = _as_it_is(known.recipe, known.model)
-        (temporary / MANIFEST).write_text(manifest_of(temporary, directory, recipe, source, preprocessing))
+        manifest = manifest_of(temporary, directory, recipe, source, preprocessing)
+        (temporary / MANIFEST).write_text(manifest, encoding="utf-8")
     _remember(directory, source, own=own)
 
 
@@ -259,7 +260,7 @@ def save_into(bundle: Bundle, directory: Path, *, without: Collection[str] = ())
             shutil.copy2(bundle.original_weights, temporary / bundle.original_weights.name)
         recipe = _as_it_is(bundle.recipe, bundle.model)
         text = manifest_of(temporary, directory, recipe, bundle.source, bundle.preprocessing)
-        (temporary / MANIFEST).write_text(text)
+        (temporary / MANIFEST).write_text(text, encoding="utf-8")
         written = {file.name for file in temporary.iterdir()}
         if not os.path.ismount(directory):
             _link(directory, temporary, without={*weights, MANIFEST, *without})
@@ -317,12 +318,9 @@ def load(directory: str | Path, *, model: Any = None, trust: bool = False, trust
 def read(directory: str | Path, *, model: Any = None, trust: bool = False, trust_code: bool = False) -> Bundle:
     """Return everything in a bundle; see `load`."""
     directory = Path(directory)
-    manifest = read_manifest(directory)
-    framework = manifest["framework"]
-    recipe = Recipe.from_dict(manifest["recipe"])
-    source = None if manifest["source"] is None else absolute_spec(manifest["source"], directory)
-    settings = manifest.get("preprocessing")
-    preprocessing = None if settings is None else Preprocessing.from_dict(settings)
+    manifest, recipe = read_manifest(directory)
+    framework, preprocessing = manifest.framework, manifest.preprocessing
+    source = None if manifest.source is None else absolute_spec(manifest.source, directory)
     weights = directory / f"model{SUFFIX[framework]}"
     bundle = Bundle(
         directory=directory,
@@ -330,7 +328,7 @@ def read(directory: str | Path, *, model: Any = None, trust: bool = False, trust
         recipe=recipe,
         source=source,
         preprocessing=preprocessing,
-        has_original=f"original{SUFFIX[framework]}" in manifest["sha256"],
+        has_original=f"original{SUFFIX[framework]}" in manifest.sha256,
         trust=trust_in(directory, source, code=trust_code, program=trust),
     )
     if framework == "keras":

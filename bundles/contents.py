@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
-from safetensors import SafetensorError, safe_open
-
 from ..convert.recipe import Recipe
 from ..errors import InputError
+from ..formats.fields import read
+from ..formats.place import Place
+from ..sources.tensors import header_of
 from ..sources.weights import SUFFIX
 from .manifest import read_manifest
 
@@ -36,6 +37,15 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class _Tensor:
+    """What the header of a safetensors file tells of a tensor."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class KerasLayer:
     """A layer that a Keras file's configuration tells of: the path of names to it, its own name, class and arguments.
 
@@ -51,9 +61,8 @@ class KerasLayer:
 
 def weights_of(directory: Path) -> tuple[Path, Recipe]:
     """Return the file with a bundle's weights, and its recipe; raises `InputError` as `read_manifest` does."""
-    manifest = read_manifest(directory)
-    recipe = Recipe.from_dict(manifest["recipe"])
-    return directory / f"model{SUFFIX[manifest['framework']]}", recipe
+    _, recipe = read_manifest(directory)
+    return directory / f"model{SUFFIX[recipe.framework]}", recipe
 
 
 def norms_in(directory: Path) -> list[Norm]:
@@ -109,13 +118,10 @@ def _layers(value: Any, path: str | None) -> Iterator[KerasLayer]:
 def _in_torch(path: Path) -> Iterator[Norm]:
     """Yield the norms that a state dict tells of: what keeps running statistics, and SN's and BRN's own parts."""
     parts: dict[str, dict[str, list[int]]] = defaultdict(dict)
-    try:
-        with safe_open(path, "np") as file:
-            for key in file.keys():  # noqa: SIM118 - no mapping
-                stem, _, part = key.rpartition(".")
-                parts[stem][part] = file.get_slice(key).get_shape()
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"expected weights in {path}, received a damaged file: {error}") from None
+    told = {key: value for key, value in header_of(path).items() if key != "__metadata__"}
+    for key, tensor in read(dict[str, _Tensor], told, Place(str(path), remedy="get the file once more")).items():
+        stem, _, part = key.rpartition(".")
+        parts[stem][part] = tensor.shape
     for stem in sorted(parts, key=by_number):
         here = parts[stem]
         kind = "sn" if {"mean_weight", "var_weight"} <= here.keys() else "brn" if "r_max" in here else None

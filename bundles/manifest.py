@@ -1,14 +1,19 @@
 """What a bundle's folder says of itself, and which folders are bundles."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .. import __version__
 from ..convert.recipe import Recipe
 from ..data.preprocessing import Preprocessing
 from ..errors import InputError, OutputExistsError, option, spoken
-from ..sources.files import sha256
+from ..formats.fields import read
+from ..formats.place import Place, shown
+from ..formats.seal import sealed, unsealed
+from ..formats.text import json_object
+from ..sources.listing import listing, require_listed
 from ..sources.outputs import Kind, require_output
 from ..sources.spec import relative_spec
 from ..sources.weights import SUFFIX
@@ -16,54 +21,74 @@ from ..sources.weights import SUFFIX
 MANIFEST = "normswap.json"
 RUN = "run"
 """The folder in a bundle that tells of the fine-tuning it came from; it is there before the rest."""
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""The first had no seal, and its list of files could be cut."""
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """Return what the manifest in ``directory`` says, every file it lists as it was saved.
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle tells: how it was made, by which version, and the hashes of its files."""
 
-    Raises `InputError` if it is no bundle's or a file is missing or has changed.
+    schema_version: Literal[2]
+    normswap: str
+    framework: Literal["torch", "keras"]
+    source: str | None
+    recipe: dict[str, Any]
+    preprocessing: Preprocessing | None
+    sha256: dict[str, str]
+
+
+def read_manifest(directory: Path) -> tuple[Manifest, Recipe]:
+    """Return what the manifest in ``directory`` says and the recipe in it, all files as they were saved.
+
+    Raises `InputError` if it is no bundle's, has changed, or is not that of the files in the folder.
     """
-    try:
-        manifest = json.loads((directory / MANIFEST).read_text())
-        version = manifest["schema_version"]
-        if version != SCHEMA_VERSION:
-            raise InputError(f"expected a bundle of schema_version={SCHEMA_VERSION}, received schema_version={version}")
-        if manifest["framework"] not in SUFFIX:
-            raise InputError(f"expected a framework out of torch, keras, received {manifest['framework']!r}")
-        hashes = dict(manifest["sha256"])
-        manifest["recipe"], manifest["source"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
-        if not (directory / MANIFEST).exists():
-            received = f"a folder without {MANIFEST}" if directory.is_dir() else "no folder"
-            advice = f"make one with {spoken('`normswap patch`', '`normswap.save`')}"
-            if is_unfinished(directory):
-                received, advice = "a fine-tuning run that has not ended", f"repeat it with {option('resume')}"
-            raise InputError(f"expected a bundle in {directory}, received {received}; {advice}") from None
-        raise InputError(f"expected a bundle in {directory}, received a folder without one: {error}") from None
-    for name, digest in hashes.items():
-        file = directory / Path(name).name
-        if not file.is_file() or sha256(file) != digest:
-            raise InputError(f"expected {file} as it was saved, received a file that is missing or has changed")
-    return manifest  # type: ignore[no-any-return]
+    path = directory / MANIFEST
+    if not path.is_file():
+        received = f"a folder without {MANIFEST}" if directory.is_dir() else "no folder"
+        advice = f"make one with {spoken('`normswap patch`', '`normswap.save`')}"
+        if is_unfinished(directory):
+            received, advice = "a fine-tuning run that has not ended", f"repeat it with {option('resume')}"
+        raise InputError(f"expected a bundle in {directory}, received {received}; {advice}")
+    place = Place(str(path), remedy="take the bundle from where it came once more, or patch the model again")
+    data = json_object(path.read_bytes(), place)
+    version = data.get("schema_version")
+    if version != SCHEMA_VERSION or isinstance(version, bool):
+        raise InputError(
+            f"expected a bundle of schema_version={SCHEMA_VERSION} in {directory}, received "
+            f"schema_version={shown(version)}; patch the model again"
+        )
+    manifest = read(Manifest, unsealed(data, place), place)
+    recipe = Recipe.from_dict(manifest.recipe, place.of("recipe"))
+    if recipe.framework != manifest.framework:
+        raise InputError(place.of("recipe", "framework").said(repr(manifest.framework), repr(recipe.framework)))
+    names = [f"{which}{suffix}" for which in ("model", "original") for suffix in SUFFIX.values()]
+    require_listed(directory, manifest.sha256, [f"model{SUFFIX[recipe.framework]}"], names, place.of("sha256"))
+    return manifest, recipe
 
 
 def manifest_of(
     folder: Path, directory: Path, recipe: Recipe, source: str | None, preprocessing: Preprocessing | None
 ) -> str:
-    """Return the manifest of the weights in ``folder``, which are to lie in ``directory``."""
+    """Return the manifest of the weights in ``folder``, which are to lie in ``directory``.
+
+    Raises `InputError` for a source of a name that is no text, which JSON cannot hold.
+    """
+    relative = None if source is None else relative_spec(source, directory)
+    try:
+        str(relative).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"expected a source whose path is UTF-8, received {relative!r}; rename it") from None
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "normswap": __version__,
         "framework": recipe.framework,
-        "source": None if source is None else relative_spec(source, directory),
+        "source": relative,
         "recipe": recipe.to_dict(),
         "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
-        "sha256": {file.name: sha256(file) for file in sorted(folder.iterdir())},
+        "sha256": listing(folder),
     }
-    return json.dumps(manifest, indent=2) + "\n"
+    return json.dumps(sealed(manifest), indent=2) + "\n"
 
 
 def is_bundle(path: str | Path) -> bool:

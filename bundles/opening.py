@@ -1,6 +1,7 @@
 """A MODEL argument of the command line, opened: a bundle, or anything `normswap.sources.spec` knows."""
 
 import copy
+import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from ..data.named import NamedInputs
 from ..data.preprocessing import Preprocessing, preprocessing_of
 from ..errors import InputError, UnsupportedError, UsageError, named, option
 from ..frameworks.detect import framework_of, get_framework
+from ..sources.memory import require_memory
 from ..sources.named_arrays import read_inputs
 from ..sources.spec import PROGRAM_SUFFIX
 from . import bundle as bundles
@@ -123,8 +125,11 @@ class Opened:
         shape = shape or (self.preprocessing.shape if self.preprocessing else None)
         if options.example is not None:
             self.example: Any = read_inputs(options.example)
+        elif shape is None:
+            self.example = None
         else:
-            self.example = None if shape is None else get_framework(self.model).zeros(self.model, shape)
+            require_memory(8 * math.prod(shape), f"two samples of shape {','.join(map(str, shape))}")
+            self.example = get_framework(self.model).zeros(self.model, shape)
 
     def require_preprocessing(self, otherwise: str = "models of other inputs are trained in Python") -> Preprocessing:
         """Return how images become the model's input; raises `InputError` if the shape of one is not known.

@@ -1,7 +1,6 @@
 """The command that trains a patched model: finetune."""
 
 import json
-import tomllib
 import warnings
 from contextlib import nullcontext
 from dataclasses import fields
@@ -57,10 +56,16 @@ def _read_config(context: click.Context, parameter: click.Parameter, path: Path 
     """Take the options in a TOML file where the command line gives none."""
     if path is None:
         return
+    from ..formats.place import Place
+    from ..formats.text import from_toml
+
     try:
-        found = {name.replace("-", "_"): value for name, value in tomllib.loads(path.read_text()).items()}
-    except (OSError, ValueError) as error:
+        said = from_toml(path.read_bytes(), Place(str(path)))
+    except OSError as error:
         raise click.BadParameter(f"expected a TOML file, received {path}: {error}") from None
+    except InputError as error:
+        raise click.BadParameter(str(error)) from None
+    found = {name.replace("-", "_"): value for name, value in said.items()}
     unread = (None, "config", *_TRUST)
     known = {each.name: each.type for each in context.command.params if each.name not in unread}
     if unknown := sorted(found.keys() - known.keys()):
@@ -74,8 +79,8 @@ def _read_config(context: click.Context, parameter: click.Parameter, path: Path 
             expected = "text, a number or a list of these"
         parts = value if isinstance(value, list) and name in _LISTS else [value]
         if any(type(part) not in types for part in parts):
-            said = json.dumps(value, default=str)
-            raise click.BadParameter(f"expected {expected} in {path}, received {name}={said}")
+            shown = json.dumps(value, default=str)
+            raise click.BadParameter(f"expected {expected} in {path}, received {name}={shown}")
     context.default_map = {name: _as_text(value) for name, value in found.items()}
 
 

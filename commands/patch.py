@@ -227,12 +227,13 @@ def _target(name: str, groups: int | str | None, start: str | None, batch_statis
 def _recipe(path: Path | None) -> "Recipe | Rules":
     """Return what the file of --recipe says."""
     from ..convert.recipe import recipe_from_json
+    from ..formats.place import Place
     from ..sources.files import require_file
 
     require_none(["groups", "start", "batch_statistics"], "a recipe that says what layers become")
     assert path is not None
     require_file(path, "a recipe")
-    return recipe_from_json(path.read_bytes())
+    return recipe_from_json(path.read_bytes(), Place(str(path)))
 
 
 def _told(plan: Any, output: Path | None, recipe: Any = None) -> dict[str, Any]:

@@ -6,11 +6,14 @@ write by hand: targets by name, depth or stage, which a plan resolves to a recip
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from ..errors import InputError
-from .targets import Mode, Target, as_mode, as_target, target_from_dict, target_to_dict
+from ..formats.fields import read
+from ..formats.place import Place
+from ..formats.text import json_object
+from .targets import Mode, Target, as_target, target_from_dict, target_to_dict
 
 SCHEMA_VERSION = 1
 
@@ -97,40 +100,70 @@ class Recipe:
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Recipe":
-        """Return the recipe that `to_dict` wrote; raises `InputError` if anything is missing or unknown."""
-        _require_version("a recipe", data)
-        try:
-            choices = tuple(
-                Choice(
-                    name=site["name"],
-                    source=site["source"],
-                    channels=int(site["channels"]),
-                    spatial=None if site.get("spatial") is None else tuple(map(int, site["spatial"])),
-                    target=target_from_dict(site["target"]),
-                    front=str((site.get("equalize") or {"front": ""})["front"]),
-                    mode=as_mode(site["equalize"]["mode"]) if site.get("equalize") else None,
-                )
-                for site in data["sites"]
+    def from_dict(cls, data: Any, place: Place = Place()) -> "Recipe":  # noqa: B008 - it never changes
+        """Return the recipe that `to_dict` wrote; raises `InputError`, which names the ``place``, for other data."""
+        found = read(_File, data, place)
+        choices = tuple(
+            Choice(
+                site.name,
+                site.source,
+                site.channels,
+                target_from_dict(site.target, place.of("sites", number, "target")),
+                site.spatial,
+                *((site.equalize.front, site.equalize.mode) if site.equalize else ()),
             )
-            framework = str(data["framework"])
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(
-                "expected a recipe with `framework` and `sites`, each site with name, source, channels and target; "
-                f"received one where {error!r} is wrong"
-            ) from None
-        return cls(framework, choices)
+            for number, site in enumerate(found.sites)
+        )
+        return cls(found.framework, choices)
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> "Recipe":
+    def from_json(cls, text: str | bytes, place: Place = Place()) -> "Recipe":  # noqa: B008 - it never changes
         """Return the recipe in ``text``, which may be a larger object that holds one, such as a bundle's manifest.
 
         Raises `InputError` if there is none.
         """
-        data = _json_object(text)
-        return cls.from_dict(data["recipe"] if isinstance(data.get("recipe"), dict) else data)
+        return _recipe_in(json_object(text, place), place)
+
+
+def _recipe_in(data: Mapping[str, Any], place: Place) -> Recipe:
+    if isinstance(inner := data.get("recipe"), dict):
+        return Recipe.from_dict(inner, place.of("recipe"))
+    return Recipe.from_dict(data, place)
+
+
+@dataclass(frozen=True)
+class _Equalize:
+    front: str
+    mode: Mode
+
+    def __post_init__(self) -> None:
+        if not self.front:
+            raise InputError("expected `front` as the name of a layer, received front=''")
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A `Choice` in a file."""
+
+    name: str
+    source: str
+    channels: int
+    target: dict[str, Any]
+    spatial: tuple[int, ...] | None = None
+    equalize: _Equalize | None = None
+
+    def __post_init__(self) -> None:
+        if self.channels < 1 or min(self.spatial or (1,)) < 1:
+            raise InputError(f"expected sizes above 0, received channels={self.channels} and spatial={self.spatial}")
+
+
+@dataclass(frozen=True)
+class _File:
+    """A `Recipe` in a file."""
+
+    schema_version: Literal[1]
+    framework: Literal["torch", "keras"]
+    sites: tuple[_Site, ...]
 
 
 @dataclass(frozen=True)
@@ -216,60 +249,50 @@ class Rules:
             raise InputError(f"expected `rules` as a tuple of Rule objects, received rules={self.rules!r}")
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Rules":
-        """Return the rules in plain data; raises `InputError` for anything missing, unknown or malformed."""
-        _require_keys("expected an object", data, ["schema_version", "rules"], ["schema_version", "rules"])
-        _require_version("rules", data)
-        if not isinstance(data["rules"], list) or not data["rules"]:
-            raise InputError(f"expected `rules` as a list of objects, received rules={data['rules']!r}")
-        return cls(tuple(_rule(number, rule) for number, rule in enumerate(data["rules"], 1)))
+    def from_dict(cls, data: Any, place: Place = Place()) -> "Rules":  # noqa: B008 - it never changes
+        """Return the rules in plain data; raises `InputError`, which names the ``place``, for other data."""
+        found = read(_RulesFile, data, place)
+        if not found.rules:
+            raise InputError(place.of("rules").said("one rule or more", "none"))
+        return cls(tuple(_rule(rule, place.of("rules", number)) for number, rule in enumerate(found.rules)))
 
 
-def recipe_from_json(text: str | bytes) -> Recipe | Rules:
+def recipe_from_json(text: str | bytes, place: Place = Place()) -> Recipe | Rules:  # noqa: B008 - it never changes
     """Return the rules or the recipe in JSON ``text``; raises `InputError` if it is neither."""
-    data = _json_object(text)
-    return Rules.from_dict(data) if "rules" in data else Recipe.from_json(text)
+    data = json_object(text, place)
+    return Rules.from_dict(data, place) if "rules" in data else _recipe_in(data, place)
 
 
-def _rule(number: int, data: Any) -> Rule:
-    if not isinstance(data, dict):
-        raise InputError(f"rule {number}: expected an object, received {data!r}")
-    known = [field.name for field in fields(Rule)]
-    _require_keys(f"rule {number}: expected an object", data, known, ["target"])
-    found = dict(data)
-    target = found.pop("target")
-    if isinstance(found.get("depth"), list):
-        found["depth"] = tuple(found["depth"])
+@dataclass(frozen=True)
+class _RuleForm:
+    """A `Rule` in a file."""
+
+    target: str | dict[str, Any]
+    match: str = "*"
+    depth: tuple[float, float] | None = None
+    stage: int | None = None
+
+
+@dataclass(frozen=True)
+class _RulesFile:
+    """`Rules` in a file."""
+
+    schema_version: Literal[1]
+    rules: tuple[_RuleForm, ...]
+
+
+def _rule(form: _RuleForm, place: Place) -> Rule:
+    target: Target | None = None
+    if isinstance(form.target, dict):
+        target = target_from_dict(form.target, place.of("target"))
     try:
-        if isinstance(target, dict):
-            return Rule(target_from_dict(target), **found)
-        return Rule(None if target == "leave" else as_target(target), **found)
+        if isinstance(form.target, str) and form.target != "leave":
+            target = as_target(form.target)
+        return Rule(target, form.match, form.depth, form.stage)
     except InputError as error:
-        raise InputError(f"rule {number}: {error}") from None
+        raise InputError(f"{error} ({str(place).strip()})") from None
 
 
 def _is_range(depth: Any) -> bool:
     numbers = isinstance(depth, tuple) and len(depth) == 2 and all(type(end) in (int, float) for end in depth)
     return numbers and 0 <= depth[0] < depth[1] <= 1
-
-
-def _require_keys(what: str, data: Mapping[str, Any], known: list[str], needed: list[str]) -> None:
-    if not data.keys() <= set(known) or not data.keys() >= set(needed):
-        received = ", ".join(data) or "none"
-        raise InputError(f"{what} with the keys {', '.join(known)} (needed: {', '.join(needed)}), received {received}")
-
-
-def _require_version(what: str, data: Mapping[str, Any]) -> None:
-    version = data.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise InputError(f"expected {what} of schema_version={SCHEMA_VERSION}, received schema_version={version!r}")
-
-
-def _json_object(text: str | bytes) -> dict[str, Any]:
-    try:
-        data = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"expected a recipe in JSON, received text that is not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise InputError(f"expected a recipe as a JSON object, received a {type(data).__name__}")
-    return data

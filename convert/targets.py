@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from dataclasses import fields as fields_of
 from typing import Any, ClassVar, Literal, get_args
 
 from ..errors import InputError
+from ..formats.fields import read
+from ..formats.place import Place, shown
 
 Start = Literal["warm", "exact", "even"]
 BatchStatistics = Literal["moving", "frozen", "none"]
@@ -66,7 +67,7 @@ class SwitchNorm:
         if self.gates is not None:
             object.__setattr__(self, "gates", tuple(self.gates))
             count = 2 if self.batch_statistics == "none" else 3
-            if len(self.gates) != count or min(self.gates) < 0 or abs(sum(self.gates) - 1) > 1e-6:
+            if len(self.gates) != count or not (min(self.gates) >= 0 and abs(sum(self.gates) - 1) <= 1e-6):
                 raise InputError(f"expected `gates` as {count} shares that sum to 1, received gates={self.gates}")
 
 
@@ -219,17 +220,11 @@ def target_to_dict(target: Target) -> dict[str, Any]:
     return {"kind": target.kind, **asdict(target)}
 
 
-def target_from_dict(data: Mapping[str, Any]) -> Target:
-    """Return the target that `target_to_dict` wrote; raises `InputError` for an unknown kind or field."""
-    fields = dict(data)
+def target_from_dict(data: Any, place: Place = Place()) -> Target:  # noqa: B008 - it never changes
+    """Return the target that `target_to_dict` wrote; raises `InputError`, which names the ``place``, for other data."""
+    fields = dict(read(dict[str, Any], data, place))
     kind = fields.pop("kind", None)
-    if kind not in _KINDS:
-        raise InputError(f"expected a target kind out of {', '.join(_KINDS)}, received kind={kind!r}")
-    try:
-        return _KINDS[kind](**fields)
-    except TypeError:
-        known = [field.name for field in fields_of(_KINDS[kind])]
-        unknown = sorted(set(fields) - set(known))
-        raise InputError(
-            f"expected the fields {', '.join(known)} for a target of kind {kind!r}, received {', '.join(unknown)}"
-        ) from None
+    if not isinstance(kind, str) or kind not in _KINDS:
+        received = "none" if kind is None else shown(kind)
+        raise InputError(place.of("kind").said(f"a kind of target out of {', '.join(_KINDS)}", received))
+    return read(_KINDS[kind], fields, place)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError, named
+from ..sources.archives import require_honest
 from ..sources.files import require_file
 from .augment import changed, generator, policies, random_box
 from .folders import Folder
@@ -244,6 +245,7 @@ def _read_npz(path: Path, *, labelled: bool) -> tuple[Array, Array]:
     require_file(path, "an .npz")
     if not zipfile.is_zipfile(path):  # else NumPy takes it for a pickle, and says how to load one
         raise InputError(f"expected an .npz in {path}, received a file of another kind or a truncated one")
+    require_honest(path, "an .npz")
     try:
         with np.load(path, allow_pickle=False) as archive:
             images = archive["x"]

@@ -1,5 +1,6 @@
 """A folder of images, with one subfolder per class where labels count."""
 
+import os
 import warnings
 from pathlib import Path
 
@@ -59,7 +60,8 @@ class Folder:
 
     def identity(self) -> bytes:
         """Return what tells these files from others: their names and sizes."""
-        return "\n".join(f"{file.relative_to(self._path)} {file.stat().st_size}" for file in self.files).encode()
+        lines = (f"{file.relative_to(self._path)} {file.stat().st_size}" for file in self.files)
+        return os.fsencode("\n".join(lines))  # names need not be text
 
 
 def _images(path: Path) -> list[Path]:

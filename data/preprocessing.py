@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
+from ..formats.fields import read
+from ..formats.place import Place
 from ..frameworks.detect import framework_of, traced_shape
 from .images import INTERPOLATIONS, resized
 
@@ -89,10 +91,9 @@ class Preprocessing:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "Preprocessing":
-        """Return the preprocessing `to_dict` wrote."""
-        added_later = {name: data[name] for name in ("interpolation", "crop", "crop_mode") if name in data}
-        return cls(tuple(data["shape"]), data["layout"], tuple(data["mean"]), tuple(data["std"]), **added_later)
+    def from_dict(cls, data: Any, place: Place = Place()) -> "Preprocessing":  # noqa: B008 - it never changes
+        """Return the preprocessing `to_dict` wrote; raises `InputError`, which names the ``place``, for other data."""
+        return read(cls, data, place)
 
 
 def preprocessing_of(

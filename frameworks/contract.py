@@ -72,5 +72,12 @@ class Framework(Protocol):
     def zeros(self, model: Any, shape: tuple[int, ...]) -> Any:
         """Return two samples of zeros of ``shape``, or as many as the model was traced for."""
 
+    def unusable(self, model: Any) -> dict[str, str]:
+        """Return which weights a model cannot compute with, by name, and what is wrong with them.
+
+        They are parameters and running statistics that are not finite, and running variances below 0. Other state, such
+        as a mask, may well be infinite.
+        """
+
     def to_numpy(self, value: Any) -> Array:
         """Return a tensor as an array, in float32 where it is narrower."""

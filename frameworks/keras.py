@@ -283,6 +283,20 @@ def zeros(model: keras.Layer, shape: tuple[int, ...]) -> Array:
     return np.zeros((2, *shape), np.float32)
 
 
+def unusable(model: keras.Layer) -> dict[str, str]:
+    """Return which weights are not finite, and which running variances are below 0."""
+    found: dict[str, str] = {}
+    for variable in model.weights:
+        if not keras.backend.is_float_dtype(variable.dtype):
+            continue
+        values = to_numpy(variable)
+        if not (finite := np.isfinite(values)).all():
+            found[variable.path] = f"{np.count_nonzero(~finite)} of {values.size} not finite"
+        elif variable.path.endswith("moving_variance") and (values < 0).any():
+            found[variable.path] = f"{np.count_nonzero(values < 0)} of {values.size} below 0"
+    return found
+
+
 def to_numpy(value: Any) -> Array:
     """Return a tensor as an array, in float32 where it is narrower."""
     return np.asarray(keras.ops.convert_to_numpy(wide(value)))

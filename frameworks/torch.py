@@ -252,6 +252,23 @@ def zeros(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
     return torch.zeros(2 if batch is None else batch, *shape)
 
 
+def unusable(model: nn.Module) -> dict[str, str]:
+    """Return which parameters and running statistics are not finite, and which running variances are below 0."""
+    statistics = (item for item in model.named_buffers() if item[0].endswith(("running_mean", "running_var")))
+    found: dict[str, str] = {}
+    for name, tensor in chain(model.named_parameters(), statistics):
+        if nn.parameter.is_lazy(tensor) or tensor.is_meta or tensor.layout is not torch.strided:
+            continue
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            continue
+        values = tensor.detach() if tensor.element_size() > 1 else tensor.detach().float()  # as float8
+        if not bool((finite := values.isfinite()).all()):
+            found[name] = f"{int((~finite).sum())} of {values.numel()} not finite"
+        elif name.endswith("running_var") and bool((values < 0).any()):
+            found[name] = f"{int((values < 0).sum())} of {values.numel()} below 0"
+    return found
+
+
 def to_numpy(value: Tensor) -> Array:
     """Return a tensor as an array, in float32 where it is narrower."""
     wide = torch.promote_types(value.dtype, torch.float32) if value.is_floating_point() else value.dtype

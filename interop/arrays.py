@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InputError
-from ..sources.misfit import SHOWN
+from ..errors import InputError, listed
 
 Array = NDArray[Any]
 Parts = Mapping[str, Array]
@@ -42,8 +41,7 @@ def expect_values(parts: Parts) -> None:
 def require_none(problems: Sequence[str], expectation: str) -> None:
     """Raise one `InputError` that says ``expectation`` and lists the problems, if there are any."""
     if problems:
-        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        raise InputError(f"{expectation}:\n  " + "\n  ".join([*problems[:SHOWN], *more]))
+        raise InputError(f"{expectation}:\n{listed(problems)}")
 
 
 def require_eps(layers: Mapping[str, tuple[float, Sequence[float]]]) -> None:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZipFile
 
 from ..errors import InputError
 from ..sources.files import require_file
@@ -96,6 +96,6 @@ def _format(path: Path) -> str | None:
     if head == _HDF5:
         return "hdf5"
     if head.startswith(b"PK"):
-        with suppress(BadZipFile), ZipFile(path) as archive:
+        with suppress(Exception), ZipFile(path) as archive:  # of a damaged one: zipfile has errors of many classes
             return "keras" if _KERAS_ARCHIVE in archive.namelist() else "torch"
     return "torch" if head.startswith((b"PK", b"\x80")) or path.suffix == ".safetensors" else None

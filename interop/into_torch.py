@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError, spoken
+from ..errors import LISTED, InputError, spoken
 from ..layers import torch as layers
 from ..patchers.torch.sites import MARK
 from ..patchers.torch.swap import FRONT
-from ..sources.misfit import SHOWN
 from ..sources.torch.state_dict import load_state_dict
 from .arrays import Array, require_eps, require_none
 from .checkpoint import Checkpoint
@@ -54,7 +53,7 @@ def _require_same_biases(model: nn.Module, state: Mapping[str, Any], checkpoint:
     linear = {f"{name}.bias" for name, module in model.named_modules() if getattr(module, "bias", module) is None}
     if (ours and theirs) or not (ours or theirs) or not (ours <= fronts and theirs <= linear):
         return
-    names = ", ".join(sorted(ours or theirs)[:SHOWN])
+    names = ", ".join(sorted(ours or theirs)[:LISTED])
     if theirs:
         found = f"with {names}, biases that equalizing adds to layers in front of norms"
         way = spoken("--equalize full, with --input-shape", "equalize=True, with an example")

@@ -1,12 +1,14 @@
 """The library's two verbs, `plan` and `patch`, for a model of either framework."""
 
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from ..convert.recipe import Recipe, Rules
 from ..convert.targets import Mode, Target, as_mode, as_target
-from ..errors import InputError, UsageError, option, spoken
+from ..errors import InputError, NormswapWarning, UsageError, listed, option, spoken
+from ..frameworks.detect import get_framework
 from ..frameworks.several import texts
 from . import way_back
 from .contract import norm_patcher_of, patcher_of
@@ -153,8 +155,8 @@ def patch(
 
     Raises:
         UnsupportedError: If a selected layer cannot be replaced, or there is none; each is named with the reason.
-        InputError: For a target, pattern, recipe or example that does not fit the model, and data that are too few, not
-            finite or all the same.
+        InputError: For a target, pattern, recipe or example that does not fit the model, for weights that are not
+            finite and negative variances, and for data that are too few, not finite or all the same.
         UsageError: Without ``data`` where they are needed, and with them or ``equalize`` where they are not read.
 
     Example:
@@ -184,6 +186,7 @@ def patch(
     model, resolved = as_module(model), _resolved(target)
     mode = _mode(equalize, [resolved])
     chosen = _chosen(include, exclude, where)
+    _require_usable(model)
     if way_back.is_way_back(resolved):
         model = model if inplace else norm_patcher_of(model).copied(model)
         return way_back.patch(model, resolved, data, example=example, **chosen)
@@ -192,7 +195,31 @@ def patch(
             "expected data beside the target 'bn', whose BatchNorms are fitted to them, received data beside "
             f"target={target!r}; leave them out"
         )
-    return patcher_of(model).patch(model, resolved, example=example, inplace=inplace, mode=mode, **chosen)
+    report = patcher_of(model).patch(model, resolved, example=example, inplace=inplace, mode=mode, **chosen)
+    _warn_of_constants(report.plan)
+    return report
+
+
+def _require_usable(model: Any) -> None:
+    """Raise `InputError`, which lists them, for weights that nothing can be carried over from."""
+    if found := get_framework(model).unusable(model):
+        raise InputError(
+            f"expected weights that are finite and variances of at least 0, received {len(found)} that are not:\n"
+            f"{listed([f'{name}: {problem}' for name, problem in found.items()])}"
+        )
+
+
+def _warn_of_constants(plan: Plan) -> None:
+    """Warn of channels that never varied: no statistics of a sample will be like theirs where they do."""
+    found = [d for d in plan.having("replace") if d.constant]
+    if found:
+        names = listed([f"{d.site.name}: {d.constant} of {d.site.channels}" for d in found])
+        warnings.warn(
+            f"expected running variances above 0, received 0 for channels of {len(found)} "
+            f"layer{'' if len(found) == 1 else 's'}, which hold nothing or were never trained:\n{names}",
+            NormswapWarning,
+            stacklevel=3,
+        )
 
 
 def as_module(model: Any) -> Any:

@@ -68,7 +68,8 @@ class Decision:
     ``drift`` is what a replacement is expected to change of the site's output (see `expected_drift`), None where
     nothing tells; ``folds`` whether an exported file is rid of it, None where that is not known. ``front`` is the
     name of the layer in front that takes a scale, and with the ``mode`` "full" a shift, so that the replacement's
-    statistics vary little from sample to sample (see `equalize`); "" where no other layer changes.
+    statistics vary little from sample to sample (see `equalize`); "" where no other layer changes. ``constant`` is
+    how many channels have a running variance of 0.
     """
 
     site: Site
@@ -78,6 +79,7 @@ class Decision:
     drift: float | None = None
     front: str = ""
     mode: Mode | None = None
+    constant: int = 0
 
     @property
     def adds_bias(self) -> bool:
@@ -348,6 +350,9 @@ def _decide_one(
             return Decision(site, "refuse", target, f"{frozen} needs running statistics to freeze")
         notes.append("its running statistics start at 0 and 1: fine-tune before use")
     state = state_of(site.name)
+    constant = 0 if state is None or state.var is None else int((state.var == 0).sum())
+    if constant:
+        notes.append(f"running variances of {constant} channel{'' if constant == 1 else 's'} are 0")
     note = "; ".join(filter(None, notes))
     if not (site.front and site.has_statistics and equalizes(target)):
         mode = None
@@ -355,13 +360,13 @@ def _decide_one(
         target = warm_gates(target, depth, None if mode or state is None or state.problems() else state)
     if mode is None:
         drift = None if state is None else expected_drift(state, target, groups=groups, spatial=site.spatial)
-        return Decision(site, "replace", target, note, drift)
+        return Decision(site, "replace", target, note, drift, constant=constant)
     assert isinstance(target, GroupNorm | SwitchNorm)
     drift, front = None, front_of(site.front)
     if state is not None and front is not None and not state.problems():
         found = equalize(state, target, front, groups=groups, spatial=site.spatial, mode=mode)
         drift = sqrt(found.error)
-    return Decision(site, "replace", target, note, drift, site.front, mode)
+    return Decision(site, "replace", target, note, drift, site.front, mode, constant)
 
 
 def _as_chosen(site: Site, recipe: Recipe) -> Site:

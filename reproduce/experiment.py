@@ -18,6 +18,8 @@ from ..finetune.run.history import History
 from ..finetune.run.interruption import StoppedError
 from ..finetune.run.run import finetune
 from ..finetune.run.settings import Settings
+from ..formats.place import Place
+from ..formats.text import json_object
 from ..sources.outputs import staged
 from .processes import GOES_ON, launch
 
@@ -155,7 +157,7 @@ def reproduce(
     outcomes = {curve.name: _outcome(curve, histories[curve.name]) for curve in curves}
     results = _results(experiment, curves, outcomes, scale, seed)
     with staged(output / RESULTS, overwrite=True) as temporary:
-        temporary.write_text(json.dumps(results, indent=2) + "\n")
+        temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     if draw:
         from ..finetune.run.overlay import overlay  # needs matplotlib
         from ..finetune.run.plots import save
@@ -180,10 +182,7 @@ def _settle(output: Path, told: Mapping[str, Any], *, writes: bool) -> None:
     """Note what an experiment's folder is of; raises `InputError` if it is of something else."""
     path = output / SETTINGS
     if path.exists():
-        try:
-            found = json.loads(path.read_text())
-        except ValueError as error:
-            raise InputError(f"expected an experiment's settings in {path}, received none: {error}") from None
+        found = json_object(path.read_bytes(), Place(str(path)))
         if others := [name for name, value in told.items() if found.get(name) != value]:
             raise InputError(
                 f"expected {output} to hold {', '.join(f'{name}={told[name]}' for name in others)}, received "
@@ -194,7 +193,7 @@ def _settle(output: Path, told: Mapping[str, Any], *, writes: bool) -> None:
         return
     output.mkdir(parents=True, exist_ok=True)
     with staged(path) as temporary:
-        temporary.write_text(json.dumps(told, indent=2) + "\n")
+        temporary.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
 
 def _train(experiment: Experiment, curve: Curve, output: Path, train: Data, test: Data, seed: int) -> None:

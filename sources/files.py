@@ -24,6 +24,15 @@ def require_file(path: Path, what: str = "a model or weights") -> None:
         raise InputError(f"expected {what} in {path}, received a web page; download the file again")
 
 
+def is_text(path: Path) -> bool:
+    """Return whether a path is text, in UTF-8: names of files need not be, and libraries ask for it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:

@@ -2,10 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..errors import InputError, spoken
-
-SHOWN = 10
-"""How many names a message lists."""
+from ..errors import InputError, listed, spoken
 
 
 def patched_way_out() -> str:
@@ -19,9 +16,15 @@ class PatchedWeightsError(InputError):
 
 
 def misfit(
-    origin: str, missing: Sequence[str], unexpected: Sequence[str], shapes: Sequence[str], *, patched: bool = False
+    origin: str,
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    shapes: Sequence[str],
+    types: Sequence[str] = (),
+    *,
+    patched: bool = False,
 ) -> InputError:
-    """Return the error that lists what is missing in ``origin``, unexpected there or of another shape.
+    """Return the error that lists what is missing in ``origin``, unexpected there, or of another shape or type.
 
     With ``patched`` it is a `PatchedWeightsError`, which tells the way out.
     """
@@ -29,6 +32,7 @@ def misfit(
         _listing("missing", missing),
         _listing("unexpected", unexpected),
         _listing("other shape", shapes),
+        _listing("other type", types),
         f"  {patched_way_out()}" if patched else "",
     ]
     error = PatchedWeightsError if patched else InputError
@@ -36,7 +40,4 @@ def misfit(
 
 
 def _listing(label: str, names: Sequence[str]) -> str:
-    if not names:
-        return ""
-    more = f"\n    and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"  {label} ({len(names)}):\n    " + "\n    ".join(names[:SHOWN]) + more
+    return f"  {label} ({len(names)}):\n{listed(names, '    ')}" if names else ""

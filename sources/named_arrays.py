@@ -9,6 +9,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..frameworks.example import Inputs
+from .archives import require_honest
 from .files import require_file
 
 
@@ -24,6 +25,7 @@ def read_inputs(path: Path) -> Inputs:
     require_file(path, "an .npz")
     if not zipfile.is_zipfile(path):  # else NumPy takes it for a pickle, and says how to load one
         raise InputError(f"expected an .npz of named arrays in {path}, received a file of another kind")
+    require_honest(path, "an .npz of named arrays")
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: _read(archive, name) for name in archive.files}

@@ -3,6 +3,8 @@
 import json
 import shutil
 
+from normswap.formats.seal import sealed
+
 MARK = "mark"
 """The file that the code writes into the folder where it lies."""
 
@@ -44,8 +46,9 @@ def stranger(bundle, folder, source):
     for place in (path / "payload.py", path.parent / "beside.py", folder / "working_folder.py"):
         place.write_text(PAYLOAD)
     source = source.replace("/ABSOLUTE", str(path.parent))
-    manifest = json.loads((path / "normswap.json").read_text())
-    (path / "normswap.json").write_text(json.dumps(manifest | {"source": source}))
+    manifest = json.loads((path / "normswap.json").read_text()) | {"source": source}
+    del manifest["seal"]
+    (path / "normswap.json").write_text(json.dumps(sealed(manifest)))
     file, _, name = source.rpartition(":")
     return path, f"{(path / file).resolve()}:{name}" if file.endswith(".py") and "\0" not in file else source
 

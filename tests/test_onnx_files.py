@@ -120,7 +120,11 @@ class TestWholeFiles:
         proto = scores()
         proto.metadata_props.add(key="normswap.sites", value="{")
         (folder / "m.onnx").write_bytes(proto.SerializeToString())
-        with pytest.raises(InputError, match=f"^expected JSON in the metadata of {folder / 'm.onnx'}, received: "):
+        message = (
+            f"expected JSON at sites in the metadata of {folder / 'm.onnx'}, received text that is not: Expecting "
+            "property name enclosed in double quotes: line 1 column 2 (char 1); export the model again"
+        )
+        with pytest.raises(InputError, match=exactly(message)):
             _ = read_model(folder / "m.onnx").metadata
 
     def test_metadata_of_another_kind(self, folder):
@@ -132,16 +136,22 @@ class TestWholeFiles:
         path.write_bytes(proto.SerializeToString())
         with pytest.raises(InputError) as caught:
             _ = read_model(path).sites
-        assert str(caught.value) == f"expected layers by name in the metadata of {path}, received sites=3"
+        assert (
+            str(caught.value)
+            == f"expected an object at sites in the metadata of {path}, received 3; export the model again"
+        )
         proto.metadata_props.add(key="normswap.inputs", value='{"x": 3}')
         path.write_bytes(proto.SerializeToString())
         with pytest.raises(InputError) as caught:
             changed(read_model(path))
-        assert str(caught.value) == f"expected sizes by input in the metadata of {path}, received inputs={{'x': 3}}"
+        assert (
+            str(caught.value)
+            == f"expected a list at inputs.x in the metadata of {path}, received 3; export the model again"
+        )
         with pytest.raises(InputError) as caught:
             open_onnx(path)
         assert str(caught.value) == (
-            f"expected how images become the input of {path}, received {{'shape': [3]}}: KeyError('layout')"
+            f"expected a value at preprocessing.layout in the metadata of {path}, received none; export the model again"
         )
 
 

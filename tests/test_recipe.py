@@ -43,57 +43,65 @@ def test_a_file_of_choices():
     assert recipe_from_json(json.dumps({"plan": [], "recipe": recipe.to_dict()})) == recipe
 
 
-KEYS = "expected an object with the keys target, match, depth, stage (needed: target), received"
+KNOWN = "target, match, depth, stage"
 DEPTH = "expected `depth` as two numbers from 0 to 1, the smaller first, received match='*', depth="
-STAGE = "expected `stage` as a number from 0, the largest maps, received match='*', stage="
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (file({"match": "a", "taget": "gn"}), f"rule 1: {KEYS} match, taget"),
-        (file({"target": "gn"}, {"match": "a"}), f"rule 2: {KEYS} match"),
-        (file("gn"), "rule 1: expected an object, received 'gn'"),
-        (file({"target": "gn", "depth": [0.5, 0.1]}), f"rule 1: {DEPTH}(0.5, 0.1)"),
-        (file({"target": "gn", "depth": [0, 3]}), f"rule 1: {DEPTH}(0, 3)"),
-        (file({"target": "gn", "depth": 0.5}), f"rule 1: {DEPTH}0.5"),
-        (file({"target": "gn", "depth": ["0", True]}), f"rule 1: {DEPTH}('0', True)"),
-        (file({"target": "gn", "stage": -1}), f"rule 1: {STAGE}-1"),
-        (file({"target": "gn", "stage": "last"}), f"rule 1: {STAGE}'last'"),
+        (file({"match": "a", "taget": "gn"}), "expected a value at rules[0].target, received none (and 1 more)"),
+        (file({"target": "gn", "kind": 1}), "expected no such field at rules[0].kind, received 1"),
+        (file({"target": "gn"}, {"match": "a"}), "expected a value at rules[1].target, received none"),
+        (file("gn"), "expected an object at rules[0], received 'gn'"),
+        (file({"target": "gn", "depth": [0.5, 0.1]}), f"{DEPTH}(0.5, 0.1) (at rules[0])"),
+        (file({"target": "gn"}, {"target": "gn", "depth": [0, 3]}), f"{DEPTH}(0.0, 3.0) (at rules[1])"),
+        (file({"target": "gn", "depth": [0, float("nan")]}), f"{DEPTH}(0.0, nan) (at rules[0])"),
+        (file({"target": "gn", "depth": 0.5}), "expected a list at rules[0].depth, received 0.5"),
+        (file({"target": "gn", "depth": ["0", 1]}), "expected a number at rules[0].depth[0], received '0'"),
+        (file({"target": "gn", "depth": [0, True]}), "expected a number at rules[0].depth[1], received True"),
         (
-            file({"target": "gn", "match": ["a"]}),
-            "rule 1: expected `match` as a glob, or a regular expression after re:, received match=['a']",
+            file({"target": "gn", "stage": -1}),
+            "expected `stage` as a number from 0, the largest maps, received match='*', stage=-1 (at rules[0])",
         ),
+        (file({"target": "gn", "stage": "last"}), "expected an integer at rules[0].stage, received 'last'"),
+        (file({"target": "gn", "match": ["a"]}), "expected text at rules[0].match, received ['a']"),
+        (file({"target": 1}), "expected text or an object at rules[0].target, received 1"),
         (
             file({"target": "xn"}),
-            "rule 1: expected a target out of sn, brn, gn, ln, in, bn, or a SwitchNorm, BatchRenorm, GroupNorm or "
-            "BatchNorm; received target='xn'",
+            "expected a target out of sn, brn, gn, ln, in, bn, or a SwitchNorm, BatchRenorm, GroupNorm or "
+            "BatchNorm; received target='xn' (at rules[0])",
         ),
         (
             file({"target": {"kind": "gn", "group": 2}}),
-            "rule 1: expected the fields groups, channels_per_group, indivisible for a target of kind 'gn', received "
-            "group",
+            "expected no field but groups, channels_per_group, indivisible at rules[0].target.group, received 2",
         ),
-        (file(), "expected `rules` as a list of objects, received rules=[]"),
         (
-            file({"target": "gn"}, sites=[]),
-            "expected an object with the keys schema_version, rules (needed: schema_version, rules), received "
-            "schema_version, rules, sites",
+            file({"target": {"kind": "gn", "groups": "4"}}),
+            "expected an integer or 'auto' at rules[0].target.groups, received '4'",
         ),
+        (
+            file({"target": {"kind": "sn", "gates": [float("nan"), 0.5, 0.5]}}),
+            "expected `gates` as 3 shares that sum to 1, received gates=(nan, 0.5, 0.5) (at rules[0].target)",
+        ),
+        (file(), "expected one rule or more at rules, received none"),
+        (file({"target": "gn"}, sites=[]), "expected no field but schema_version, rules at sites, received []"),
         (
             '{"schema_version": 2, "rules": [{"target": "gn"}]}',
-            "expected rules of schema_version=1, received schema_version=2",
+            "expected 1 at schema_version, received 2",
         ),
-        ("[1]", "expected a recipe as a JSON object, received a list"),
+        ("[1]", "expected an object, received [1]"),
+        ('{"rules": [], "rules": 1}', "expected each key of an object once, received 'rules' twice"),
+        ("[" * 100_000, "expected JSON nested no deeper than 100 levels, received deeper"),
         (
             b"\xff",
-            "expected a recipe in JSON, received text that is not JSON: 'utf-8' codec can't decode byte 0xff in "
-            "position 0: invalid start byte",
+            "expected JSON, received text that is not: 'utf-8' codec can't decode byte 0xff in position 0: invalid "
+            "start byte",
         ),
     ],
 )
 def test_what_is_refused(text, message):
-    """A mistake is told with the number of its rule, what was expected and what was received."""
+    """A mistake is told with the field it is in, what was expected and what was received."""
     with pytest.raises(InputError, match=exactly(message)):
         recipe_from_json(text)
 

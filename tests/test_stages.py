@@ -56,6 +56,31 @@ class TestSettings:
         assert Settings.from_toml(tmp_path / "run.toml") == settings
         assert "eval_data" not in (tmp_path / "run.toml").read_text()
 
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("steps = true", "expected an integer at steps in {file}, received True"),
+            ('lr = "0.1"', "expected a number at lr in {file}, received '0.1'"),
+            ("milestones = 1979-05-27", "expected a list at milestones in {file}, received datetime.date(1979, 5, 27)"),
+            ("milestones = [0.5, [1]]", "expected a number at milestones[1] in {file}, received [1]"),
+            (
+                'optimizer = "rms"',
+                "expected 'sgd', 'adam', 'adamw' or 'amsgrad' at optimizer in {file}, received 'rms'",
+            ),
+            ("steps = -1", "expected `steps` above 0, received steps=-1 (in {file})"),
+            ("lr = nan", "expected `lr` above 0, received lr=nan (in {file})"),
+            ("power = 2.0", "expected schedule='poly' for power, received schedule='cosine'; leave it out (in {file})"),
+            ("steps = ", "expected TOML in {file}, received text that is not: Invalid value (at end of document)"),
+            ("a = " + "[" * 9999, "expected TOML nested no deeper than 100 levels in {file}, received deeper"),
+        ],
+    )
+    def test_of_a_file_with_other_kinds(self, tmp_path, text, message):
+        """Each setting is read as declared, and told by its name where it is not."""
+        file = tmp_path / "run.toml"
+        file.write_text(text)
+        with pytest.raises(InputError, match=exactly(message.format(file=file))):
+            Settings.from_toml(file)
+
     def test_of_one_stage(self):
         """A stage trains what it names for its own steps, norms before others at a fifth of the rate."""
         settings = Settings(steps=10, stages="norm=4,all", batch_size=5)

@@ -1,7 +1,6 @@
 """Targets, group choice and recipes: what may be asked for, and what is said when it may not."""
 
 import json
-import re
 from math import gcd
 
 import pytest
@@ -84,9 +83,9 @@ class TestTargets:
             ),
             (
                 lambda: target_from_dict({"kind": "gn", "group": 3}),
-                "expected the fields groups, channels_per_group, indivisible for a target of kind 'gn', received group",
+                "expected no field but groups, channels_per_group, indivisible at group, received 3",
             ),
-            (lambda: target_from_dict({}), "expected a target kind out of sn, brn, gn, bn, received kind=None"),
+            (lambda: target_from_dict({}), "expected a kind of target out of sn, brn, gn, bn at kind, received none"),
         ],
     )
     def test_refusals(self, build, message):
@@ -166,17 +165,20 @@ class TestRecipe:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("{", "expected a recipe in JSON, received text that is not JSON: "),
-            ("[]", "expected a recipe as a JSON object, received a list"),
-            ("{}", "expected a recipe of schema_version=1, received schema_version=None"),
             (
-                '{"schema_version": 1, "framework": "torch", "sites": [{"name": "bn"}]}',
-                "expected a recipe with `framework` and `sites`, each site with name, source, channels and target; "
-                "received one where KeyError('source') is wrong",
+                "{",
+                "expected JSON, received text that is not: Expecting property name enclosed in double quotes: line 1 "
+                "column 2 (char 1)",
+            ),
+            ("[]", "expected an object, received []"),
+            ("{}", "expected a value at schema_version, received none (and 2 more)"),
+            (
+                '{"schema_version": 1, "framework": "torch", "sites": [{"name": "bn", "channels": 8, "target": {}}]}',
+                "expected a value at sites[0].source, received none",
             ),
         ],
     )
     def test_refusals(self, text, message):
         """A file that is no recipe is told apart from one that is damaged."""
-        with pytest.raises(InputError, match=f"^{re.escape(message)}"):
+        with pytest.raises(InputError, match=exactly(message)):
             Recipe.from_json(text)

@@ -4,7 +4,6 @@ The order matters: versions and operators are told from the graph alone, externa
 measured before a byte of it is read, and only then may the checker and onnxruntime look.
 """
 
-import json
 import math
 import os
 import stat
@@ -19,7 +18,10 @@ import onnxruntime
 from onnx import TensorProto
 
 from ..errors import InputError, UnsupportedError
-from ..sources.files import require_file
+from ..formats.fields import read
+from ..formats.place import Place
+from ..formats.text import from_json
+from ..sources.files import is_text, require_file
 
 PREFIX = "normswap."
 _PACKED = {"FLOAT4E2M1": 4, "INT2": 2, "INT4": 4, "UINT2": 2, "UINT4": 4, "FLOAT6E2M3": 6, "FLOAT6E3M2": 6}
@@ -43,21 +45,18 @@ class OnnxFile:
     @property
     def metadata(self) -> dict[str, Any]:
         """What normswap stored in the file, by name; raises `InputError` if it is not JSON."""
-        try:
-            return {
-                entry.key.removeprefix(PREFIX): json.loads(entry.value)
-                for entry in self.proto.metadata_props
-                if entry.key.startswith(PREFIX)
-            }
-        except ValueError as error:
-            raise InputError(f"expected JSON in the metadata of {self.path}, received: {error}") from None
+        entries = {entry.key: entry.value for entry in self.proto.metadata_props if entry.key.startswith(PREFIX)}
+        names = {key: key.removeprefix(PREFIX) for key in entries}
+        return {names[key]: from_json(text, self.told(names[key])) for key, text in entries.items()}
+
+    def told(self, *way: str) -> Place:
+        """Return the place of what normswap stored in the file, for messages."""
+        return Place(f"the metadata of {self.path}", remedy="export the model again").of(*way)
 
     @property
     def sites(self) -> dict[str, str]:
         """The layers the file tells of, each with the value in the graph that it returns."""
-        told = self.metadata.get("sites", {})
-        if not isinstance(told, dict):
-            raise InputError(f"expected layers by name in the metadata of {self.path}, received sites={told!r}")
+        told = read(dict[str, Any], self.metadata.get("sites", {}), self.told("sites"))
         produced = {name for node in self.proto.graph.node for name in node.output}
         return {site: value for site, value in told.items() if isinstance(value, str) and value in produced}
 
@@ -94,7 +93,7 @@ def read_model(path: Path) -> OnnxFile:
     for tensor in _tensors(proto):
         _require_data(tensor, path)
     try:
-        onnx.checker.check_model(str(path), full_check=True)
+        onnx.checker.check_model(str(path) if is_text(path) else content, full_check=True)
     except Exception as error:
         raise _invalid(path, str(error)) from None
     return OnnxFile(path, content, proto)

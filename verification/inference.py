@@ -36,10 +36,7 @@ def open_onnx(
     if stored is None:
         raise InputError(f"expected a file that says how images become its input, received {path} without; "
                          f"export it with {spoken('--input-shape', 'metadata=')}")  # fmt: skip
-    try:
-        known = Preprocessing.from_dict(stored)
-    except (KeyError, TypeError) as error:
-        raise InputError(f"expected how images become the input of {path}, received {stored!r}: {error!r}") from None
+    known = Preprocessing.from_dict(stored, file.told("preprocessing"))
     changed = replace(known, mean=known.mean if mean is None else mean, std=known.std if std is None else std)
     runner = session(file.content, folder=path.parent)
     entry = runner.get_inputs()[0]

@@ -1,5 +1,6 @@
 """Run ONNX models in onnxruntime, on the execution providers asked for and on no other."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from threading import TIMEOUT_MAX, Timer
@@ -8,6 +9,7 @@ from typing import Any
 import onnxruntime
 
 from ..errors import InputError, MissingDependencyError, named
+from ..sources.files import is_text
 
 _Level = onnxruntime.GraphOptimizationLevel
 
@@ -64,6 +66,8 @@ def session(
     Raises `InputError` if onnxruntime refuses the model, `MissingDependencyError` if the provider does not start:
     onnxruntime itself would go on, on the CPU.
     """
+    if isinstance(model, Path) and not is_text(model):
+        folder, model = model.parent, model.read_bytes()
     full, settings, _ = PROVIDERS[provider]
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = _Level.ORT_ENABLE_ALL if optimised else _Level.ORT_DISABLE_ALL
@@ -71,7 +75,9 @@ def session(
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     options.log_severity_level = 3 if provider == "cpu" else 4
     if folder is not None:
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.absolute()))
+        absolute = folder.absolute()
+        entry: Any = str(absolute) if is_text(absolute) else os.fsencode(absolute)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", entry)
     source = str(model) if isinstance(model, Path) else model
     try:
         runner = onnxruntime.InferenceSession(source, options, providers=[(full, settings)], enable_fallback=0)

@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 from numpy.typing import NDArray
 
-from ..errors import InputError
+from ..formats.fields import read
 from .file import OnnxFile
 
 _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
@@ -26,9 +26,7 @@ def changed(file: OnnxFile) -> list[str]:
 
     A size that was fixed may have been opened since: what the file computes then is seen in its runs.
     """
-    told = file.metadata.get("inputs", {})
-    if not isinstance(told, dict) or not all(isinstance(sizes, list) for sizes in told.values()):
-        raise InputError(f"expected sizes by input in the metadata of {file.path}, received inputs={told!r}")
+    told = read(dict[str, list[int | str | None]], file.metadata.get("inputs", {}), file.told("inputs"))
     problems = []
     for value in file.inputs:
         own = declared(value)

@@ -2,12 +2,16 @@
 
 import json
 import zipfile
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from ..errors import InputError, spoken
+from ..formats.fields import read
+from ..formats.place import Place
+from ..formats.text import json_object
 from ..sources.files import require_file
 from ..sources.outputs import staged
 from .reference import FEW, Arrays, Batch, Errors, Reference
@@ -48,37 +52,66 @@ def load_reference(path: Path) -> Reference:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("its arrays are compressed")
         with np.load(path, allow_pickle=False) as arrays:
-            index = json.loads(str(arrays["index"]))
-            if index["format"] != FORMAT:
-                raise ValueError(f"format={index['format']} where this version reads {FORMAT}")
-            batches = [_batch(arrays, number, told) for number, told in enumerate(index["batches"])]
+            place = Place(str(path), remedy=f"write it again with {_wrote()}")
+            index = json_object(str(arrays["index"]), place)
+            if index.get("format") != FORMAT:
+                raise ValueError(f"format={index.get('format')!r} where this version reads {FORMAT}")
+            told = read(_Index, index, place)
+            batches = [_batch(arrays, number, batch) for number, batch in enumerate(told.batches)]
             if not batches:
                 raise ValueError("no batch in it")
             if len({(*b.arrays, "", *b.outputs) for b in batches}) != 1:
                 raise ValueError("batches of different inputs or outputs")
-            coverage = {str(name): (int(a), int(b)) for name, (a, b) in index.get("coverage", {}).items()}
-            notes = [str(note) for note in index["notes"]]
-            rows = {name: arrays[f"rows.{name}"] for name in coverage if f"rows.{name}" in arrays}
-            return Reference(batches, notes=notes, coverage=coverage, rows=rows)
+            rows = {name: arrays[f"rows.{name}"] for name in told.coverage if f"rows.{name}" in arrays}
+            return Reference(batches, notes=told.notes, coverage=told.coverage, rows=rows)
+    except InputError:
+        raise
     except KeyError as error:
         reason = f"no {str(error.args[0]).split()[0]} in it"
     except Exception as error:
         reason = str(error) or type(error).__name__
-    wrote = spoken("--save-reference", "save_reference=")
-    raise InputError(f"expected a reference written by {wrote} in {path}, received {reason}")
+    raise InputError(f"expected a reference written by {_wrote()} in {path}, received {reason}")
 
 
-def _batch(stored: Any, number: int, told: dict[str, Any]) -> Batch:
-    def read(kind: str) -> Arrays:
-        return {name: stored[f"{number}.{kind}.{index}"] for index, name in enumerate(told.get(kind, ()))}
+def _wrote() -> str:
+    return spoken("--save-reference", "save_reference=")
 
-    inputs, outputs = read("inputs"), read("outputs")
+
+@dataclass(frozen=True)
+class _Batch:
+    """What the index tells of a batch: the names of its arrays by kind, and what it is."""
+
+    scale: float | None
+    inputs: list[str]
+    outputs: list[str]
+    exact_outputs: list[str]
+    layers: list[str] = field(default_factory=list)
+    exact_layers: list[str] = field(default_factory=list)
+    origin: str = "data"
+    spare: bool | None = None
+    errors: tuple[Errors, Errors] = ({}, {})
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What the index tells: see `Reference`."""
+
+    format: Literal[1]
+    notes: list[str]
+    batches: list[_Batch]
+    coverage: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+def _batch(stored: Any, number: int, told: _Batch) -> Batch:
+    def arrays(kind: str) -> Arrays:
+        names = getattr(told, kind)
+        if len({*names}) < len(names):
+            raise ValueError(f"a name twice in the {kind} of batch {number}")
+        return {name: stored[f"{number}.{kind}.{index}"] for index, name in enumerate(names)}
+
+    inputs, outputs = arrays("inputs"), arrays("outputs")
     if not inputs or not outputs:
         raise ValueError(f"batch {number} without inputs or outputs")
-    scale = told["scale"]
-    exact = (read("exact_outputs"), read("exact_layers"))
-    scale = None if scale is None else float(scale)
-    spare = bool(told.get("spare", scale not in (None, 1.0)))
-    errors: list[Errors] = [{str(k): float(v) for k, v in each.items()} for each in told.get("errors", ({}, {}))]
-    origin = str(told.get("origin", "data"))
-    return Batch(scale, inputs, outputs, read("layers"), exact, (errors[0], errors[1]), origin, spare)
+    exact = (arrays("exact_outputs"), arrays("exact_layers"))
+    spare = told.scale not in (None, 1.0) if told.spare is None else told.spare
+    return Batch(told.scale, inputs, outputs, arrays("layers"), exact, told.errors, told.origin, spare)

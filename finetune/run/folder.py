@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from ...bundles.manifest import RUN, require_replaceable
 from ...errors import InputError, UsageError, named
 from ...sources.outputs import clear, is_stage, staged
+from .accuracy import Accuracy
 from .checkpoints import Checkpoint, Checkpoints
 from .journal import Journal
 from .rate import Plateau
@@ -31,8 +32,8 @@ class Progress:
 
     step: int = 0
     losses: list[float] = field(default_factory=list)
-    original: dict[str, Any] | None = None
-    best: dict[str, Any] | None = None
+    original: Accuracy | None = None
+    best: Accuracy | None = None
     best_step: int | None = None
     done: bool = False
     lr: float = 0.0
@@ -41,7 +42,9 @@ class Progress:
     model: str = ""
 
     def __post_init__(self) -> None:
-        self.plateau = Plateau(*self.plateau)
+        for name in ("step", "best_step"):
+            if (value := getattr(self, name)) is not None and value < 0:
+                raise InputError(f"expected `{name}` of at least 0, received {name}={value}")
 
 
 class RunFolder:
@@ -50,7 +53,7 @@ class RunFolder:
     def __init__(self, output: Path, *, writes: bool) -> None:
         self.output, self.path, self.writes = output, output / RUN, writes
         self._retired = output / RETIRED
-        self.checkpoints = Checkpoints(self.path / "checkpoints")
+        self.checkpoints = Checkpoints(self.path / "checkpoints", Progress)
 
     def require_free(self, *, resume: bool, overwrite: bool) -> None:
         """Raise `OutputExistsError` or `InputError` unless a run may begin in the output, or go on there.
@@ -89,7 +92,7 @@ class RunFolder:
 
     def begin(
         self, settings: Settings, record: Mapping[str, Any], new: Progress, *, resume: bool
-    ) -> tuple[Progress, Checkpoint] | None:
+    ) -> tuple[Progress, Checkpoint[Progress]] | None:
         """Start the folder, or return how far the run in it has come, if it got to a checkpoint.
 
         Raises `InputError` if that run has other settings, another model or other data than the ``new`` one.
@@ -101,7 +104,7 @@ class RunFolder:
             found = self.checkpoints.newest()
             if found is None:
                 return None
-            progress = Progress(**found.log)
+            progress = found.log
             for which, received in (
                 ("data", "other images, labels or preprocessing"),
                 ("model", "another bundle"),
@@ -119,7 +122,7 @@ class RunFolder:
             shutil.rmtree(self.path, ignore_errors=True)  # of a run that did not end, where another waits
             with staged(self.path) as temporary:
                 temporary.mkdir()
-                (temporary / SETTINGS).write_text(settings.to_toml(record))
+                (temporary / SETTINGS).write_bytes(settings.to_toml(record).encode("utf-8", "replace"))
         return None
 
     def journal(self, progress: Progress | None) -> AbstractContextManager[Journal | None]:

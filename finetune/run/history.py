@@ -107,7 +107,7 @@ class History:
 
     def write(self, path: Path) -> None:
         """Write `epochs` as a table."""
-        with path.open("w", newline="") as file:
+        with path.open("w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             table.writeheader()
             table.writerows(self.epochs())

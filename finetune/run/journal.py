@@ -64,7 +64,7 @@ class Journal:
         self._open()
 
     def _open(self) -> None:
-        self._file = self.path.open("a", newline="")
+        self._file = self.path.open("a", newline="", encoding="utf-8")
         self._table = csv.writer(self._file, lineterminator="\n")
 
     def row(self, step: int, *, stage: str = "", **figures: float | None) -> None:
@@ -129,7 +129,7 @@ def read(path: Path) -> list[Row]:
 
     A column that an older version did not write is None.
     """
-    text = path.read_text(errors="replace")
+    text = path.read_text(encoding="utf-8", errors="replace")
     rows: list[Row] = []
     with suppress(KeyError, ValueError, csv.Error):
         for line in csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")):
@@ -142,7 +142,7 @@ def read(path: Path) -> list[Row]:
 
 def _write(path: Path, rows: list[Row]) -> None:
     """Write the table anew, whole or not at all."""
-    with staged(path, overwrite=True) as temporary, temporary.open("w", newline="") as file:
+    with staged(path, overwrite=True) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         table.writeheader()
         table.writerows(rows)

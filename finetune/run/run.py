@@ -20,6 +20,7 @@ from ...data.dataset import Data
 from ...data.labels import check_labels, same_classes, several_classes
 from ...errors import InputError, NormswapWarning, UnsupportedError, UsageError, VerificationError, named, option
 from ...frameworks.detect import get_framework
+from ...sources.tensors import read_arrays
 from ...sources.weights import SUFFIX, load_weights, write_weights
 from ..calibration.calibrate import calibrate, site_layers, split
 from ..hooks.blend import Blend
@@ -153,7 +154,7 @@ class _Run:
             self.progress, checkpoint = found
             self.saved = self.progress.step
             load_weights(self.model, checkpoint.folder / f"model{self.suffix}")
-            self.state = safetensors.numpy.load_file(checkpoint.folder / STATE)
+            self.state = read_arrays(checkpoint.folder / STATE)
 
     def _check_schedule(self) -> None:
         """Raise `UsageError` for a schedule that could never lower the rate."""
@@ -261,7 +262,7 @@ class _Run:
         progress = self.progress = self.new
         if self.eval_data is not None and self.original is not None:
             found = self.evaluation.accuracy(self.original)
-            progress.original = found.to_dict()
+            progress.original = found
             if self.journal is not None:
                 self.journal.row(0, stage=ORIGINAL, epoch=0, **_told(found))
         if self.calibrates:
@@ -382,11 +383,11 @@ class _Run:
         if self.eval_data is None:
             return figures
         found = self.evaluation.accuracy(self.model)
-        if self.tracks_best and (progress.best is None or found.top1 > progress.best["top1"]):
-            progress.best, progress.best_step = found.to_dict(), progress.step
+        if self.tracks_best and (progress.best is None or found.top1 > progress.best.top1):
+            progress.best, progress.best_step = found, progress.step
         if self.settings.early_stop and self.teacher is not None and self.tracks_best:
             assert progress.original is not None
-            progress.done = found.top1 >= progress.original["top1"]
+            progress.done = found.top1 >= progress.original.top1
         if waits and found.loss is not None and self.settings.schedule == "plateau":
             progress.plateau = progress.plateau.after(found.loss, self.settings.setting("patience"))
         return {**figures, **_told(found)}
@@ -406,7 +407,7 @@ class _Run:
         load_weights(self.model, deployed if deployed.exists() else chosen / f"model{self.suffix}")
         self.hooks.on_end()
         if self.eval_data is not None and not self.tracks_best:
-            best = self.evaluation.accuracy(self.model).to_dict()
+            best = self.evaluation.accuracy(self.model)
         if self.folder.writes:
             bundles.save_into(self.bundle, self.folder.output, without=[RETIRED])
             self.folder.finish()
@@ -421,8 +422,8 @@ class _Run:
             self.folder.output,
             self.progress.step,
             float(np.mean(losses)) if losses else None,
-            None if best is None else Accuracy(**best),
-            None if original is None else Accuracy(**original),
+            best,
+            original,
             self._kept,
             self.progress.done,
         )

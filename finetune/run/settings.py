@@ -1,6 +1,5 @@
 """The settings of a whole run, which are saved with it and can be given again."""
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -9,6 +8,9 @@ from typing import Any, Literal, get_args
 import tomli_w
 
 from ...errors import InputError
+from ...formats.fields import read
+from ...formats.place import Place
+from ...formats.text import from_toml
 from ...layers.limits import Schedule
 from .stages import Stage, parse
 from .training import Training
@@ -86,9 +88,10 @@ class Settings(Training):
     @classmethod
     def from_toml(cls, path: Path) -> "Settings":
         """Return the settings in a file `to_toml` wrote; raises `InputError` if it cannot be read."""
+        place = Place(str(path))
         try:
-            found = tomllib.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            found = from_toml(path.read_bytes(), place)
+        except OSError as error:
             raise InputError(f"expected the settings of a fine-tuning run in {path}, received none: {error}") from None
         known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in found.items() if name in known})
+        return read(cls, {name: value for name, value in found.items() if name in known}, place)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError, MissingDependencyError, missing
+from ..archives import require_whole
 from ..code import is_elsewhere
 from ..files import require_file
 from .hdf5 import require_readable
@@ -26,6 +27,8 @@ def read_model(path: Path) -> Any:
     Raises `RefusedByKerasError` if Keras refuses it, and `InputError` if it cannot be read at all.
     """
     require_file(path)
+    if path.suffix == ".keras":
+        require_whole(path, "a Keras model")
     keras = import_keras()
     require_h5py(path)
     require_readable(path)

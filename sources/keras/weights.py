@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
+from ..archives import require_whole
 from ..files import require_file
 from ..misfit import PatchedWeightsError, patched_way_out
 from .hdf5 import require_readable
@@ -16,6 +17,8 @@ HDF5_SUFFIXES = (".h5", ".hdf5")
 def load_weights(model: Any, path: Path) -> None:
     """Give a Keras model the weights in ``path``; raises `InputError` if they do not fit."""
     require_file(path)
+    if path.suffix == ".keras":
+        require_whole(path, "weights for this model")
     require_h5py(path)
     require_readable(path)
     if path.suffix in HDF5_SUFFIXES and holds_other_norms(path) and not has_other_norms(model):

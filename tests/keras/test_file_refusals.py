@@ -1,6 +1,7 @@
 """What the command line says of Keras files that need code of the user's: Keras's reason, and our way out."""
 
 import sys
+import zipfile
 
 import keras
 import pytest
@@ -9,6 +10,7 @@ from keras import layers
 
 from normswap.cli import main
 from normswap.errors import InputError
+from normswap.sources.keras.weights import load_weights
 from normswap.sources.spec import FORMS, load_source
 
 from ..helpers import exactly
@@ -77,3 +79,41 @@ def test_without_h5py(tmp_path, monkeypatch, name):
 
     message = f"error: {tmp_path}/{name} needs h5py: pip install 'normswap[keras]'\n"
     assert (result.exit_code, result.stderr) == (6, message)
+
+
+class TestDamage:
+    def test_a_truncated_archive(self, tmp_path):
+        """It is no file that is not there, which is what Keras says."""
+        path = saved(layers.Dense(2), tmp_path / "m.keras")
+        path.write_bytes(path.read_bytes()[:-50])
+        message = f"expected a Keras model in {path}, received a truncated archive, or a file of another kind"
+        with pytest.raises(InputError, match=exactly(message)):
+            load_source(str(path))
+
+    def test_a_flipped_byte(self, tmp_path):
+        """Keras reads weights out of the archive without a look at its checksums."""
+        path = saved(dense := layers.Dense(2), tmp_path / "m.keras")
+        content = bytearray(path.read_bytes())
+        content[content.index(dense.kernel.numpy().tobytes()) + 2] ^= 1
+        path.write_bytes(content)
+        message = (
+            f"expected a Keras model in {path}, received a damaged file: model.weights.h5 is not what its checksum "
+            "says; get the file once more"
+        )
+        with pytest.raises(InputError, match=exactly(message)):
+            load_source(str(path))
+        with pytest.raises(InputError, match=exactly(message.replace("a Keras model", "weights for this model"))):
+            load_weights(keras.Sequential([keras.Input((3,)), layers.Dense(2)]), path)
+
+    def test_a_bomb(self, tmp_path):
+        """What unpacks to far more than it is, is not unpacked."""
+        path = tmp_path / "m.keras"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("model.weights.h5", "w") as file:
+            for _ in range(600):
+                file.write(bytes(1 << 20))
+        message = (
+            f"expected a Keras model in {path}, received an archive of 612 kB that unpacks to 629 MB; if it is what "
+            "you want, pack it without compression"
+        )
+        with pytest.raises(InputError, match=exactly(message)):
+            load_source(str(path))

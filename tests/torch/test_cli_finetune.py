@@ -237,7 +237,7 @@ class TestConfig:
         (tmp_path / "bad.toml").write_text("steps 5")
         (tmp_path / "other.toml").write_text("stepps = 5\nlr = 0.1\n")
         code, _, err = run("in-gn", "-c", tmp_path / "bad.toml", "-o", tmp_path / "out")
-        assert (code, f"expected a TOML file, received {tmp_path}/bad.toml: " in err) == (2, True)
+        assert (code, f"expected TOML in {tmp_path}/bad.toml, received text that is not: " in err) == (2, True)
         code, _, err = run("in-gn", "-c", tmp_path / "other.toml", "-o", tmp_path / "out")
         assert code == 2
         expected = f"expected options of this command in {tmp_path}/other.toml, received stepps; there are accumulate, "

@@ -87,7 +87,7 @@ class TestRefusals:
                 4,
                 "2 BatchNorms, all skipped (excluded; frozen: a constant",
             ),
-            (damaged, {}, 3, "2: expected finite parameters and variances >= 0, received 1 non-finite values in var"),
+            (damaged, {}, 3, "received 1 that are not:\n  2.running_var: 1 of 3 not finite"),
             (lambda: nn.BatchNorm2d(3), {"exclude": ["layer4.*"]}, 3, "expected a pattern that matches a BatchNorm"),
             (
                 lambda: nn.BatchNorm2d(3),

@@ -173,7 +173,10 @@ def test_a_bad_value_is_found_before_anything_is_touched():
     """A NaN statistic in the last layer leaves the first untouched too."""
     model = trained_(nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4)))
     model[1].running_var[2] = torch.nan
-    message = "1: expected finite parameters and variances >= 0, received 1 non-finite values in var"
+    message = (
+        "expected weights that are finite and variances of at least 0, received 1 that are not:\n"
+        "  1.running_var: 1 of 4 not finite"
+    )
     with pytest.raises(InputError, match=exactly(message)):
         normswap.patch(model, "sn")
 

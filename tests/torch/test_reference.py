@@ -15,6 +15,7 @@ from torch import nn
 
 import normswap
 from normswap.errors import InputError, OutputExistsError
+from normswap.verification.stored import load_reference
 from normswap.verification.verify import verify_against
 
 from .models import Residual, trained_
@@ -125,11 +126,6 @@ def told(change):
         (lambda path: path.write_bytes(path.read_bytes()[:-50]), "File is not a zip file"),
         (lambda path: np.savez(path, x=np.zeros(3)), "no index in it"),
         (lambda path: np.savez(path, index=np.array([{}])), "Object arrays cannot be loaded when allow_pickle=False"),
-        (
-            lambda path: np.savez(path, index=np.array("{")),
-            "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
-        ),
-        (lambda path: np.savez(path, index=np.array('{"format": 1}')), "no batches in it"),
         (lambda path: rewritten(path, told(lambda i: i.update(format=2))), "format=2 where this version reads 1"),
         (lambda path: rewritten(path, told(lambda i: i.update(batches=[]))), "no batch in it"),
         (
@@ -154,6 +150,29 @@ def test_damaged_references(saved, damage, reason):
     assert str(caught.value) == (
         f"expected a reference written by save_reference= in {folder / 'r.npz'}, received {reason}"
     )
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{", "expected JSON in {}, received text that is not: Expecting property name enclosed in double quotes: line "
+         "1 column 2 (char 1)"),
+        ("[" * 9999, "expected JSON nested no deeper than 100 levels in {}, received deeper"),
+        ('{"format": 1, "notes": []}', "expected a value at batches in {}, received none"),
+        ('{"format": 1, "notes": "n", "batches": []}', "expected a list at notes in {}, received 'n'"),
+        ('{"format": 1, "notes": [], "batches": [{"scale": "1", "inputs": [], "outputs": [], "exact_outputs": []}]}',
+         "expected a number at batches[0].scale in {}, received '1'"),
+        ('{"format": 1, "notes": [], "batches": [], "coverage": {"e": [1]}}',
+         "expected a value at coverage.e[1] in {}, received none"),
+    ],
+)  # fmt: skip
+def test_an_index_of_other_kinds(tmp_path, index, message):
+    """Every field of it is read as declared, and told by its name."""
+    np.savez(tmp_path / "r.npz", index=np.array(index))
+    with pytest.raises(InputError) as caught:
+        load_reference(tmp_path / "r.npz")
+
+    assert str(caught.value) == message.format(tmp_path / "r.npz") + "; write it again with save_reference="
 
 
 def test_a_bit_that_flipped(saved):

@@ -15,8 +15,12 @@ from normswap.bundles import bundle
 from normswap.data.dataset import from_arrays
 from normswap.errors import InputError, NormswapWarning
 from normswap.finetune import Distillation
+from normswap.finetune.run.checkpoints import Checkpoints
+from normswap.finetune.run.folder import Progress
 from normswap.finetune.run.journal import read
+from normswap.formats.seal import sealed
 
+from ..helpers import exactly
 from .runs import EVERYTHING, PREPROCESSING, SETTINGS, HaltError, checkpoints, halt_at, same, weights
 from .runs import quick as finetune
 
@@ -209,3 +213,42 @@ class TestResume:
                 "model.safetensors",
                 "original.safetensors",
             }
+
+    @pytest.mark.parametrize(
+        ("change", "expected"),
+        [
+            (lambda told: told["log"].update(step=True), "an integer at log.step in {file}, received True"),
+            (lambda told: told["log"].update(lr="1"), "a number at log.lr in {file}, received '1'"),
+            (lambda told: told["log"].update(plateau=[0, "x", 0]),
+             "a number at log.plateau[1] in {file}, received 'x'"),
+            (lambda told: told["log"].update(best={"top1": 1}),
+             "a value at log.best.top5 in {file}, received none (and 1 more)"),
+            (lambda told: told["log"].update(best={"top1": 1, "top5": 1, "n": 2.5}),
+             "an integer at log.best.n in {file}, received 2.5"),
+            (lambda told: told.update(log=[]), "an object at log in {file}, received []"),
+            (lambda told: told.update(sha256={}),
+             "every file beside it at sha256 in {file}, received model.safetensors, which is there and not listed"),
+            (lambda told: told["sha256"].update({"../x": "0"}),
+             "names of files at sha256 in {file}, received '../x'"),
+        ],
+    )  # fmt: skip
+    def test_a_log_of_other_kinds(self, source, data, tmp_path, change, expected):
+        """Every field of a checkpoint's log is read as declared, even where its seal is right."""
+        finetune(source(), tmp_path / "out", data, replace(SETTINGS, steps=2))
+        file = sorted((tmp_path / "out/run/checkpoints").iterdir())[-1] / "checkpoint.json"
+        told = json.loads(file.read_text())
+        del told["seal"]
+        change(told)
+        file.write_text(json.dumps(sealed(told)))
+        said = Checkpoints(tmp_path / "out/run/checkpoints", Progress)
+
+        with pytest.raises(InputError, match=exactly(f"expected {expected.format(file=file)}")):
+            said.at(2)
+
+    def test_folders_of_other_names(self, source, data, tmp_path):
+        """What is no checkpoint by its name is passed over, whatever it begins with."""
+        finetune(source(), tmp_path / "out", data, replace(SETTINGS, steps=2))
+        for name in ("step-1abc", "step-٣٣٣٣٣٣", "step-", f"step-{'9' * 5000}"[:200]):
+            (tmp_path / "out/run/checkpoints" / name).mkdir()
+
+        assert Checkpoints(tmp_path / "out/run/checkpoints", Progress).newest().log.step == 2

@@ -478,10 +478,17 @@ class TestBundle:
         ("text", "message"),
         [
             (None, "expected a bundle in .*, received a folder without normswap.json; make one with `normswap.save`$"),
-            ("{}", "expected a bundle in .*, received a folder without one: 'schema_version'"),
-            ("[", "expected a bundle in "),
-            ('{"schema_version": 9}', "expected a bundle of schema_version=1, received schema_version=9"),
-            ('{"schema_version": 1, "framework": "x"}', "expected a framework out of torch, keras, received 'x'"),
+            ("{}", "expected a bundle of schema_version=2 in .*, received schema_version=None; patch the model again$"),
+            ("[", "expected JSON in .*, received text that is not: Expecting value: line 1 column 2"),
+            (
+                '{"schema_version": 1}',
+                "expected a bundle of schema_version=2 in .*, received schema_version=1; patch the model again$",
+            ),
+            (
+                '{"schema_version": 2, "framework": "x"}',
+                "expected a file as it was written in .*normswap.json, received one without its seal; take the bundle "
+                "from where it came once more, or patch the model again$",
+            ),
         ],
     )
     def test_what_is_no_bundle(self, tmp_path, text, message):

@@ -19,6 +19,7 @@ from normswap.cli import main
 from normswap.data.dataset import open_data
 from normswap.errors import InputError
 from normswap.finetune import Settings, finetune
+from normswap.formats.seal import sealed
 from normswap.sources.spec import FORMS
 
 from ..helpers import exactly
@@ -279,7 +280,9 @@ class TestOwn:
         elif change == "copied":
             path = Path(shutil.copytree(own, folder / "c"))
         elif change == "manifest":
-            manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"normswap": "0"}))
+            told = json.loads(manifest.read_text()) | {"normswap": "0"}
+            del told["seal"]
+            manifest.write_text(json.dumps(sealed(told)))
         else:
             copy = shutil.copytree(own, folder / "c")
             shutil.rmtree(own)
