@@ -44,7 +44,7 @@ def _name(norm: str, shape: tuple[int, int]) -> str:
 
 def curves(scale: Scale) -> list[Curve]:
     """Return each norm at each shape, the rate in proportion to the images of a step."""
-    epochs, depth, width = (100, 16, 4) if scale == "full" else (4, 10, 1)
+    epochs, depth, width = (100, 16, 4) if scale == "full" else (2, 10, 1)
     found = []
     for processes, images in SHAPES:
         batch = processes * images
@@ -129,7 +129,7 @@ EXPERIMENT = Experiment(
     judge=judge,
     differs={
         "full": ("CIFAR-10 and WRN-16-4 in place of ImageNet and ResNet-50",),
-        "small": ("CIFAR-10, WRN-10-1 and 4 epochs in place of ImageNet, ResNet-50 and 100",),
+        "small": ("CIFAR-10, WRN-10-1 and 2 epochs in place of ImageNet, ResNet-50 and 100",),
     },
     picture=picture,
 )
