@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ...errors import InputError, UnsupportedError, note
+from ...errors import InputError, UnsupportedError, listed, note
 from ...formats.fields import read
 from ...formats.place import Place
 from ...formats.text import json_object
@@ -119,11 +119,21 @@ def _dtype(tensor: Tensor) -> str:
 
 
 def write_state_dict(model: nn.Module, path: Path) -> None:
-    """Write the model's state to a ``.safetensors`` file; tensors that share memory are written each for itself."""
+    """Write the model's state to a ``.safetensors`` file; tensors that share memory are written each for itself.
+
+    Raises `UnsupportedError`, which lists them, for tensors that have no values yet.
+    """
+    tensors = (item for each in (model.named_parameters(), model.named_buffers()) for item in each)
+    empty = [name for name, tensor in tensors if nn.parameter.is_lazy(tensor) or tensor.is_meta]
+    if empty:
+        raise UnsupportedError(
+            f"expected a model whose weights have values, received {len(empty)} without, of lazy layers or on the "
+            f"meta device; run the model once on an example, or load weights on a device:\n{listed(empty)}"
+        )
     state = model.state_dict()
     told = {name: known["version"] for name, known in getattr(state, "_metadata", {}).items() if "version" in known}
-    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
-    safetensors.torch.save_file(tensors, path, metadata={_VERSIONS: json.dumps(told)})
+    values = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+    safetensors.torch.save_file(values, path, metadata={_VERSIONS: json.dumps(told)})
 
 
 def _versioned(state: Mapping[str, Tensor], versions: Versions | None) -> dict[str, Tensor]:

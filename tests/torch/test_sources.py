@@ -21,7 +21,7 @@ from normswap.cli import main
 from normswap.data.preprocessing import Preprocessing, preprocessing_of
 from normswap.errors import InputError, MissingDependencyError, UnsupportedError
 from normswap.sources.spec import absolute_spec, load_source, relative_spec, runs_code
-from normswap.sources.torch.state_dict import load_state_dict, read_state_dict
+from normswap.sources.torch.state_dict import load_state_dict, read_state_dict, write_state_dict
 
 from ..helpers import exactly
 from .models import trained_
@@ -338,7 +338,27 @@ class Evil:
         return os.system, (f"touch {Evil.mark}",)
 
 
+META = "weight", "bias", "running_mean", "running_var", "num_batches_tracked"
+
+
 class TestWeights:
+    @pytest.mark.parametrize(
+        ("build", "names"),
+        [
+            (lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.BatchNorm2d(4)), ["0.weight", "0.bias"]),
+            (lambda: nn.Sequential(nn.BatchNorm2d(4).to("meta")), [f"0.{n}" for n in META]),
+        ],
+    )
+    def test_weights_without_values(self, tmp_path, build, names):
+        """Nothing is written of layers that are not initialized, which are listed."""
+        lines = "".join(f"\n  {name}" for name in names)
+        message = (
+            f"expected a model whose weights have values, received {len(names)} without, of lazy layers or on the meta "
+            f"device; run the model once on an example, or load weights on a device:{lines}"
+        )
+        with pytest.raises(UnsupportedError, match=exactly(message)):
+            write_state_dict(build(), tmp_path / "m.safetensors")
+
     STATE = {"weight": torch.ones(2, 2), "bias": torch.zeros(2)}  # noqa: RUF012
 
     @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth", ".th", ".bin"])
