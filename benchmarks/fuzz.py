@@ -80,7 +80,8 @@ def bundle(folder: Path) -> Any:
     from normswap.bundles.bundle import read
 
     found = read(folder / "b", model=network())
-    return found.recipe, found.preprocessing, found.source, tensors(found.model)
+    source = str(found.source).replace(str(folder.resolve()), "")  # which is told from where the bundle is
+    return found.recipe, found.preprocessing, source, tensors(found.model)
 
 
 def network() -> Any:
