@@ -80,7 +80,8 @@ def bundle(folder: Path) -> Any:
     from normswap.bundles.bundle import read
 
     found = read(folder / "b", model=network())
-    return found.recipe, found.preprocessing, found.source, tensors(found.model)
+    source = str(found.source).replace(str(folder.resolve()), "")  # which is told from where the bundle is
+    return found.recipe, found.preprocessing, source, tensors(found.model)
 
 
 def network() -> Any:
@@ -264,6 +265,15 @@ def in_child(work: Callable[[], dict[str, Any]], limit: float) -> dict[str, Any]
     return json.loads(content) if content else {"code": "crash", "said": "the process died"}
 
 
+def copied(name: str, base: Path, folder: Path) -> None:
+    """Put what is written of a format into a new folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for top in {pattern.partition("/")[0] for pattern in FORMATS[name].files}:
+        source = base / top
+        shutil.copytree(source, folder / top) if source.is_dir() else shutil.copy2(source, folder / top)
+
+
 def mutated(name: str, folder: Path, draw: random.Random) -> bool:
     """Change one file of a format, and return whether it is one that could have been written."""
     from normswap.formats.seal import SEAL, sealed
@@ -332,16 +342,17 @@ def main() -> None:
     write(base, keras=keras)
     wanted = {n: in_child(lambda n=n: {"said": read(FORMATS[n].read, base)}, 300)["said"] for n in names
               if FORMATS[n].read}  # fmt: skip
+    for name in names:
+        whole = work / f"whole-{name}"
+        copied(name, base, whole)
+        if (found := in_child(partial(attempt, name, base, whole, wanted.get(name)), 300))["code"] != 0:
+            raise SystemExit(f"expected exit code 0 for what is written of {name}, received {found}")
     counts: dict[str, Counter[Any]] = {name: Counter() for name in names}
     faults: list[str] = []
     try:
         for name, draw in inputs(names, options.count, options.seed):
             folder = work / "input"
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            for top in {pattern.partition("/")[0] for pattern in FORMATS[name].files}:
-                source = base / top
-                shutil.copytree(source, folder / top) if source.is_dir() else shutil.copy2(source, folder / top)
+            copied(name, base, folder)
             expected = None if mutated(name, folder, draw) else wanted.get(name)
             found = in_child(partial(attempt, name, base, folder, expected), LIMIT)
             counts[name][found["code"]] += 1

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError, named
-from ..sources.archives import require_honest
+from ..sources.archives import is_archive, require_honest
 from ..sources.files import require_file
 from .augment import changed, generator, policies, random_box
 from .folders import Folder
@@ -243,7 +242,7 @@ class _Arrays:
 
 def _read_npz(path: Path, *, labelled: bool) -> tuple[Array, Array]:
     require_file(path, "an .npz")
-    if not zipfile.is_zipfile(path):  # else NumPy takes it for a pickle, and says how to load one
+    if not is_archive(path):  # else NumPy takes it for a pickle, and says how to load one
         raise InputError(f"expected an .npz in {path}, received a file of another kind or a truncated one")
     require_honest(path, "an .npz")
     try:

@@ -262,7 +262,8 @@ def unusable(model: nn.Module) -> dict[str, str]:
         if not (tensor.is_floating_point() or tensor.is_complex()):
             continue
         values = tensor.detach() if tensor.element_size() > 1 else tensor.detach().float()  # as float8
-        if not bool((finite := values.isfinite()).all()):
+        # Their sum is read at a fifth of the cost, and finite only if they all are.
+        if not bool(values.sum().isfinite()) and not bool((finite := values.isfinite()).all()):
             found[name] = f"{int((~finite).sum())} of {values.numel()} not finite"
         elif name.endswith("running_var") and bool((values < 0).any()):
             found[name] = f"{int((values < 0).sum())} of {values.numel()} below 0"

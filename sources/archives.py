@@ -2,13 +2,21 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from zipfile import ZipFile, is_zipfile
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 from ..errors import InputError
 
 MOST, RATIO = 1 << 29, 100
 """An archive that unpacks to more bytes than this, and to more than so many times its own, holds nothing but a trap:
 weights hardly shrink at all."""
+
+
+def is_archive(path: Path) -> bool:
+    """Return whether a file is a zip archive, maybe a damaged one."""
+    try:
+        return is_zipfile(path)
+    except BadZipFile:  # which Python raises for some
+        return True
 
 
 def require_honest(path: Path, what: str) -> None:
@@ -28,7 +36,7 @@ def require_whole(path: Path, what: str) -> None:
 
 
 def _require(path: Path, what: str, damaged: Callable[[ZipFile], str | None]) -> None:
-    if not is_zipfile(path):
+    if not is_archive(path):
         raise InputError(f"expected {what} in {path}, received a truncated archive, or a file of another kind")
     try:
         with ZipFile(path) as archive:

@@ -1,6 +1,5 @@
 """Inputs of a model in an ``.npz`` file of named arrays, of which none is code."""
 
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..frameworks.example import Inputs
-from .archives import require_honest
+from .archives import is_archive, require_honest
 from .files import require_file
 
 
@@ -23,7 +22,7 @@ def read_inputs(path: Path) -> Inputs:
     Raises `InputError` if it is no such file, or its names contradict each other.
     """
     require_file(path, "an .npz")
-    if not zipfile.is_zipfile(path):  # else NumPy takes it for a pickle, and says how to load one
+    if not is_archive(path):  # else NumPy takes it for a pickle, and says how to load one
         raise InputError(f"expected an .npz of named arrays in {path}, received a file of another kind")
     require_honest(path, "an .npz of named arrays")
     try:

@@ -28,6 +28,10 @@ RATE_OF_LOSS = 0.005
 LEAST_LOSS = 1e-3
 SEEDS = 2**63
 """How many seeds a generator of PyTorch's takes."""
+MOST = 2**31 - 1
+"""How many steps, images or processes there can be, far above what ends in a lifetime."""
+LARGEST = 1e30
+"""How large a factor can be, for what it multiplies to be a float32."""
 DECIDING = 8
 """How many images decide before a training whether a model returns probabilities."""
 
@@ -99,6 +103,12 @@ class Training:
         for name in ("max_grad_norm", "weight_decay", "gate_lr", "features", "workers", "seed"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"expected `{name}` of at least 0, received {name}={getattr(self, name)}")
+        for name in ("steps", "batch_size", "accumulate", "workers"):
+            if getattr(self, name) > MOST:
+                raise InputError(f"expected `{name}` of up to {MOST}, received {name}={getattr(self, name)}")
+        for name in ("lr", "weight_decay", "gate_lr", "temperature", "features"):
+            if (getattr(self, name) or 0) > LARGEST:
+                raise InputError(f"expected `{name}` of up to {LARGEST}, received {name}={getattr(self, name)}")
         if not 0 <= self.ema < 1:
             raise InputError(f"expected `ema` from 0 to below 1, received ema={self.ema}")
         if not 0 <= self.warmup <= 1:

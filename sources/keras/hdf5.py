@@ -4,12 +4,12 @@ import shutil
 import subprocess
 import sys
 import zipfile
-import zlib
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ...errors import InputError
+from ..archives import is_archive, require_whole
 
 SECONDS, BYTES_A_SECOND = 60.0, 5e6
 """How long a file may take to be read: so much, and what its size takes on a slow disk."""
@@ -49,18 +49,16 @@ def require_readable(path: Path, *, looks_at_sizes: bool = False) -> None:
 
 @lru_cache(maxsize=64)
 def _require_readable(path: Path, size: int, changed: int, looks_at_sizes: bool) -> None:
-    if not zipfile.is_zipfile(path):
+    if not is_archive(path):
         _read(path, path, looks_at_sizes)
         return
+    require_whole(path, "a Keras model")
     with TemporaryDirectory() as folder, zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
             if name.endswith((".h5", ".hdf5")):
                 part = Path(folder) / "part.h5"
-                try:
-                    with archive.open(name) as packed, part.open("wb") as file:
-                        shutil.copyfileobj(packed, file)
-                except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
-                    raise InputError(f"expected a whole archive in {path}, received a damaged one: {error}") from None
+                with archive.open(name) as packed, part.open("wb") as file:
+                    shutil.copyfileobj(packed, file)
                 _read(part, path, looks_at_sizes)
 
 

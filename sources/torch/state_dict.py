@@ -6,7 +6,6 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
 
 import safetensors.torch
 import torch
@@ -17,7 +16,7 @@ from ...errors import InputError, UnsupportedError, listed, note
 from ...formats.fields import read
 from ...formats.place import Place
 from ...formats.text import json_object
-from ..archives import require_whole
+from ..archives import is_archive, require_whole
 from ..files import is_text, require_file
 from ..misfit import misfit
 from ..tensors import header_of
@@ -57,7 +56,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """Return the tensors in a torch checkpoint of any file name; see `read_state_dict`."""
-    if is_zipfile(path):
+    if is_archive(path):
         require_whole(path, "weights")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

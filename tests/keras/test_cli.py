@@ -174,4 +174,4 @@ def test_a_damaged_file(run, folder, tmp_path):
     """A truncated file is refused as damaged and nothing is written."""
     (tmp_path / "half.keras").write_bytes((folder / "net.keras").read_bytes()[:500])
 
-    assert "received a file Keras refuses" in run("inspect", tmp_path / "half.keras", code=3)["error"]
+    assert "received a truncated archive" in run("inspect", tmp_path / "half.keras", code=3)["error"]

@@ -14,6 +14,7 @@ from normswap.bundles.source import load_model
 from normswap.cli import main
 from normswap.errors import InputError
 from normswap.finetune.run.figures import gates
+from normswap.formats.seal import sealed
 from normswap.sources.files import sha256
 
 from ..helpers import exactly
@@ -94,9 +95,13 @@ def test_a_damaged_archive(written, folder, command):
     content[content.index(b"\x89HDF") + 1000] ^= 1
     file.write_bytes(content)
     manifest["sha256"]["model.keras"] = sha256(file)
-    (path / "normswap.json").write_text(json.dumps(manifest))
+    del manifest["seal"]
+    (path / "normswap.json").write_text(json.dumps(sealed(manifest)))
 
-    message = f"expected a whole archive in {file}, received a damaged one: Bad CRC-32 for file 'model.weights.h5'"
+    message = (
+        f"expected a Keras model in {file}, received a damaged file: model.weights.h5 is not what its checksum says; "
+        "get the file once more"
+    )
     assert invoke(command[0], path, *command[1:]) == (3, f"error: {message}\n")
 
 

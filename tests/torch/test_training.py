@@ -355,6 +355,8 @@ class TestOptions:
         [
             ({"steps": 0}, "expected `steps` above 0, received steps=0"),
             ({"batch_size": 0}, "expected `batch_size` above 0, received batch_size=0"),
+            ({"lr": 1e308}, "expected `lr` of up to 1e+30, received lr=1e+308"),
+            ({"steps": 10**30}, f"expected `steps` of up to 2147483647, received steps={10**30}"),
             ({"lr": float("nan")}, "expected `lr` above 0, received lr=nan"),
             ({"ema": 1.0}, "expected `ema` from 0 to below 1, received ema=1.0"),
             ({"warmup": 2.0}, "expected `warmup` from 0 to 1, received warmup=2.0"),

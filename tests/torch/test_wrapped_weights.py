@@ -211,6 +211,19 @@ class TestArchives:
         with pytest.raises(InputError, match=exactly(message)):
             read(path)
 
+    @pytest.mark.parametrize("read", [read_inputs, read_state_dict])
+    def test_a_directory_that_python_gives_up(self, tmp_path, read):
+        """Python asks whether a file is an archive, and raises for one on several disks."""
+        path = tmp_path / ("x.npz" if read is read_inputs else "x.pth")
+        locator = b"PK\x06\x07" + bytes(12) + (2).to_bytes(4, "little")
+        path.write_bytes(b"PK\x03\x04" + bytes(60) + locator + b"PK\x05\x06" + bytes(18))
+        what = "an .npz of named arrays" if read is read_inputs else "weights"
+        message = (
+            f"expected {what} in {path}, received a damaged file: zipfiles that span multiple disks are not supported"
+        )
+        with pytest.raises(InputError, match=exactly(message)):
+            read(path)
+
     def test_a_large_honest_one(self, tmp_path):
         """Arrays that shrink well are read."""
         np.savez_compressed(tmp_path / "x.npz", x=np.zeros(1 << 22, np.uint8))
