@@ -34,8 +34,8 @@ LARGE, SMALL = (8, 32), (8, 2)
 FALL = 3.0
 """By how many points a norm has to lose on GN, from 32 images a process to 2, to be said to fall."""
 
-RATE, RATE_IMAGES = 0.1, 128
-"""The rate for steps of so many images (He et al., "Deep Residual Learning", section 4.2), in proportion for others."""
+RATE, RATE_IMAGES = 0.1, 256
+"""The published rate, of steps of 8 x 32 images, and in proportion for others."""
 
 
 def _name(norm: str, shape: tuple[int, int]) -> str:

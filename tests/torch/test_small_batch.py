@@ -143,7 +143,7 @@ def test_the_table():
 
     assert len(curves) == len({curve.folder for curve in curves.values()}) == 27
     assert (curves["SN, 8 x 4"].processes, curves["SN, 8 x 4"].batch_size) == (8, 32)
-    assert curves["SN, 1 x 16"].settings["lr"] == pytest.approx(0.0125)
+    assert curves["SN, 1 x 16"].settings["lr"] == pytest.approx(0.00625)
     assert "batch_statistics='none'" in repr(curves["SN, 8 x 1"].build(0))
     assert "batch_statistics='moving'" in repr(curves["SN, 1 x 8"].build(0))
     assert [axes.get_title() for axes in figure.axes] == ["found", "published, ImageNet"]
