@@ -69,7 +69,9 @@ def test_a_result_that_cannot_be_printed(tmp_path, arguments):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_nothing(tmp_path, number):
     """What is half done is gone, and the exit code is the shell's for the signal."""
-    process = start(tmp_path, "--wait", "60", stderr=subprocess.PIPE)
+    process = start(
+        tmp_path, "--wait", "60", stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(number, signal.SIG_DFL)
+    )  # which it may be ignored by the tests' own process
     process.stderr.readline()
     process.send_signal(number)
 
