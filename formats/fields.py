@@ -101,21 +101,23 @@ def _way(location: tuple[str | int, ...], data: Any) -> tuple[str | int, ...]:
     """Return the way to a field without what pydantic adds to it, the names of the types that it could have been."""
     way: list[str | int] = []
     for number, step in enumerate(location):
-        inside = data.get(step, _NONE) if isinstance(data, dict) else _member(data, step)
+        inside = _member(data, step)
         if inside is not _NONE:
             way.append(step)
             data = inside
-        elif number == len(location) - 1 and isinstance(data, dict):  # missing
+        elif number == len(location) - 1 and (isinstance(data, dict) or isinstance(step, int)):  # missing
             way.append(step)
     return tuple(way)
 
 
 def _member(data: Any, step: str | int) -> Any:
+    if isinstance(data, dict):
+        return data.get(step, _NONE)
     inside = isinstance(data, list | tuple) and isinstance(step, int) and step < len(data)
     return data[step] if inside else _NONE
 
 
 def _received(way: tuple[str | int, ...], data: Any) -> str:
     for step in way:
-        data = data.get(step, _NONE) if isinstance(data, dict) else data[step]
+        data = _member(data, step)
     return "none" if data is _NONE else shown(data)

@@ -163,7 +163,7 @@ def test_damaged_references(saved, damage, reason):
         ('{"format": 1, "notes": [], "batches": [{"scale": "1", "inputs": [], "outputs": [], "exact_outputs": []}]}',
          "expected a number at batches[0].scale in {}, received '1'"),
         ('{"format": 1, "notes": [], "batches": [], "coverage": {"e": [1]}}',
-         "expected a value at coverage.e in {}, received [1]"),
+         "expected a value at coverage.e[1] in {}, received none"),
     ],
 )  # fmt: skip
 def test_an_index_of_other_kinds(tmp_path, index, message):
