@@ -191,10 +191,17 @@ def write(
                     "nothing there; pass original="
                 )
             shutil.copy2(before.original_weights, temporary / f"original{suffix}")
-        recipe = _as_it_is(known.recipe, known.model)
-        manifest = manifest_of(temporary, directory, recipe, source, preprocessing)
-        (temporary / MANIFEST).write_text(manifest, encoding="utf-8")
+        _tell(known, temporary, directory, source, preprocessing)
     _remember(directory, source, own=own)
+
+
+def _tell(
+    known: Patched, folder: Path, directory: Path, source: str | None, preprocessing: Preprocessing | None
+) -> None:
+    """Write the manifest of a model and the weights in ``folder``, which are to lie in ``directory``."""
+    recipe = _as_it_is(known.recipe, known.model)
+    manifest = manifest_of(folder, directory, recipe, source, preprocessing)
+    (folder / MANIFEST).write_text(manifest, encoding="utf-8")
 
 
 def _remember(directory: Path, source: str | None, *, own: bool) -> None:
@@ -258,9 +265,7 @@ def save_into(bundle: Bundle, directory: Path, *, without: Collection[str] = ())
         write_weights(bundle.model, temporary / f"model{SUFFIX[framework]}")
         if bundle.has_original:
             shutil.copy2(bundle.original_weights, temporary / bundle.original_weights.name)
-        recipe = _as_it_is(bundle.recipe, bundle.model)
-        text = manifest_of(temporary, directory, recipe, bundle.source, bundle.preprocessing)
-        (temporary / MANIFEST).write_text(text, encoding="utf-8")
+        _tell(bundle, temporary, directory, bundle.source, bundle.preprocessing)
         written = {file.name for file in temporary.iterdir()}
         if not os.path.ismount(directory):
             _link(directory, temporary, without={*weights, MANIFEST, *without})
