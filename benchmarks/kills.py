@@ -47,7 +47,7 @@ def commands(folder):
     return {
         "patch": (["patch", f"{net}:build", "--to", "sn", "--input-shape", "3,8,8"], "out", read_manifest),
         "export": (["export", base], "out.onnx", read_model),
-        "verify --save-reference": (["verify", folder / "base.onnx", "--against", base], "out.npz", np.load),
+        "verify --save-reference": (["verify", base, folder / "base.onnx"], "out.npz", np.load),
         "plot": (["plot", folder / "tuned"], "out.png", lambda path: path.read_bytes().index(b"IEND")),
         "finetune": ([*tune, "--batch-size", "8"], "out", read_manifest),
     }
