@@ -11,6 +11,8 @@ from tempfile import TemporaryDirectory
 from ...errors import InputError
 from ..archives import is_archive, require_whole
 
+HDF5_SUFFIXES = (".h5", ".hdf5")
+
 SECONDS, BYTES_A_SECOND = 60.0, 5e6
 """How long a file may take to be read: so much, and what its size takes on a slow disk."""
 
@@ -37,6 +39,16 @@ with h5py.File(sys.argv[1], "r") as file:
 """
 
 
+def require_hdf5(path: Path, what: str) -> None:
+    """Raise `InputError` for a file that is called as HDF5 is, and is none."""
+    import h5py
+
+    if path.suffix in HDF5_SUFFIXES and not h5py.is_hdf5(path):
+        raise InputError(
+            f"expected {what} in {path}, received a file of another kind than HDF5; get the file once more"
+        )
+
+
 def require_readable(path: Path, *, looks_at_sizes: bool = False) -> None:
     """Raise `InputError` for HDF5 that cannot be read to its end, in a file or in the archive that a ``.keras`` is.
 
@@ -44,11 +56,11 @@ def require_readable(path: Path, *, looks_at_sizes: bool = False) -> None:
     holds too much to one that ``looks_at_sizes`` itself.
     """
     stat = path.stat()
-    _require_readable(path.resolve(), stat.st_size, stat.st_mtime_ns, looks_at_sizes)
+    _require_readable(path, path.resolve(), stat.st_size, stat.st_mtime_ns, looks_at_sizes)
 
 
 @lru_cache(maxsize=64)
-def _require_readable(path: Path, size: int, changed: int, looks_at_sizes: bool) -> None:
+def _require_readable(path: Path, place: Path, size: int, changed: int, looks_at_sizes: bool) -> None:
     if not is_archive(path):
         _read(path, path, looks_at_sizes)
         return
