@@ -7,9 +7,14 @@ from zipfile import BadZipFile, ZipFile, is_zipfile
 from ..errors import InputError
 from .files import damaged
 
-MOST, RATIO = 1 << 29, 100
-"""An archive that unpacks to more bytes than this, and to more than so many times its own, holds nothing but a trap:
+_MOST, RATIO = 1 << 28, 100
+"""A file that unpacks to more bytes than this, and to more than so many times its own, holds nothing but a trap:
 weights hardly shrink at all."""
+
+
+def most_in(packed: int) -> int:
+    """Return how many bytes a file of so many may unpack to."""
+    return max(_MOST, RATIO * packed)
 
 
 def is_archive(path: Path) -> bool:
@@ -48,7 +53,7 @@ def _require(path: Path, what: str, first_changed: Callable[[ZipFile], str | Non
                     "not unpack it"
                 )
             unpacked, packed = sum(each.file_size for each in archive.infolist()), path.stat().st_size
-            if unpacked > max(MOST, RATIO * packed):
+            if unpacked > most_in(packed):
                 raise InputError(
                     f"expected {what} in {path}, received an archive of {size(packed)} that unpacks to "
                     f"{size(unpacked)}; if it is what you want, pack it without compression"

@@ -11,7 +11,6 @@ from typing import Any
 from zipfile import ZipFile
 
 from ...errors import InputError, MissingDependencyError, UnsupportedError, missing
-from ..archives import require_whole
 from ..code import is_elsewhere
 from ..files import require_file
 from .hdf5 import HDF5_SUFFIXES, require_hdf5, require_readable
@@ -40,12 +39,10 @@ def read_model(path: Path) -> Any:
     Raises `RefusedByKerasError` if Keras refuses it, and `InputError` if it cannot be read at all.
     """
     require_file(path)
-    if path.suffix == ".keras":
-        require_whole(path, "a Keras model")
-    keras = import_keras()
     require_h5py(path)
     require_hdf5(path, "a Keras model")
     require_readable(path)
+    keras = import_keras()
     from ...layers import keras as _ours  # noqa: F401 - for Keras to know them, where the file holds some
 
     try:

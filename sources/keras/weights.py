@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
-from ..archives import require_whole
 from ..files import require_file
 from ..misfit import PatchedWeightsError, misfit, patched_way_out
 from .hdf5 import HDF5_SUFFIXES, require_hdf5, require_readable
@@ -16,11 +15,9 @@ from .other_norms import has_other_norms, holds_other_norms
 def load_weights(model: Any, path: Path) -> None:
     """Give a Keras model the weights in ``path``; raises `InputError` if they do not fit."""
     require_file(path)
-    if path.suffix == ".keras":
-        require_whole(path, "weights for this model")
     require_h5py(path)
     require_hdf5(path, "weights for this model")
-    require_readable(path)
+    require_readable(path, "weights for this model")
     if path.suffix in HDF5_SUFFIXES and holds_other_norms(path) and not has_other_norms(model):
         # Keras would take those of Batch Renormalization for a BatchNorm's, whatever their epsilon and order.
         raise PatchedWeightsError(
