@@ -75,14 +75,8 @@ def _read(file: Path, path: Path, looks_at_sizes: bool) -> None:
     size = file.stat().st_size
     seconds = SECONDS + size / BYTES_A_SECOND
     try:
-        command = [
-            sys.executable,
-            "-P",
-            "-c",
-            _READ,
-            str(file),
-            str(most_in(size)),
-        ]  # -P: no h5py of the working folder's
+        # -P: no h5py of the working folder's
+        command = [sys.executable, "-P", "-c", _READ, str(file), str(most_in(size))]
         ended = subprocess.run(command, capture_output=True, timeout=seconds, check=False).returncode
     except subprocess.TimeoutExpired:
         raise InputError(
