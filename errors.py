@@ -16,7 +16,7 @@ class NormswapError(Exception):
 
 
 class OutputExistsError(NormswapError, FileExistsError):
-    """The output exists and overwriting it was not asked for."""
+    """The output exists and overwriting it was not asked for, or another process is writing it."""
 
     exit_code = 2
 

@@ -27,6 +27,8 @@ from normswap.cli import main
 from normswap.sources import outputs
 from normswap.verification.file import read_model
 
+torch.set_num_threads(1)
+
 NET = """
 from torch import nn
 
@@ -49,6 +51,22 @@ def commands(folder):
         "plot": (["plot", folder / "tuned"], "out.png", lambda path: path.read_bytes().index(b"IEND")),
         "finetune": ([*tune, "--batch-size", "8"], "out", read_manifest),
     }
+
+
+def flag(name):
+    """Return the option of a command that says where its output goes."""
+    return "--save-reference" if name.startswith("verify") else "-o"
+
+
+def made(folder):
+    """Make what the commands read: a model's file, its data, a bundle, an ONNX file and a run."""
+    (folder / "net.py").write_text(NET)
+    random = np.random.default_rng(0)
+    np.savez(folder / "data.npz", x=random.uniform(0, 1, (16, 8, 8, 3)).astype(np.float32), y=np.arange(16) % 2)
+    patch = ["patch", f"{folder}/net.py:build", "--to", "sn", "--input-shape", "3,8,8", "-o", folder / "base"]
+    tune = ["finetune", folder / "base", "--data", folder / "data.npz", "--steps", "2", "-o", folder / "tuned"]
+    for arguments in (patch, ["export", folder / "base", "-o", folder / "base.onnx"], tune):
+        assert forked(lambda arguments=arguments: run(arguments)) == 0
 
 
 def run(arguments):
@@ -128,10 +146,9 @@ def whole(path, before, reads):
 def tried(folder, name, *, overwrite, limit):
     """Kill a command at each change; return how many there were, and how many went wrong."""
     arguments, output, reads = commands(folder)[name]
-    flag = "--save-reference" if name.startswith("verify") else "-o"
     at, wrong, old = 0, 0, folder / f"old-{name.split()[0]}"
     if not old.exists():
-        assert forked(lambda: run([*arguments, flag, old.with_name(f"old-{output}")])) == 0
+        assert forked(lambda: run([*arguments, flag(name), old.with_name(f"old-{output}")])) == 0
         os.replace(old.with_name(f"old-{output}"), old)
     while limit is None or at < limit:
         with tempfile.TemporaryDirectory(dir=folder) as place:
@@ -139,7 +156,7 @@ def tried(folder, name, *, overwrite, limit):
             if overwrite:
                 (shutil.copytree if old.is_dir() else shutil.copy2)(old, path)
             before = state(path)
-            given = [*arguments, flag, path, *(["--overwrite"] if overwrite else [])]
+            given = [*arguments, flag(name), path, *(["--overwrite"] if overwrite else [])]
             ended = forked(dying(at, given))
             if ended != -signal.SIGKILL:
                 return at, wrong + (ended != 0)
@@ -159,16 +176,9 @@ def cli():
     parser.add_argument("names", nargs="*", metavar="COMMAND")
     parser.add_argument("--limit", type=int, help="at most so many changes of each command")
     options, bad = parser.parse_args(), 0
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        (folder / "net.py").write_text(NET)
-        random = np.random.default_rng(0)
-        np.savez(folder / "data.npz", x=random.uniform(0, 1, (16, 8, 8, 3)).astype(np.float32), y=np.arange(16) % 2)
-        patch = ["patch", f"{folder}/net.py:build", "--to", "sn", "--input-shape", "3,8,8", "-o", folder / "base"]
-        tune = ["finetune", folder / "base", "--data", folder / "data.npz", "--steps", "2", "-o", folder / "tuned"]
-        for arguments in (patch, ["export", folder / "base", "-o", folder / "base.onnx"], tune):
-            assert forked(lambda arguments=arguments: run(arguments)) == 0
+        made(folder)
         for name in options.names or commands(folder):
             for overwrite in (False, True):
                 changes, wrong = tried(folder, name, overwrite=overwrite, limit=options.limit)

@@ -164,8 +164,11 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
 
 
 def keep_memory() -> None:
-    """Start the program again with an allocator that keeps memory: else page faults are a large part of each pass."""
-    keep = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "4000000000"}
+    """Start the program again with an allocator that keeps memory: else page faults are a large part of each pass.
+
+    Beyond 32 MB glibc takes no threshold for mapped memory, and falls back to 128 KB.
+    """
+    keep = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
     if not keep.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **keep})
 

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, OutputExistsError, option
+from ..errors import OutputExistsError, option
 
 STAGE = ".normswap-"
 """How the folder is called, before a hash of an output's name, in which the output is made beside its place."""
@@ -77,8 +77,8 @@ def staged(path: Path, *, overwrite: bool = False, kind: Kind = FILE) -> Iterato
     body fails, nothing is left and what stood there before is untouched. Killed, it leaves a folder that the next
     writer beside it clears; only on a system that cannot exchange two folders can one be without its name till then.
 
-    Raises `OutputExistsError` if ``path`` exists and may not be overwritten, or is of another ``kind``, `InputError` if
-    another process is writing it.
+    Raises `OutputExistsError` if ``path`` exists and may not be overwritten, or is of another ``kind``, or
+    if another process is writing it.
     """
     require_output(path, overwrite=overwrite, kind=kind)
     with _told(path):
@@ -126,7 +126,7 @@ def _told(path: Path) -> Iterator[None]:
 def _own(path: Path) -> Iterator[Path]:
     """Make the folder for an output and hold it; none but the process that does writes the output.
 
-    Raises `InputError` if another process holds it.
+    Raises `OutputExistsError` if another process holds it.
     """
     digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]  # names may be as long as a name can be
     stage = path.with_name(f"{STAGE}{digest}")
@@ -137,7 +137,7 @@ def _own(path: Path) -> Iterator[Path]:
             if held is None:  # removed between making and holding it
                 continue
             if not held:
-                raise InputError(
+                raise OutputExistsError(
                     f"expected an output that no other process is writing, received {path}; "
                     "wait for that one to end, or write to another output"
                 )

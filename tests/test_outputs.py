@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from normswap.errors import InputError, NormswapError, OutputExistsError
+from normswap.errors import NormswapError, OutputExistsError
 from normswap.sources import outputs
 from normswap.sources.outputs import FILE, Kind, clear, is_stage, require_output, staged
 
@@ -236,7 +236,7 @@ class TestOthers:
         )
         with staged(tmp_path / "out") as temporary:
             temporary.write_text("first")
-            with pytest.raises(InputError, match=exactly(message)), staged(tmp_path / "out"):
+            with pytest.raises(OutputExistsError, match=exactly(message)), staged(tmp_path / "out"):
                 pytest.fail("the body must not run")
             write_file(tmp_path / "other")
 
@@ -249,7 +249,7 @@ class TestOthers:
             children = [_writer(path, text) for text in ("a", "b")]
             for child in children:
                 results.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-            assert sorted(results) in ([0, 2], [0, 3])
+            assert sorted(results) == [0, 2]
             assert path.read_text() == "ab"[results.index(0)]
         assert not [name for name in os.listdir(tmp_path) if is_stage(name)]
 

@@ -12,7 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ...bundles.manifest import RUN, SETTINGS, require_replaceable
-from ...errors import InputError, UsageError, named
+from ...errors import InputError, OutputExistsError, UsageError, named
 from ...sources.outputs import clear, is_stage, staged
 from .accuracy import Accuracy
 from .checkpoints import Checkpoint, Checkpoints
@@ -67,8 +67,11 @@ class RunFolder:
             raise InputError(f"expected a fine-tuning run to resume in {self.output}, received none")
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other runs out of the output meanwhile; raises `InputError` if one is in it."""
+    def locked(self, *, expected_empty: bool) -> Iterator[None]:
+        """Keep other runs out of the output meanwhile.
+
+        Raises `OutputExistsError` if one is in it, or has been since it was found ``expected_empty``.
+        """
         if not self.writes:
             yield
             return
@@ -77,11 +80,13 @@ class RunFolder:
         try:
             lock.acquire()
         except Timeout:
-            raise InputError(
+            raise OutputExistsError(
                 f"expected an output that no other run is writing, received {self.output}; "
                 "wait for that run to end, or write to another output"
             ) from None
         try:
+            if expected_empty and not self._is_empty():
+                require_replaceable(self.output, overwrite=False)
             yield
         finally:
             Path(lock.lock_file).unlink(missing_ok=True)

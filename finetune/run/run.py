@@ -77,8 +77,8 @@ def finetune(
     and one is started where there is none. ``trust`` and ``trust_code`` are those of `normswap.load`. ``on_step`` is
     told the number of steps taken and their figures, in the process of rank 0.
 
-    Raises `InputError` if there is no original to distil from, if the run found used other settings or data, if another
-    run is writing ``output``, or if processes that train together disagree; `OutputExistsError` if ``output`` exists;
+    Raises `InputError` if there is no original to distil from, if the run found used other settings or data, or if
+    processes that train together disagree; `OutputExistsError` if ``output`` exists or another run is writing it;
     `VerificationError` if the loss is not finite, in which case the last checkpoint's model is the output;
     `StoppedError` after Ctrl-C or SIGTERM, once the step is done and saved.
     """
@@ -86,7 +86,7 @@ def finetune(
         source = bundles.read(source, trust=trust, trust_code=trust_code)
     run = _Run(source, Path(output), data, settings, eval_data, on_step, draw)
     run.check(resume=resume, overwrite=overwrite)
-    with run.folder.locked():
+    with run.folder.locked(expected_empty=not (resume or overwrite)):
         run.begin(record or {}, resume=resume)
         return run.go()
 

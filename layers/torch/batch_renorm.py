@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..limits import Schedule, check_schedule, checked_limits, default_limits, limits_at
 from ..published import BATCH_RENORMALIZATION, only, renamed, takes
-from . import rerun
+from . import cpu, rerun
 from .norm import RunningNorm, as_tensor, constant, kept, move
 from .normalize import Backward, Small, normalize, square
 from .passes import Array
@@ -123,8 +123,24 @@ class _BatchRenorm(RunningNorm):
             )
         if self.schedule is not None and not rerun.again():
             self._follow(self.schedule)
-        mix = partial(self._mix, x.shape[2:].numel(), rerun.expected())
-        return normalize(x, mix, self.weight, self.bias)
+        state = self.running_mean, self.running_var, self.r_max, self.d_max
+        count, reruns = x.shape[2:].numel(), rerun.expected()
+        alone = not reruns and not rerun.again() and self._processes() == 1
+        if alone and cpu.takes(x, *state, self.weight, self.bias):
+            return self._on_cpu(x, count)
+        return normalize(x, partial(self._mix, count, reruns), self.weight, self.bias)
+
+    def _on_cpu(self, x: Tensor, count: int) -> Tensor:
+        """Normalize maps on a CPU that nobody watches, in a call that is not run again."""
+        running, arrays = (
+            tuple(map(cpu.array, tensors))
+            for tensors in ((self.running_mean, self.running_var), (self.weight, self.bias))
+        )
+        momentum = float(self._count_batch()) if self._moves() else 0.0
+        limits = float(self.r_max), float(self.d_max)
+        formula = cpu.formulas().Renorm(count, arrays, running, limits, self.eps, momentum=momentum)
+        result: Tensor = cpu.Normalize.apply(x, formula, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        return result
 
     def _follow(self, schedule: Schedule) -> None:
         """Set the limits of this training call, and count it."""

@@ -43,7 +43,7 @@ def kernel(function: Any) -> Kernel:
     """Compile a function whose outer loop, over `prange`, may be shared by threads."""
     shared = FunctionType(function.__code__, function.__globals__)
     shared.__qualname__ = f"{function.__qualname__}_shared"  # the name in Numba's cache, where options do not count
-    return Kernel(_compiled(function), _compiled(shared, parallel=True))
+    return Kernel(jit(function), jit(shared, parallel=True))
 
 
 def set_num_threads(threads: int) -> None:
@@ -51,7 +51,8 @@ def set_num_threads(threads: int) -> None:
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
 
 
-def _compiled(function: Function, **options: Any) -> Function:
+def jit(function: Function, **options: Any) -> Function:
+    """Compile a function at its first call."""
     # Sums may be reordered (else none of them is vectorized); nothing is assumed of infinities and NaNs.
     options |= {"nogil": True, "fastmath": {"reassoc", "contract"}, "error_model": "numpy"}
     # What is compiled is kept in pickles, and Numba lets this file in the working folder, anybody's, say where.
@@ -62,7 +63,7 @@ def _compiled(function: Function, **options: Any) -> Function:
         return cast(Function, numba.njit(**options)(function))
 
 
-@_compiled
+@jit
 def _sum(row: Values) -> Any:
     total = row.dtype.type(0)
     for i in range(row.shape[0]):
@@ -70,7 +71,7 @@ def _sum(row: Values) -> Any:
     return total
 
 
-@_compiled
+@jit
 def _sums_of_difference(row: Values, pivot: Any) -> tuple[Any, Any]:
     total, squares = row.dtype.type(0), row.dtype.type(0)
     for i in range(row.shape[0]):
@@ -80,7 +81,7 @@ def _sums_of_difference(row: Values, pivot: Any) -> tuple[Any, Any]:
     return total, squares
 
 
-@_compiled
+@jit
 def _sums_of_product(dy: Values, x: Values, pivot: Any) -> tuple[Any, Any]:
     product, total = x.dtype.type(0), x.dtype.type(0)
     for i in range(x.shape[0]):
@@ -89,21 +90,22 @@ def _sums_of_product(dy: Values, x: Values, pivot: Any) -> tuple[Any, Any]:
     return product, total
 
 
-@_compiled
+@jit
 def _far(total: Any, squares: Any, count: int, share: float) -> bool:
     """Whether more than a share of the squares about a pivot is its distance from the mean, which costs digits."""
     return bool(total * total > share * squares * count)
 
 
-@_compiled
+@jit
 def _merge(mean: Any, power: Any, pivot: Any, rest: Any, squares: Any, share: Any, weight: Any) -> tuple[Any, Any]:
     """Return mean and sum of squares with a strip's, whose mean is ``pivot + rest`` and whose squares are about it."""
     difference = pivot + rest - mean
     return mean + difference * share, power + squares + difference * difference * weight
 
 
-@_compiled
-def _row_moments(row: Values) -> tuple[Any, Any]:
+@jit
+def row_moments(row: Values) -> tuple[Any, Any]:
+    """Return a row's mean and biased variance."""
     mean, power = 0.0, 0.0
     for begin in range(0, row.size, ROW_STRIP):
         strip = row[begin : begin + ROW_STRIP]
@@ -124,8 +126,9 @@ def _row_moments(row: Values) -> tuple[Any, Any]:
     return mean, max(power / row.size, 0.0)
 
 
-@_compiled
-def _row_affine(x: Values, y: Values, pivot: Any, scale: Any, shift: Any) -> None:
+@jit
+def row_affine(x: Values, y: Values, pivot: Any, scale: Any, shift: Any) -> None:
+    """Write a row's y = (x - pivot)·scale + shift."""
     for i in range(x.size):
         y[i] = (x[i] - pivot) * scale + shift
 
@@ -134,14 +137,14 @@ def _row_affine(x: Values, y: Values, pivot: Any, scale: Any, shift: Any) -> Non
 def rows_moments(x: Values, mean: Array, var: Array) -> None:
     """Write each row's mean and biased variance."""
     for r in prange(x.shape[0]):
-        mean[r], var[r] = _row_moments(x[r])
+        mean[r], var[r] = row_moments(x[r])
 
 
 @kernel
 def rows_affine(x: Values, y: Values, pivot: Values, scale: Values, shift: Values) -> None:
     """Write y = (x - pivot)·scale + shift."""
     for r in prange(x.shape[0]):
-        _row_affine(x[r], y[r], pivot[r], scale[r], shift[r])
+        row_affine(x[r], y[r], pivot[r], scale[r], shift[r])
 
 
 @kernel
@@ -166,7 +169,7 @@ def rows_combine(dy: Values, x: Values, dx: Values, pivot: Values, scale: Values
             dx[r, i] = a * dy[r, i] + (s * (x[r, i] - p) + b)
 
 
-@_compiled
+@jit
 def _add(strip: Values, total: Values) -> None:
     size, channels = strip.shape
     for i in range(0, size - size % 4, 4):
@@ -177,7 +180,7 @@ def _add(strip: Values, total: Values) -> None:
             total[c] += strip[i, c]
 
 
-@_compiled
+@jit
 def _add_differences(strip: Values, pivot: Values, total: Values, squares: Values) -> None:
     size, channels = strip.shape
     for i in range(0, size - size % 2, 2):
@@ -192,20 +195,23 @@ def _add_differences(strip: Values, pivot: Values, total: Values, squares: Value
             squares[c] += one * one
 
 
-@_compiled
+@jit
 def _add_products(dy: Values, x: Values, pivot: Values, product: Values, total: Values) -> None:
     size, channels = x.shape
-    for i in range(0, size - size % 2, 2):
+    for i in range(0, size - size % 4, 4):
         for c in range(channels):
-            product[c] += dy[i, c] * (x[i, c] - pivot[c]) + dy[i + 1, c] * (x[i + 1, c] - pivot[c])
-            total[c] += dy[i, c] + dy[i + 1, c]
-    for i in range(size - size % 2, size):
+            p = pivot[c]
+            one, two = dy[i, c] * (x[i, c] - p), dy[i + 1, c] * (x[i + 1, c] - p)
+            three, four = dy[i + 2, c] * (x[i + 2, c] - p), dy[i + 3, c] * (x[i + 3, c] - p)
+            product[c] += (one + two) + (three + four)
+            total[c] += (dy[i, c] + dy[i + 1, c]) + (dy[i + 2, c] + dy[i + 3, c])
+    for i in range(size - size % 4, size):
         for c in range(channels):
             product[c] += dy[i, c] * (x[i, c] - pivot[c])
             total[c] += dy[i, c]
 
 
-@_compiled
+@jit
 def _any_far(total: Values, squares: Values, count: int) -> bool:
     far = False
     for c in range(total.size):
@@ -213,8 +219,9 @@ def _any_far(total: Values, squares: Values, count: int) -> bool:
     return far
 
 
-@_compiled
-def _last_moments(x: Values, mean: Array, power: Array) -> None:
+@jit
+def map_moments(x: Values, mean: Array, power: Array) -> None:
+    """Write the mean and biased variance of a sample (P, C) per channel; ``power`` is the variance at the end."""
     size, channels = x.shape
     pivot, total, squares = np.empty(channels, x.dtype), np.zeros(channels, x.dtype), np.empty(channels, x.dtype)
     mean[:] = 0
@@ -245,8 +252,9 @@ def _last_moments(x: Values, mean: Array, power: Array) -> None:
         power[c] = max(power[c] / size, 0.0)
 
 
-@_compiled
-def _last_affine(x: Values, y: Values, pivot: Values, scale: Values, shift: Values) -> None:
+@jit
+def map_affine(x: Values, y: Values, pivot: Values, scale: Values, shift: Values) -> None:
+    """Write y = (x - pivot)·scale + shift of a sample (P, C)."""
     size, channels = x.shape
     for i in range(size):
         for c in range(channels):
@@ -257,14 +265,14 @@ def _last_affine(x: Values, y: Values, pivot: Values, scale: Values, shift: Valu
 def last_moments(x: Values, mean: Array, var: Array) -> None:
     """Write each sample's mean and biased variance per channel."""
     for n in prange(x.shape[0]):
-        _last_moments(x[n], mean[n], var[n])
+        map_moments(x[n], mean[n], var[n])
 
 
 @kernel
 def last_affine(x: Values, y: Values, pivot: Values, scale: Values, shift: Values) -> None:
     """Write y = (x - pivot)·scale + shift."""
     for n in prange(x.shape[0]):
-        _last_affine(x[n], y[n], pivot[n], scale[n], shift[n])
+        map_affine(x[n], y[n], pivot[n], scale[n], shift[n])
 
 
 @kernel
@@ -293,59 +301,8 @@ def last_combine(dy: Values, x: Values, dx: Values, pivot: Values, scale: Values
                 dx[n, i, c] = a[c] * dy[n, i, c] + (s[c] * (x[n, i, c] - p[c]) + b[c])
 
 
-@_compiled
-def _switch(
-    mean: Array,
-    var: Array,
-    fixed_mean: Array,
-    fixed_var: Array,
-    gates: Array,
-    gamma: Array,
-    beta: Array,
-    pivot: Values,
-    scale: Values,
-    shift: Values,
-) -> None:
-    """Write what one sample's moments (C,) are mixed to: x is to become (x - pivot)·scale + shift."""
-    channels = mean.size
-    layer_mean = mean.sum() / channels
-    layer_var = 0.0
-    for c in range(channels):
-        layer_var += var[c] + (mean[c] - layer_mean) ** 2
-    layer_var /= channels
-    for c in range(channels):
-        mixed_mean = gates[0, 0] * mean[c] + gates[0, 1] * layer_mean + fixed_mean[c]
-        mixed_var = gates[1, 0] * var[c] + gates[1, 1] * layer_var + fixed_var[c]
-        factor = gamma[c] / np.sqrt(mixed_var)
-        pivot[c], scale[c] = mean[c], factor
-        shift[c] = (np.float64(pivot[c]) - mixed_mean) * factor + beta[c]
-
-
-@kernel
-def rows_switch(
-    x: Values, y: Values, fixed_mean: Array, fixed_var: Array, gates: Array, gamma: Array, beta: Array
-) -> None:
-    """Write samples (N, C, P) normalized by `_switch`; a sample stays in the cache from its moments to its result."""
-    for n in prange(x.shape[0]):
-        channels = x.shape[1]
-        mean, var = np.empty(channels), np.empty(channels)
-        pivot, scale, shift = np.empty(channels, x.dtype), np.empty(channels, x.dtype), np.empty(channels, x.dtype)
-        for c in range(channels):
-            mean[c], var[c] = _row_moments(x[n, c])
-        _switch(mean, var, fixed_mean, fixed_var, gates, gamma, beta, pivot, scale, shift)
-        for c in range(channels):
-            _row_affine(x[n, c], y[n, c], pivot[c], scale[c], shift[c])
-
-
-@kernel
-def last_switch(
-    x: Values, y: Values, fixed_mean: Array, fixed_var: Array, gates: Array, gamma: Array, beta: Array
-) -> None:
-    """Write samples (N, P, C) normalized by `_switch`, as `rows_switch`."""
-    for n in prange(x.shape[0]):
-        channels = x.shape[2]
-        mean, var = np.empty(channels), np.empty(channels)
-        pivot, scale, shift = np.empty(channels, x.dtype), np.empty(channels, x.dtype), np.empty(channels, x.dtype)
-        _last_moments(x[n], mean, var)
-        _switch(mean, var, fixed_mean, fixed_var, gates, gamma, beta, pivot, scale, shift)
-        _last_affine(x[n], y[n], pivot, scale, shift)
+MOMENTS = rows_moments, last_moments
+AFFINE = rows_affine, last_affine
+PRODUCTS = rows_products, last_products
+COMBINE = rows_combine, last_combine
+"""Each pass for both layouts."""

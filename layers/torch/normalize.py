@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .passes import Array, affine, combine, compiled, dense, exact, moments, products, rounded
+from .passes import Array, affine, combine, dense, exact, moments, products, rounded
 from .watchers import watched
 
 Backward = Callable[[Array, Array, Array], tuple[Array, ...]]
@@ -52,13 +52,6 @@ def normalize(x: Tensor, mix: Mix, *parameters: Tensor | None) -> Tensor:
     return result
 
 
-def inferring(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether ``x`` can go through `switch`: unseen, on a CPU, with no gradient to come."""
-    if watched(x, *parameters) or not compiled(x):
-        return False
-    return not (torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, *parameters)))
-
-
 def wide(x: Tensor) -> Tensor:
     """Return ``x`` in float32 where it is narrower: statistics are never taken in half precision."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
@@ -67,6 +60,21 @@ def wide(x: Tensor) -> Tensor:
 def square(x: Array) -> Array:
     """Return ``x * x``: exporters write ``x ** 2`` as a slower power."""
     return x * x
+
+
+def refuse_derivative(dy: Tensor) -> None:
+    """Raise `RuntimeError` in a backward pass that is to be differentiated itself, or takes several gradients."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "expected create_graph=False, received create_graph=True: this layer's backward is not differentiable "
+            "itself; use torch.func, or torch.compile, which differentiate its plain operations"
+        )
+    if torch._C._functorch.is_legacy_batchedtensor(dy) or torch._C._functorch.maybe_current_level() is not None:
+        raise RuntimeError(
+            "expected is_grads_batched=False, received is_grads_batched=True, which "
+            "torch.autograd.functional sets with vectorize=True: this layer's backward takes one gradient at a "
+            "time; use torch.func, or vectorize=False"
+        )
 
 
 class _Normalize(torch.autograd.Function):
@@ -88,17 +96,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "expected create_graph=False, received create_graph=True: this layer's backward is not differentiable "
-                "itself; use torch.func, or torch.compile, which differentiate its plain operations"
-            )
-        if torch._C._functorch.is_legacy_batchedtensor(dy) or torch._C._functorch.maybe_current_level() is not None:
-            raise RuntimeError(
-                "expected is_grads_batched=False, received is_grads_batched=True, which "
-                "torch.autograd.functional sets with vectorize=True: this layer's backward takes one gradient at a "
-                "time; use torch.func, or vectorize=False"
-            )
+        refuse_derivative(dy)
         with np.errstate(all="ignore"):
             return _gradients(ctx, wide(dy))
 

@@ -26,7 +26,7 @@ def moments(x: Tensor) -> tuple[Array, Array]:
     """Return mean and biased variance per sample and channel, never by E[x²] - E[x]²."""
     if compiled(x):
         mean, var = _empty(x), _empty(x)
-        _run("moments", [x], [mean, var])
+        _run(kernels().MOMENTS, [x], [mean, var])
         return mean, var
     count = x.shape[2:].numel()
     pivot = _total(x) / count
@@ -40,7 +40,7 @@ def affine(x: Tensor, pivot: Array, scale: Array, shift: Array) -> Tensor:
     """Return (x - pivot)·scale + shift."""
     if compiled(x):
         y = torch.empty_like(x)
-        _run("affine", [x, y], [_spread(part, x) for part in (pivot, scale, shift)])
+        _run(kernels().AFFINE, [x, y], [_spread(part, x) for part in (pivot, scale, shift)])
         return y
     return (x - _tensor(pivot, x)).mul_(_tensor(scale, x)).add_(_tensor(shift, x))
 
@@ -49,7 +49,7 @@ def products(dy: Tensor, x: Tensor, pivot: Array) -> tuple[Array, Array]:
     """Return the sums of dy·(x - pivot) and of dy per sample and channel."""
     if compiled(x):
         product, total = _empty(x), _empty(x)
-        _run("products", [dy, x], [_spread(pivot, x), product, total])
+        _run(kernels().PRODUCTS, [dy, x], [_spread(pivot, x), product, total])
         return product, total
     product = exact(_total((x - _tensor(pivot, x)).mul_(dy)))
     return _array(x, product), _array(x, exact(_total(dy)))
@@ -59,7 +59,7 @@ def combine(dy: Tensor, x: Tensor, pivot: Array, scale: Array, slope: Array, lev
     """Return scale·dy + slope·(x - pivot) + level."""
     if compiled(x):
         dx = torch.empty_like(x)
-        _run("combine", [dy, x, dx], [_spread(part, x) for part in (pivot, scale, slope, level)])
+        _run(kernels().COMBINE, [dy, x, dx], [_spread(part, x) for part in (pivot, scale, slope, level)])
         return dx
     centred = (x - _tensor(pivot, x)).mul_(_tensor(slope, x)).add_(_tensor(level, x))
     return centred.addcmul_(dy, _tensor(scale, x))
@@ -70,21 +70,9 @@ def rounded(small: Array, x: Tensor) -> Array:
     return small.astype(_dtype(x)) if isinstance(small, np.ndarray) else small.to(x.dtype)
 
 
-def switch(x: Tensor, gates: Array, fixed_mean: Array, fixed_var: Array, gamma: Array, beta: Array) -> Tensor:
-    """Return Switchable Normalization with constant batch statistics, sample by sample; only where `compiled`.
-
-    ``gates`` (2, 3) mix the mean and the variance of instance and layer; ``fixed_mean`` and ``fixed_var`` (C,) are the
-    share of the batch statistics, ε added to the second.
-    """
-    x = dense(x)
-    y = torch.empty_like(x)
-    _run("switch", [x, y], [fixed_mean, fixed_var, gates, gamma, beta], by_sample=True)
-    return y
-
-
 def compiled(x: Tensor) -> bool:
     """Whether the passes over ``x`` run compiled."""
-    return x.device.type == "cpu" and _kernels() is not None
+    return x.device.type == "cpu" and kernels() is not None
 
 
 def dense(x: Tensor) -> Tensor:
@@ -97,31 +85,41 @@ def exact(x: Tensor) -> Tensor:
     return x if x.device.type == "mps" else x.double()
 
 
-def _run(name: str, data: list[Tensor], small: list[Array], *, by_sample: bool = False) -> None:
-    """Run a kernel over arrays shaped as the last of ``data`` and over small ones, on torch's number of threads.
+class Memory:
+    """How the kernels see data like ``x``: as rows (N·C, P), or where channels are last (N, P, C)."""
 
-    The small ones are per sample and channel or, ``by_sample``, the same for all samples.
-    """
-    x = data[-1]
-    samples, channels = x.shape[:2]
-    if not samples:
-        return
-    rows = x.is_contiguous()
-    if rows:
-        shape: tuple[int, ...] = (samples, channels, -1) if by_sample else (samples * channels, -1)
-        arrays = [part.detach().contiguous().numpy().reshape(shape) for part in data]
-    else:
-        last = [part.detach().movedim(1, -1).contiguous().numpy() for part in data]
-        arrays = [part.reshape(samples, -1, channels) for part in last]
-    if not by_sample:
-        small = [part.reshape(samples * channels if rows else (samples, channels)) for part in small]
-    kernel = getattr(_kernels(), f"{'rows' if rows else 'last'}_{name}")
-    threads = min(torch.get_num_threads(), x.numel() // SHARE)
-    if threads > 1 and _threads.available():
-        _threads.use(threads)
-        kernel.parallel(*arrays, *small)
-    else:
-        kernel.serial(*arrays, *small)
+    def __init__(self, x: Tensor) -> None:
+        self.samples, self.channels = x.shape[:2]
+        self.rows = x.is_contiguous()
+        self.dtype = np.float32 if x.dtype == torch.float32 else np.float64
+        self._threads = min(torch.get_num_threads(), x.numel() // SHARE)
+
+    def data(self, x: Tensor, *, by_sample: bool = False) -> Array:
+        """Return data, as rows (N, C, P) if kernels go ``by_sample``; what lies in another order is copied."""
+        if self.rows:
+            shape = (self.samples, self.channels, -1) if by_sample else (self.samples * self.channels, -1)
+            return x.detach().contiguous().numpy().reshape(shape)
+        return x.detach().movedim(1, -1).contiguous().numpy().reshape(self.samples, -1, self.channels)
+
+    def small(self, array: Array) -> Array:
+        """Return an array per sample and channel."""
+        return array.reshape(self.samples * self.channels if self.rows else (self.samples, self.channels))
+
+    def run(self, pair: tuple[Any, Any], *arrays: Array) -> None:
+        """Run the one of two kernels that is for this layout, on torch's number of threads."""
+        kernel = pair[0] if self.rows else pair[1]
+        if self._threads > 1 and _threads.available():
+            _threads.use(self._threads)
+            kernel.parallel(*arrays)
+        else:
+            kernel.serial(*arrays)
+
+
+def _run(pair: tuple[Any, Any], data: list[Tensor], small: list[Array]) -> None:
+    """Run a kernel over data and arrays per sample and channel."""
+    memory = Memory(data[-1])
+    if memory.samples:
+        memory.run(pair, *map(memory.data, data), *map(memory.small, small))
 
 
 class _Threads:
@@ -143,7 +141,7 @@ class _Threads:
         return not self.forked and _has_thread_safe_pool()
 
     def use(self, threads: int) -> None:
-        _kernels().set_num_threads(threads)
+        kernels().set_num_threads(threads)
 
 
 _threads = _Threads()
@@ -155,12 +153,13 @@ def _has_thread_safe_pool() -> bool:
 
 
 @cache
-def _kernels() -> Any:
+def kernels() -> Any:
+    """Return the module of the compiled passes, None without Numba."""
     try:
-        from . import kernels
+        from . import kernels as module
     except ImportError:
         return None
-    return kernels
+    return module
 
 
 def _empty(x: Tensor, dtype: type[np.floating[Any]] = np.float64) -> Array:

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..published import KERAS_SWITCHNORM, SWITCHABLENORMS, renamed, takes
+from . import cpu
 from .norm import RunningNorm, move
-from .normalize import Backward, Small, inferring, normalize, square, wide
-from .passes import Array, switch
+from .normalize import Backward, Small, normalize, square, wide
+from .passes import Array
 
 BatchStatistics = Literal["moving", "frozen", "none"]
 Compat = Literal["switchablenorms"]
@@ -170,29 +171,31 @@ class _SwitchNorm(RunningNorm):
 
     def _normalized(self, x: Tensor) -> Tensor:
         parameters = self.weight, self.bias, self.mean_weight, self.var_weight
-        constant = x.dim() > 2 and self.compat is None and not self._takes_batch()
-        if constant and inferring(x, *parameters):
-            return self._infer(x)
+        running = (None, None) if self.batch_statistics == "none" else (self.running_mean, self.running_var)
+        by_processes = self._takes_batch() and self._processes() > 1
+        if self.compat is None and not by_processes and cpu.takes(x, self.temperature, *running, *parameters):
+            return self._on_cpu(x, running, parameters)
         return normalize(x, partial(self._mix, x.shape[2:].numel()), *parameters)
+
+    def _on_cpu(self, x: Tensor, running: tuple[Tensor | None, ...], parameters: tuple[Tensor | None, ...]) -> Tensor:
+        """Normalize maps on a CPU that nobody watches."""
+        statistics, arrays = (tuple(map(cpu.array, tensors)) for tensors in (running, parameters))
+        temperature, of_batch = float(self.temperature), self._takes_batch()
+        if not of_batch and not (
+            torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, *parameters))
+        ):
+            weight, bias, *logits = arrays
+            constant = cpu.formulas().constants(*logits, temperature, *statistics, self.num_features)
+            return cpu.switched(x, *constant, weight, bias, self.epsilon)
+        momentum = float(self._count_batch()) if of_batch and self._moves() else 0.0
+        formula = cpu.formulas().Switch(
+            x.shape[2:].numel(), arrays, statistics, temperature, self.epsilon, of_batch=of_batch, momentum=momentum
+        )
+        result: Tensor = cpu.Normalize.apply(x, formula, *parameters)  # type: ignore[no-untyped-call]
+        return result
 
     def _takes_batch(self) -> bool:
         return self.training and self.batch_statistics == "moving"
-
-    def _infer(self, x: Tensor) -> Tensor:
-        """Normalize maps with constant batch statistics and no gradient to come, in one pass through memory."""
-        number = self._number(watched=False)
-        gates = torch.stack([self._gates(logits.double(), number) for logits in (self.mean_weight, self.var_weight)])
-        fixed_mean = gates.new_zeros(self.num_features)
-        fixed_var = torch.full_like(fixed_mean, self.epsilon)
-        if self.batch_statistics != "none":
-            fixed_mean, fixed_var = (
-                gates[0, 2] * self.running_mean.double(),
-                fixed_var.add_(gates[1, 2] * self.running_var),
-            )
-        gamma = torch.ones_like(fixed_mean) if self.weight is None else self.weight.double()
-        beta = torch.zeros_like(fixed_mean) if self.bias is None else self.bias.double()
-        constants = (part.detach().numpy() for part in (gates, fixed_mean, fixed_var, gamma, beta))
-        return switch(wide(x), *constants).to(x.dtype)
 
     def _check(self, x: Tensor) -> None:
         super()._check(x)

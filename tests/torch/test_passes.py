@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from normswap.layers import torch as layers
-from normswap.layers.torch import passes
+from normswap.layers.torch import cpu, passes
 
 from .models import filled
 
@@ -34,7 +34,7 @@ def two_threads():
 @pytest.fixture
 def uncompiled(monkeypatch):
     """The passes as torch operations, as without Numba and on accelerators."""
-    monkeypatch.setattr(passes, "_kernels", lambda: None)
+    monkeypatch.setattr(passes, "kernels", lambda: None)
 
 
 def step(layer, x, seed=1):
@@ -63,6 +63,46 @@ def test_moments_of_any_size(cls, layout, shape):
     for one, other in zip(found, expected, strict=True):
         scale = max(1.0, float(other.abs().max()))
         np.testing.assert_allclose(one.double() / scale, other / scale, atol=2e-6)
+
+
+OPTIONS = [
+    *(pytest.param(layers.SwitchNorm2d, {"batch_statistics": each}, id=each) for each in ("moving", "frozen", "none")),
+    pytest.param(layers.SwitchNorm2d, {"affine": False, "momentum": None}, id="plain"),
+    pytest.param(layers.SwitchNorm2d, {"temperature": 0}, id="hard"),
+    pytest.param(layers.SwitchNorm2d, {"temperature": 0.3, "track_running_stats": False}, id="cold"),
+    pytest.param(layers.BatchRenorm2d, {}, id="renorm"),
+    pytest.param(layers.BatchRenorm2d, {"affine": False, "momentum": None}, id="renorm plain"),
+    pytest.param(layers.BatchRenorm2d, {"momentum": 0.0}, id="renorm still"),
+    pytest.param(layers.BatchRenorm2d, {"schedule": "pretrained", "schedule_steps": 2}, id="renorm schedule"),
+]
+
+
+@pytest.mark.parametrize(("cls", "options"), OPTIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_compiled_formula_is_the_same(cls, options, layout, training, monkeypatch):
+    """Three steps by the compiled formula are three by the layer's own: outputs, gradients and state."""
+    later = {name: options[name] for name in ("temperature", "track_running_stats") if name in options}
+    layer = cls(6, **{name: value for name, value in options.items() if name not in later}).double().train(training)
+    other, found = copy.deepcopy(layer), []
+    x = uneven((4, 6, 11, 13), torch.float64).contiguous(memory_format=layout)
+    for each, takes in ((layer, cpu.takes), (other, lambda *_: False)):
+        monkeypatch.setattr(cpu, "takes", takes)
+        torch.manual_seed(2)
+        for parameter in each.parameters():
+            torch.nn.init.normal_(parameter)
+        for name, value in later.items():
+            setattr(each, name, value)
+        steps = []
+        for number in range(3):
+            leaf = (x * (1 + number)).requires_grad_()
+            y = each(leaf)
+            y.backward(torch.randn(x.shape, dtype=x.dtype).contiguous(memory_format=layout))
+            with torch.no_grad():
+                steps += [y.detach(), leaf.grad, each(x) if not training else y.detach()]
+        found.append([*steps, *(p.grad for p in each.parameters()), *each.buffers()])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("cls", LAYERS)

@@ -14,6 +14,7 @@ import torch
 import normswap
 from normswap.bundles import bundle
 from normswap.errors import InputError, OutputExistsError, VerificationError
+from normswap.finetune.run.folder import RunFolder
 from normswap.finetune.run.interruption import StoppedError
 from normswap.finetune.run.journal import read
 
@@ -174,6 +175,23 @@ class TestStopping:
         assert steps == [5, 6]
         assert same(weights(tmp_path / "whole"), weights(tmp_path / "out"))
 
+    def test_a_run_that_came_and_went_meanwhile(self, source, data, tmp_path, monkeypatch):
+        """One that ends between the look at the output and its lock keeps it."""
+        first, looked = tmp_path / "first", RunFolder.require_free
+
+        def late(folder, **how):
+            looked(folder, **how)
+            os.rename(first, folder.output)
+
+        finetune(source(), first, data, SETTINGS)
+        before, names = weights(first), sorted(os.listdir(first))
+        monkeypatch.setattr(RunFolder, "require_free", late)
+        message = f"expected an output path that does not exist, received {tmp_path}/out; add overwrite=True"
+        with pytest.raises(OutputExistsError, match=f"^{re.escape(message)}$"):
+            finetune(source(), tmp_path / "out", data, SETTINGS)
+        assert same(before, weights(tmp_path / "out"))
+        assert sorted(os.listdir(tmp_path / "out")) == names
+
     def test_two_runs_into_one_output(self, source, data, tmp_path):
         """A run keeps others out of its output, whether they resume or overwrite, and ends as if there were none."""
         message = (
@@ -183,7 +201,7 @@ class TestStopping:
 
         def intrude(step, figures):
             for mode in ("resume", "overwrite"):
-                with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+                with pytest.raises(OutputExistsError, match=f"^{re.escape(message)}$"):
                     finetune(source(), tmp_path / "out", data, SETTINGS, **{mode: True})
 
         finetune(source(), tmp_path / "out", data, SETTINGS, on_step=intrude)
