@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 import click
 
-from .errors import EXIT_INTERRUPTED, EXIT_IO, NormswapWarning, command_line, explain
+from .errors import EXIT_INTERRUPTED, EXIT_IO, NormswapWarning, TerminatedError, command_line, explain
 from .patchers.table import as_text
 
 SCHEMA_VERSION = 1
@@ -116,7 +116,7 @@ def _unwound() -> Iterator[None]:
 
     def leave(number: int, frame: FrameType | None) -> None:
         click.echo("stopped", err=True)
-        raise SystemExit(128 + number)
+        raise TerminatedError(128 + number)
 
     alone = threading.current_thread() is threading.main_thread()  # which signals belong to
     numbers = [each for each in (signal.SIGTERM, signal.SIGHUP) if alone and signal.getsignal(each) == signal.SIG_DFL]

@@ -51,6 +51,10 @@ class MissingDependencyError(NormswapError, ModuleNotFoundError):
     exit_code = 6
 
 
+class TerminatedError(SystemExit):
+    """The system told the process to end: whatever runs, the user's own code too, is left as by Ctrl-C."""
+
+
 class NormswapWarning(UserWarning):
     """Something the user should know of a result that is given nevertheless."""
 

@@ -180,7 +180,7 @@ def write(
     """Write a bundle as `save` does; ``own`` says that its source is the user's own code, which is remembered."""
     before = known if isinstance(known, Bundle) else None
     suffix = SUFFIX[known.recipe.framework]
-    with _written(directory, overwrite=overwrite) as temporary:
+    with _written(directory, overwrite=overwrite) as (temporary, _):
         write_weights(known.model, temporary / f"model{suffix}")
         if original is not None:
             write_weights(original, temporary / f"original{suffix}")
@@ -211,8 +211,8 @@ def _remember(directory: Path, source: str | None, *, own: bool) -> None:
 
 
 @contextmanager
-def _written(directory: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Yield the folder in which a bundle's files are made, which takes the place of ``directory`` at the end.
+def _written(directory: Path, *, overwrite: bool) -> Iterator[tuple[Path, bool]]:
+    """Yield the folder in which a bundle's files are made, and whether it takes the place of ``directory`` at the end.
 
     Where a file system is mounted at ``directory`` itself, which cannot change its place, files move into it one by
     one, the manifest last, and what is not replaced stays.
@@ -220,11 +220,11 @@ def _written(directory: Path, *, overwrite: bool) -> Iterator[Path]:
     if os.path.ismount(directory):
         require_replaceable(directory, overwrite=overwrite or not any(directory.iterdir()))
         with staged(directory / MANIFEST, overwrite=True) as manifest:
-            yield manifest.parent
+            yield manifest.parent, False
         return
     with staged(directory, overwrite=overwrite, kind=BUNDLE) as temporary:
         temporary.mkdir()
-        yield temporary
+        yield temporary, True
 
 
 def _as_it_is(recipe: Recipe, model: Any) -> Recipe:
@@ -261,13 +261,13 @@ def save_into(bundle: Bundle, directory: Path, *, without: Collection[str] = ())
     """
     framework = bundle.recipe.framework
     weights = {f"{which}{suffix}" for which in ("model", "original") for suffix in SUFFIX.values()}
-    with _written(directory, overwrite=True) as temporary:
+    with _written(directory, overwrite=True) as (temporary, replaces):
         write_weights(bundle.model, temporary / f"model{SUFFIX[framework]}")
         if bundle.has_original:
             shutil.copy2(bundle.original_weights, temporary / bundle.original_weights.name)
         _tell(bundle, temporary, directory, bundle.source, bundle.preprocessing)
         written = {file.name for file in temporary.iterdir()}
-        if not os.path.ismount(directory):
+        if replaces:
             _link(directory, temporary, without={*weights, MANIFEST, *without})
     for name in weights - written:
         (directory / name).unlink(missing_ok=True)

@@ -21,6 +21,8 @@ from ..sources.weights import SUFFIX
 MANIFEST = "normswap.json"
 RUN = "run"
 """The folder in a bundle that tells of the fine-tuning it came from; it is there before the rest."""
+SETTINGS = "run.toml"
+"""The file in it that is there first, which tells a run from any folder of that name."""
 SCHEMA_VERSION = 2
 """The first had no seal, and its list of files could be cut."""
 
@@ -98,7 +100,7 @@ def is_bundle(path: str | Path) -> bool:
 
 def is_unfinished(path: str | Path) -> bool:
     """Return whether ``path`` is a folder with a fine-tuning run that has not come to a bundle."""
-    return (Path(path) / RUN).is_dir() and not is_bundle(path)
+    return (Path(path) / RUN / SETTINGS).is_file() and not is_bundle(path)
 
 
 def _is_replaceable(path: Path) -> bool:
@@ -111,7 +113,7 @@ BUNDLE = Kind("a bundle", _is_replaceable)
 
 def require_replaceable(directory: Path, *, overwrite: bool) -> None:
     """Raise `OutputExistsError` if ``directory`` exists, unless it is a `BUNDLE` and may be overwritten."""
-    if not overwrite and is_unfinished(directory):
+    if directory.name and not overwrite and is_unfinished(directory):
         raise OutputExistsError(
             f"expected an output path that does not exist, received {directory} with a fine-tuning run that has not "
             f"ended; add {option('resume')} to go on with it, or {option('overwrite')}"

@@ -11,11 +11,12 @@ import numpy as np
 from ..data.dataset import Data, open_data
 from ..data.named import NamedInputs
 from ..data.preprocessing import Preprocessing, preprocessing_of
-from ..errors import InputError, UnsupportedError, UsageError, named, option
+from ..errors import InputError, UnsupportedError, UsageError, named, option, said
 from ..frameworks.detect import framework_of, get_framework
+from ..frameworks.example import not_taken
 from ..sources.memory import require_memory
 from ..sources.named_arrays import read_inputs
-from ..sources.spec import PROGRAM_SUFFIX
+from ..sources.spec import PROGRAM_SUFFIX, problem_of
 from . import bundle as bundles
 from .manifest import is_bundle, is_unfinished
 from .source import load_model
@@ -106,7 +107,7 @@ class Opened:
     zeros, or None if no shape is known.
     ``pretrained=False`` builds a zoo's architecture without fetching its weights.
 
-    Raises `UsageError` for options that nothing reads.
+    Raises `UsageError` for options that nothing reads, an example that memory does not hold, and what names no model.
     """
 
     def __init__(self, spec: str, options: ModelOptions, *, need_bundle: bool = False, pretrained: bool = True) -> None:
@@ -117,6 +118,8 @@ class Opened:
         if self.bundle is not None:
             self.model = self.bundle.model
         else:
+            if problem := problem_of(spec):
+                raise UsageError(problem)
             self.model = load_model(spec, options.weights, pretrained=pretrained, trust=options.trust)
         self.framework = framework_of(self.model)
         shape = options.input_shape
@@ -162,9 +165,13 @@ class Opened:
         """Return another model with the same weights, for the one to be patched and the other to stay.
 
         Where Python cannot copy it, its source is built again. Raises `UnsupportedError` for a source that gives the
-        same object again.
+        same object again, and as `require_values` does.
         """
         if self.framework == "torch":
+            from ..sources.torch.state_dict import require_values
+
+            self._build(self.model)
+            require_values(self.model)
             try:
                 return copy.deepcopy(self.model)
             except (RuntimeError, TypeError, copy.Error):  # weights that a hook computes, a lock, a generator
@@ -173,8 +180,7 @@ class Opened:
                 return twin
         twin = self._built_again()
         for model in (self.model, twin):
-            if not model.built and self.example is not None:
-                get_framework(model).call(model, self.example)
+            self._build(model)
         twin.set_weights(self.model.get_weights())
         return twin
 
@@ -204,6 +210,17 @@ class Opened:
             own=self.bundle.trust.own if self.bundle else True,
             overwrite=overwrite,
         )
+
+    def _build(self, model: Any) -> None:
+        """Show a model that waits for its first input the example, if there is one."""
+        framework = get_framework(model)
+        if framework.is_built(model) or self.example is None:
+            return
+        try:
+            with framework.inference(model):
+                framework.call(model, self.example)
+        except Exception as error:
+            raise not_taken(said(error)) from error
 
     def _weights(self, model: Any) -> list[Any]:
         if self.framework == "keras":

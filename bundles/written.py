@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from ..sources.files import sha256
+from ..sources.files import as_utf8, sha256
 from ..sources.outputs import staged
 from .manifest import MANIFEST
 
@@ -40,8 +40,8 @@ def remember(directory: Path, source: str) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock", timeout=_WAIT):
             known = _read(file)
-            known.pop(str(directory.resolve()), None)
-            known[str(directory.resolve())] = told
+            known.pop(_name(directory), None)
+            known[_name(directory)] = told
             kept = dict(list(known.items())[-MOST:])
             with staged(file, overwrite=True) as temporary:
                 text = json.dumps({"schema_version": SCHEMA_VERSION, "bundles": kept}, indent=1)
@@ -52,7 +52,7 @@ def is_remembered(directory: Path, source: str) -> bool:
     """Return whether `remember` noted just this: this path, this manifest, not touched since, and this code."""
     with suppress(*_FAILS):
         told, file = _told(directory, source), _file()
-        return told is not None and file is not None and _read(file).get(str(directory.resolve())) == told
+        return told is not None and file is not None and _read(file).get(_name(directory)) == told
     return False
 
 
@@ -62,7 +62,13 @@ def _told(directory: Path, source: str) -> dict[str, Any] | None:
     if place is None or Path(place).is_relative_to(directory.resolve()):
         return None
     # The time cannot be set: a copy of the bundle that is unpacked over it, maybe with other code, has another one.
-    return {"manifest": sha256(manifest), "changed": manifest.stat().st_ctime_ns, "source": source, "code": place}
+    changed = manifest.stat().st_ctime_ns
+    return {"manifest": sha256(manifest), "changed": changed, "source": as_utf8(source), "code": as_utf8(place)}
+
+
+def _name(directory: Path) -> str:
+    """Return the path of a bundle, the same in every locale."""
+    return as_utf8(str(directory.resolve()))
 
 
 def _place(source: str) -> str | None:

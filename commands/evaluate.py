@@ -108,6 +108,7 @@ def _opened(model: str, known: "ModelOptions", timeout: float) -> tuple[Callable
 
         return open_onnx(Path(model), mean=known.mean, std=known.std, timeout=timeout)
     from ..finetune.run.contract import trainer_of
+    from ..finetune.run.evaluation import scores_of
 
     opened = Opened(model, known.only(*reads(model)))
-    return partial(trainer_of(opened.model).predict, opened.model), opened.require_preprocessing()
+    return partial(scores_of, trainer_of(opened.model), opened.model), opened.require_preprocessing()

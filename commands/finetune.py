@@ -423,9 +423,8 @@ def _largest_batch(
     chosen: dict[str, Any], bundle: "Bundle", trainer: "Trainer", data: "Data", output: Path, *, resume: bool
 ) -> int:
     """Return the batch size that memory allows, or that of the run to resume."""
-    from ..bundles.manifest import RUN
+    from ..bundles.manifest import RUN, SETTINGS
     from ..finetune.run.batch_size import largest_batch
-    from ..finetune.run.folder import SETTINGS
     from ..finetune.run.settings import Settings
     from ..finetune.run.training import Training
 

@@ -1,11 +1,13 @@
 """The command that lists a model's BatchNorms: inspect."""
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..console import show
+from ..errors import NormswapWarning
 from .options import all_option, command, json_option, model_options, short_name, typed
 
 if TYPE_CHECKING:
@@ -37,10 +39,12 @@ def inspect(model: str, every: bool, known: "ModelOptions", as_json: bool) -> No
         require_unread(known, model)
         _show_bundle(model, every=every, as_json=as_json)
         return
-    from ..patchers.patch import plans
+    from ..patchers.patch import plans, problem_of
     from ..patchers.table import EXPECTED, site_row, sites_table
 
     opened = Opened(model, known)
+    if problem := problem_of(opened.model):
+        warnings.warn(problem, NormswapWarning, stacklevel=1)
     found = [each.decisions for each in plans(opened.model, TARGETS, example=opened.example)]
     sites = [(decisions[0].site, _drift(decisions)) for decisions in zip(*found, strict=True)]
     rows = [

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ..errors import InputError, named
 from ..sources.archives import is_archive, require_honest
 from ..sources.files import require_file
+from ..sources.named_arrays import read_array
 from .augment import changed, generator, policies, random_box
 from .folders import Folder
 from .hub import HubImages
@@ -39,13 +40,15 @@ class _Images(Protocol):
 class Data:
     """Images and labels, read batch by batch in a model's own layout.
 
-    ``classes`` names the labels, or is None where they are plain integers.
+    ``classes`` names the labels, or is None where they are plain integers; ``name`` is what the data are known by.
     """
 
     what = "images"
 
-    def __init__(self, images: _Images, preprocessing: Preprocessing, classes: Sequence[str] | None = None) -> None:
-        self._images, self.preprocessing = images, preprocessing
+    def __init__(
+        self, images: _Images, preprocessing: Preprocessing, classes: Sequence[str] | None = None, name: str = ""
+    ) -> None:
+        self._images, self.preprocessing, self.name = images, preprocessing, name
         self.classes = None if classes is None else list(classes)
 
     def __len__(self) -> int:
@@ -166,7 +169,13 @@ def open_data(
     """
     path = Path(spec)
     if path.suffix == ".npz":
-        return from_arrays(*_read_npz(path, labelled=labelled), preprocessing)
+        arrays = _read_npz(path, labelled=labelled)
+        try:
+            data = from_arrays(*arrays, preprocessing)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+        data.name = spec
+        return data
     if spec.startswith("hf:"):
         files: Folder | HubImages = HubImages(spec)
     elif spec and path.is_dir():
@@ -176,7 +185,7 @@ def open_data(
     else:
         raise InputError(f"expected a folder of class folders, an .npz file or hf:NAME[SPLIT], received data={spec}")
     images = Decoded(files, preprocessing.channels, cache_bytes)
-    return Data(images, preprocessing, files.classes)
+    return Data(images, preprocessing, files.classes, spec)
 
 
 def from_arrays(images: Array, labels: Array, preprocessing: Preprocessing) -> Data:
@@ -247,9 +256,11 @@ def _read_npz(path: Path, *, labelled: bool) -> tuple[Array, Array]:
     require_honest(path, "an .npz")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            images = archive["x"]
+            images = read_array(archive, "x")
             known = labelled or "y" in archive
-            return images, archive["y"] if known else np.zeros(images.shape[:1], np.int64)
+            return images, read_array(archive, "y") if known else np.zeros(images.shape[:1], np.int64)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     except (KeyError, ValueError, OSError, EOFError) as error:
         raise InputError(f"expected arrays `x` and `y` in {path}, received: {error}") from None
     except Exception as error:  # zipfile's own errors are no OSError

@@ -18,7 +18,7 @@ def check_labels(data: Data, classes: int) -> None:
     """
     count = max(int(data.labels.max()) + 1, len(data.classes or ()))
     if count > classes:
-        raise InputError(f"expected labels for a model of {classes} classes, received {count} classes")
+        raise InputError(f"expected labels for a model of {classes} classes, received {count} classes{_in(data)}")
     if data.classes is not None and count < classes:
         labels = ", ".join(f"{label} is {name!r}" for label, name in enumerate(data.classes[:_SHOWN]))
         warnings.warn(
@@ -32,7 +32,9 @@ def check_labels(data: Data, classes: int) -> None:
 def several_classes(data: Data) -> None:
     """Raise `InputError` if all of ``data`` is of one class, of which nothing can be learnt."""
     if len(labels := np.unique(data.labels)) == 1:
-        raise InputError(f"expected images of two classes or more to learn from, received label={labels[0]} alone")
+        raise InputError(
+            f"expected images of two classes or more to learn from, received label={labels[0]} alone{_in(data)}"
+        )
 
 
 def same_classes(data: Data, eval_data: Data) -> None:
@@ -46,6 +48,10 @@ def same_classes(data: Data, eval_data: Data) -> None:
     }
     text = " and ".join(f"{word} {_listed(names)}" for word, names in differences.items() if names)
     raise InputError(f"expected the classes trained on to evaluate on, received them {text or 'in another order'}")
+
+
+def _in(data: Data) -> str:
+    return data.name and f" in {data.name}"
 
 
 def _listed(names: Sequence[str]) -> str:

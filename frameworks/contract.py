@@ -25,6 +25,9 @@ class Framework(Protocol):
     def call(self, model: Any, example: Any) -> Any:
         """Call ``model`` on an example, arrays as its own tensors where it computes; in Keras as at inference."""
 
+    def is_built(self, model: Any) -> bool:
+        """Return whether all weights of a model are there; those of some layers come with the first input."""
+
     def inference(self, model: Any, *, compiled: bool = True) -> AbstractContextManager[None]:
         """Let ``model`` compute as at inference within the context, without gradients, and leave its state be.
 
@@ -75,8 +78,8 @@ class Framework(Protocol):
     def unusable(self, model: Any) -> dict[str, str]:
         """Return which weights a model cannot compute with, by name, and what is wrong with them.
 
-        They are parameters and running statistics that are not finite, and running variances below 0. Other state, such
-        as a mask, may well be infinite.
+        They are parameters and running statistics that are not finite, and running variances below 0 or of no channels.
+        Other state, such as a mask, may well be infinite.
         """
 
     def to_numpy(self, value: Any) -> Array:

@@ -81,6 +81,11 @@ def inference(model: keras.Layer, *, compiled: bool = True) -> Iterator[None]:
                 variable.assign(value)
 
 
+def is_built(model: keras.Layer) -> bool:
+    """Return whether the model has its weights, which one that has seen no input may not."""
+    return bool(model.built)
+
+
 def _moving(model: keras.Layer, *, random: bool) -> list[Any]:
     """Return the variables that a call may move: all but those that are learned, and random states if they count."""
     layers = distinct_layers(model)
@@ -284,7 +289,7 @@ def zeros(model: keras.Layer, shape: tuple[int, ...]) -> Array:
 
 
 def unusable(model: keras.Layer) -> dict[str, str]:
-    """Return which weights are not finite, and which running variances are below 0."""
+    """Return which weights are not finite, and which running variances are below 0, or none."""
     found: dict[str, str] = {}
     for variable in model.weights:
         if not keras.backend.is_float_dtype(variable.dtype):
@@ -292,6 +297,8 @@ def unusable(model: keras.Layer) -> dict[str, str]:
         values = to_numpy(variable)
         if not (finite := np.isfinite(values)).all():
             found[variable.path] = f"{np.count_nonzero(~finite)} of {values.size} not finite"
+        elif variable.path.endswith("moving_variance") and not values.size:
+            found[variable.path] = "of no channels"
         elif variable.path.endswith("moving_variance") and (values < 0).any():
             found[variable.path] = f"{np.count_nonzero(values < 0)} of {values.size} below 0"
     return found

@@ -45,6 +45,11 @@ def call(model: nn.Module, example: Any) -> Any:
     return model(*moved.args, **moved.kwargs)
 
 
+def is_built(model: nn.Module) -> bool:
+    """Return whether no parameter or buffer waits for the first input."""
+    return not any(nn.parameter.is_lazy(tensor) for tensor in _states(model))
+
+
 def taken_by(model: nn.Module, array: Array) -> Tensor:
     """Return an array as a tensor, its floats in the type that ``model`` computes in."""
     tensor = torch.as_tensor(array)
@@ -249,11 +254,11 @@ def tables(model: nn.Module) -> dict[str, tuple[nn.Module, int, Tensor]]:
 def zeros(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
     """Return two samples of zeros, or as many as the model was traced for."""
     batch = (traced_shape(model) or (None,))[0]
-    return torch.zeros(2 if batch is None else batch, *shape)
+    return torch.zeros(2 if batch is None else batch, *shape, dtype=float_type(model))
 
 
 def unusable(model: nn.Module) -> dict[str, str]:
-    """Return which parameters and running statistics are not finite, and which running variances are below 0."""
+    """Return which parameters and running statistics are not finite, and which variances are below 0, or none."""
     statistics = (item for item in model.named_buffers() if item[0].endswith(("running_mean", "running_var")))
     found: dict[str, str] = {}
     for name, tensor in chain(model.named_parameters(), statistics):
@@ -265,6 +270,8 @@ def unusable(model: nn.Module) -> dict[str, str]:
         # Their sum is read at a fifth of the cost, and finite only if they all are.
         if not bool(values.sum().isfinite()) and not bool((finite := values.isfinite()).all()):
             found[name] = f"{int((~finite).sum())} of {values.numel()} not finite"
+        elif name.endswith("running_var") and not values.numel():
+            found[name] = "of no channels"
         elif name.endswith("running_var") and bool((values < 0).any()):
             found[name] = f"{int((values < 0).sum())} of {values.numel()} below 0"
     return found

@@ -13,6 +13,7 @@ from zipfile import ZipFile
 from ..errors import InputError
 from ..sources.files import require_file
 from ..sources.keras.other_norms import holds_other_norms
+from ..sources.tensors import is_safetensors
 from .keras_h5 import KerasWeights, read_keras_h5
 from .switchablenorms import is_switchablenorms
 
@@ -64,10 +65,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
             return Checkpoint(path, "keras", SYSTEMS[kinds[0]], kinds[0], layers=layers)
     if written in ("hdf5", "keras"):
         return Checkpoint(path, "keras", "normswap")
-    from ..sources.torch.state_dict import read_checkpoint as read_pickle
-    from ..sources.torch.state_dict import read_state_dict
+    from ..sources.torch.state_dict import read_tensors
 
-    state = read_state_dict(path) if path.suffix == ".safetensors" else read_pickle(path)
+    state = read_tensors(path)
     if is_switchablenorms(state):
         return Checkpoint(path, "torch", "switchablenorms", "sn", state)
     return Checkpoint(path, "torch", "normswap", _own_kind(state), state)
@@ -98,4 +98,5 @@ def _format(path: Path) -> str | None:
     if head.startswith(b"PK"):
         with suppress(Exception), ZipFile(path) as archive:  # of a damaged one: zipfile has errors of many classes
             return "keras" if _KERAS_ARCHIVE in archive.namelist() else "torch"
-    return "torch" if head.startswith((b"PK", b"\x80")) or path.suffix == ".safetensors" else None
+    is_torch = head.startswith((b"PK", b"\x80")) or path.suffix == ".safetensors" or is_safetensors(path)
+    return "torch" if is_torch else None

@@ -10,6 +10,7 @@ import numpy as np
 from ..bundles.contents import KerasLayer, by_number, keras_layers, weights_of
 from ..errors import InputError
 from ..sources.keras.hdf5 import require_readable
+from ..sources.tensors import is_safetensors
 from .arrays import Array
 from .checkpoint import Checkpoint, read_checkpoint
 from .keras_h5 import KerasWeights, plain_array, require_no_link
@@ -97,9 +98,7 @@ def _of_state(checkpoint: Checkpoint) -> Gates:
     if checkpoint.system == "switchablenorms":
         state = from_switchablenorms(state)
     found: Gates = {}
-    names = (
-        sorted(state, key=by_number) if checkpoint.path.suffix == ".safetensors" else state
-    )  # which sorts by letters
+    names = sorted(state, key=by_number) if is_safetensors(checkpoint.path) else state  # which sorts by letters
     for name in names:
         stem, _, part = name.rpartition(".")
         prefix = name.removesuffix(part)

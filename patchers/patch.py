@@ -186,7 +186,7 @@ def patch(
     model, resolved = as_module(model), _resolved(target)
     mode = _mode(equalize, [resolved])
     chosen = _chosen(include, exclude, where)
-    _require_usable(model)
+    require_usable(model)
     if way_back.is_way_back(resolved):
         model = model if inplace else norm_patcher_of(model).copied(model)
         return way_back.patch(model, resolved, data, example=example, **chosen)
@@ -196,30 +196,44 @@ def patch(
             f"target={target!r}; leave them out"
         )
     report = patcher_of(model).patch(model, resolved, example=example, inplace=inplace, mode=mode, **chosen)
-    _warn_of_constants(report.plan)
+    _warn_of_zeros(report.plan)
     return report
 
 
-def _require_usable(model: Any) -> None:
+def require_usable(model: Any) -> None:
     """Raise `InputError`, which lists them, for weights that nothing can be carried over from."""
-    if found := get_framework(model).unusable(model):
-        raise InputError(
-            f"expected weights that are finite and variances of at least 0, received {len(found)} that are not:\n"
-            f"{listed([f'{name}: {problem}' for name, problem in found.items()])}"
-        )
+    if problem := problem_of(model):
+        raise InputError(problem)
 
 
-def _warn_of_constants(plan: Plan) -> None:
-    """Warn of channels that never varied: no statistics of a sample will be like theirs where they do."""
-    found = [d for d in plan.having("replace") if d.constant]
-    if found:
-        names = listed([f"{d.site.name}: {d.constant} of {d.site.channels}" for d in found])
-        warnings.warn(
-            f"expected running variances above 0, received 0 for channels of {len(found)} "
-            f"layer{'' if len(found) == 1 else 's'}, which hold nothing or were never trained:\n{names}",
-            NormswapWarning,
-            stacklevel=3,
-        )
+def problem_of(model: Any) -> str:
+    """Return which weights of a model nothing can be carried over from, "" if there are none."""
+    if not (found := get_framework(model).unusable(model)):
+        return ""
+    return (
+        f"expected weights that are finite and variances of at least 0, received {len(found)} that are not:\n"
+        f"{listed([f'{name}: {problem}' for name, problem in found.items()])}"
+    )
+
+
+def _warn_of_zeros(plan: Plan) -> None:
+    """Warn of channels that never varied, like which no statistics of a sample will be, and of those that say nothing.
+
+    Both are carried over as they are.
+    """
+    for part, expected, why in (
+        ("constant", "running variances above 0", "hold nothing or were never trained"),
+        ("muted", "gammas other than 0", "are beta alone, whatever comes in"),
+    ):
+        found = [(d.site, getattr(d, part)) for d in plan.having("replace") if getattr(d, part)]
+        if found:
+            names = listed([f"{site.name}: {count} of {site.channels}" for site, count in found])
+            warnings.warn(
+                f"expected {expected}, received 0 for channels of {len(found)} "
+                f"layer{'' if len(found) == 1 else 's'}, which {why}:\n{names}",
+                NormswapWarning,
+                stacklevel=3,
+            )
 
 
 def as_module(model: Any) -> Any:

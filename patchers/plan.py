@@ -69,7 +69,7 @@ class Decision:
     nothing tells; ``folds`` whether an exported file is rid of it, None where that is not known. ``front`` is the
     name of the layer in front that takes a scale, and with the ``mode`` "full" a shift, so that the replacement's
     statistics vary little from sample to sample (see `equalize`); "" where no other layer changes. ``constant`` is
-    how many channels have a running variance of 0.
+    how many channels have a running variance of 0, ``muted`` how many a gamma of 0.
     """
 
     site: Site
@@ -80,6 +80,7 @@ class Decision:
     front: str = ""
     mode: Mode | None = None
     constant: int = 0
+    muted: int = 0
 
     @property
     def adds_bias(self) -> bool:
@@ -317,6 +318,8 @@ def _decide_one(
         return Decision(site, "refuse", target, note)
     if site.obstacle:
         return Decision(site, "refuse", target, site.obstacle)
+    if site.channels == 0:
+        return Decision(site, "refuse", target, "it has no channels")
     if site.any_rank and not isinstance(target, GroupNorm):
         example = spoken("--input-shape", "an example input")
         note = f"a {site.source} takes any number of dimensions: give {example} to see how many there are"
@@ -351,8 +354,10 @@ def _decide_one(
         notes.append("its running statistics start at 0 and 1: fine-tune before use")
     state = state_of(site.name)
     constant = 0 if state is None or state.var is None else int((state.var == 0).sum())
-    if constant:
-        notes.append(f"running variances of {constant} channel{'' if constant == 1 else 's'} are 0")
+    muted = 0 if state is None else int((state.gamma == 0).sum())
+    for count, what in ((constant, "running variances"), (muted, "gammas")):
+        if count:
+            notes.append(f"{what} of {count} channel{'' if count == 1 else 's'} are 0")
     note = "; ".join(filter(None, notes))
     if not (site.front and site.has_statistics and equalizes(target)):
         mode = None
@@ -360,13 +365,13 @@ def _decide_one(
         target = warm_gates(target, depth, None if mode or state is None or state.problems() else state)
     if mode is None:
         drift = None if state is None else expected_drift(state, target, groups=groups, spatial=site.spatial)
-        return Decision(site, "replace", target, note, drift, constant=constant)
+        return Decision(site, "replace", target, note, drift, constant=constant, muted=muted)
     assert isinstance(target, GroupNorm | SwitchNorm)
     drift, front = None, front_of(site.front)
     if state is not None and front is not None and not state.problems():
         found = equalize(state, target, front, groups=groups, spatial=site.spatial, mode=mode)
         drift = sqrt(found.error)
-    return Decision(site, "replace", target, note, drift, site.front, mode, constant)
+    return Decision(site, "replace", target, note, drift, site.front, mode, constant, muted)
 
 
 def _as_chosen(site: Site, recipe: Recipe) -> Site:

@@ -1,14 +1,20 @@
 """Zip archives, as ``.npz``, ``.keras`` and PyTorch's files are: whole, and of about the size they unpack to."""
 
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from zipfile import BadZipFile, ZipFile, is_zipfile
 
 from ..errors import InputError
+from .files import damaged
 
-MOST, RATIO = 1 << 29, 100
-"""An archive that unpacks to more bytes than this, and to more than so many times its own, holds nothing but a trap:
+_MOST, RATIO = 1 << 28, 100
+"""A file that unpacks to more bytes than this, and to more than so many times its own, holds nothing but a trap:
 weights hardly shrink at all."""
+
+
+def most_in(packed: int) -> int:
+    """Return how many bytes a file of so many may unpack to."""
+    return max(_MOST, RATIO * packed)
 
 
 def is_archive(path: Path) -> bool:
@@ -20,9 +26,10 @@ def is_archive(path: Path) -> bool:
 
 
 def require_honest(path: Path, what: str) -> None:
-    """Raise `InputError` unless ``path`` is an archive, and unpacks to no more than one with ``what`` in it may.
+    """Raise `InputError` unless ``path`` is an archive that unpacks to no more than one with ``what`` in it may.
 
-    Sizes are told by the archive's directory; nothing is unpacked.
+    Sizes are told by the archive's directory, and so are names, of which none may lead out of a folder; nothing is
+    unpacked.
     """
     _require(path, what, lambda archive: None)
 
@@ -35,27 +42,35 @@ def require_whole(path: Path, what: str) -> None:
     _require(path, what, lambda archive: archive.testzip() if any(each.CRC for each in archive.infolist()) else None)
 
 
-def _require(path: Path, what: str, damaged: Callable[[ZipFile], str | None]) -> None:
+def _require(path: Path, what: str, first_changed: Callable[[ZipFile], str | None]) -> None:
     if not is_archive(path):
         raise InputError(f"expected {what} in {path}, received a truncated archive, or a file of another kind")
     try:
         with ZipFile(path) as archive:
+            if (leaving := next(filter(_leaves, archive.namelist()), None)) is not None:
+                raise InputError(
+                    f"expected {what} in {path}, received an archive with {leaving!r}, a name that leads out of it; do "
+                    "not unpack it"
+                )
             unpacked, packed = sum(each.file_size for each in archive.infolist()), path.stat().st_size
-            if unpacked > max(MOST, RATIO * packed):
+            if unpacked > most_in(packed):
                 raise InputError(
                     f"expected {what} in {path}, received an archive of {size(packed)} that unpacks to "
                     f"{size(unpacked)}; if it is what you want, pack it without compression"
                 )
-            bad = damaged(archive)
+            bad = first_changed(archive)
     except InputError:
         raise
     except Exception as error:  # zipfile's own errors have no class in common
-        raise InputError(f"expected {what} in {path}, received a damaged file: {error}") from None
+        raise damaged(what, path, str(error)) from None
     if bad is not None:
-        raise InputError(
-            f"expected {what} in {path}, received a damaged file: {bad} is not what its checksum says; get the file "
-            "once more"
-        )
+        raise damaged(what, path, f"{bad} is not what its checksum says")
+
+
+def _leaves(name: str) -> bool:
+    """Return whether a member's name leads out of the folder that an archive is unpacked into, on any system."""
+    ways = PurePosixPath(name), PureWindowsPath(name)
+    return any(way.is_absolute() or way.drive or way.root or ".." in way.parts for way in ways)
 
 
 def size(count: int) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, TypeVar
 
-from ..errors import InputError, MissingDependencyError, NormswapError, missing
+from ..errors import InputError, MissingDependencyError, NormswapError, TerminatedError, missing
 from .files import require_file
 
 T = TypeVar("T")
@@ -59,14 +59,16 @@ def _imported(location: str, spec: str, forms: str) -> ModuleType:
 
 
 def _ran(code: Callable[[], T], location: str, expected: str) -> T:
-    """Return what the user's code in ``location`` gives; however it fails is told as theirs, but for Ctrl-C.
+    """Return what the user's code in ``location`` gives; however it fails is told as theirs.
+
+    Ctrl-C and what ends the process from outside are not the code's.
 
     Raises `InputError` that begins with ``expected``, `MissingDependencyError` for an import of what is not installed,
     and what of ours the code lets through.
     """
     try:
         return code()
-    except (KeyboardInterrupt, NormswapError):
+    except (KeyboardInterrupt, TerminatedError, NormswapError):
         raise
     except ModuleNotFoundError as error:
         raise MissingDependencyError(missing(str(error.name), location)) from error

@@ -1,9 +1,14 @@
 """Reading that trusts nothing."""
 
 import hashlib
+import os
+import re
 from pathlib import Path
 
 from ..errors import InputError
+
+_WEB_PAGE = re.compile(rb"(?:\xef\xbb\xbf)?\s*<[!?a-zA-Z]")
+"""HTML, and the XML in which a store of files says that there is none."""
 
 
 def require_file(path: Path, what: str = "a model or weights") -> None:
@@ -20,8 +25,13 @@ def require_file(path: Path, what: str = "a model or weights") -> None:
         raise InputError(f"expected {what} in {path}, received an empty file")
     if head.startswith(b"version https://git-lfs"):
         raise InputError(f"expected {what} in {path}, received a git-LFS pointer; run `git lfs pull`")
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+    if _WEB_PAGE.match(head) and b"\0" not in head:
         raise InputError(f"expected {what} in {path}, received a web page; download the file again")
+
+
+def damaged(what: str, path: Path, why: str) -> InputError:
+    """Return the error about a file that should hold ``what``, and is not as it was written."""
+    return InputError(f"expected {what} in {path}, received a damaged file: {why.rstrip('.')}; get the file once more")
 
 
 def is_text(path: Path) -> bool:
@@ -31,6 +41,16 @@ def is_text(path: Path) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def as_utf8(name: str) -> str:
+    """Return a path as UTF-8 has it, which files tell it in, whatever encoding the locale reads its bytes by."""
+    return os.fsencode(name).decode("utf-8", "surrogateescape")
+
+
+def as_here(name: str) -> str:
+    """Return a path that a file tells in UTF-8 as the locale has it; raises `ValueError` for what is no text."""
+    return os.fsdecode(name.encode("utf-8", "surrogateescape"))
 
 
 def sha256(path: Path) -> str:

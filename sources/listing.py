@@ -29,7 +29,8 @@ def require_listed(
     for name in read:
         if name not in hashes and (folder / name).exists():
             raise InputError(at.said("every file beside it", f"{name}, which is there and not listed"))
+    way = at.remedy and f"; {at.remedy}"
     for name, digest in hashes.items():
         file = folder / name
         if file.is_symlink() or not file.is_file() or sha256(file) != digest:
-            raise InputError(f"expected {file} as it was saved, received a file that is missing or has changed")
+            raise InputError(f"expected {file} as it was saved, received a file that is missing or has changed{way}")

@@ -2,14 +2,14 @@
 
 import os
 
-from ..errors import InputError
+from ..errors import UsageError
 from .archives import size
 
 
 def require_memory(needed: int, what: str) -> None:
-    """Raise `InputError` if ``what``, of so many bytes, is more than all the memory there is."""
+    """Raise `UsageError` if ``what``, of so many bytes, is more than all the memory there is."""
     if needed > (total := _total()):
-        raise InputError(
+        raise UsageError(
             f"expected {what} to fit into memory, {size(total)} here, received {size(needed)}; give a smaller size"
         )
 

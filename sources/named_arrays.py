@@ -27,7 +27,7 @@ def read_inputs(path: Path) -> Inputs:
     require_honest(path, "an .npz of named arrays")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: _read(archive, name) for name in archive.files}
+            arrays = {name: read_array(archive, name) for name in archive.files}
     except InputError as error:
         raise InputError(f"{error} in {path}; numbers, truth values and one text are read, None is left out") from None
     except Exception as error:  # zipfile's own errors have no class in common
@@ -45,14 +45,17 @@ def read_inputs(path: Path) -> Inputs:
     return Inputs(*by_position, **arguments)
 
 
-def _read(archive: Any, name: str) -> Any:
+def read_array(archive: Any, name: str) -> Any:
     """Return an array of numbers; raises `InputError` for one of Python's objects, which may be code."""
     try:
-        return archive[name]
+        array = archive[name]
     except ValueError as error:
         if "Object arrays" not in str(error):
             raise
         raise InputError(f"expected arrays of numbers, received {name!r} of Python objects") from None
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"expected arrays of numbers, received {name!r}, which is no array")
+    return array
 
 
 def _put(tree: dict[str, Any], way: list[str], value: Any, what: str) -> None:

@@ -81,7 +81,8 @@ def staged(path: Path, *, overwrite: bool = False, kind: Kind = FILE) -> Iterato
     if another process is writing it.
     """
     require_output(path, overwrite=overwrite, kind=kind)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with _told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     clear(path.parent)
     with _own(path) as stage:
         require_output(path, overwrite=overwrite, kind=kind)  # which another may have written by now
@@ -111,6 +112,17 @@ def is_stage(name: str) -> bool:
 
 
 @contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Tell an error of the system by the output it is about, not by where that is made."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(
+            f"expected a folder to write {path.name} into, received {path.parent}: {error.strerror}"
+        ) from error
+
+
+@contextmanager
 def _own(path: Path) -> Iterator[Path]:
     """Make the folder for an output and hold it; none but the process that does writes the output.
 
@@ -119,7 +131,8 @@ def _own(path: Path) -> Iterator[Path]:
     digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]  # names may be as long as a name can be
     stage = path.with_name(f"{STAGE}{digest}")
     while True:
-        stage.mkdir(exist_ok=True)
+        with _told(path):
+            stage.mkdir(exist_ok=True)
         with _held(stage, unlockable=True) as held:
             if held is None:  # removed between making and holding it
                 continue

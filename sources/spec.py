@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from ..errors import InputError, UnsupportedError
+from ..errors import InputError, UnsupportedError, option
 from .code import builder
+from .files import as_here, as_utf8
 from .keras.model_file import SUFFIXES as KERAS_SUFFIXES
 from .keras.model_file import names_of_a_fresh_process, read_model
 from .zoo import ZOOS, load_from_zoo
 
 PROGRAM_SUFFIX = ".pt2"
+WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".bin")
 FORMS = (
     "timm:NAME, torchvision:NAME, keras:NAME, file.py:callable, package.module:callable, FILE.keras, FILE.h5 or "
     "FILE.pt2"
@@ -55,12 +57,25 @@ def load_source(spec: str | os.PathLike[str], *, pretrained: bool = True, trust:
     if kind and name:
         with names_of_a_fresh_process():
             return _new(builder(kind, name, FORMS)(), spec)
+    raise InputError(problem_of(spec))
+
+
+def problem_of(spec: str) -> str:
+    """Return why ``spec`` is no name that `load_source` knows, "" for one of its `FORMS`."""
+    kind, _, name = spec.partition(":")
+    if (kind and name) or spec.endswith((PROGRAM_SUFFIX, *KERAS_SUFFIXES)):
+        return ""
+    expected = f"expected a model as {FORMS}, received"
     if (Path(spec) / "saved_model.pb").is_file():
-        raise InputError(
-            f"expected a model as {FORMS}, received the SavedModel {spec}, a graph that has no layers any more; save "
-            "the model that it was exported from as .keras"
+        return (
+            f"{expected} the SavedModel {spec}, a graph that has no layers any more; save the model that it was "
+            "exported from as .keras"
         )
-    raise InputError(f"expected a model as {FORMS}, received model={spec}")
+    if Path(spec).is_file():
+        way = f"give what builds the network, and {option('weights', spec)}"
+        held = f"what may be weights: {way}" if spec.endswith(WEIGHTS_SUFFIXES) else "a file of another kind"
+        return f"{expected} model={spec}, {held}"
+    return f"{expected} model={spec}"
 
 
 def _new(model: Any, spec: str) -> Any:
@@ -104,17 +119,24 @@ def _networks(module: str) -> Sequence[str]:
 
 
 def relative_spec(spec: str, directory: Path) -> str:
-    """Return ``spec`` with a file's path made relative to ``directory``, so that both can move together."""
+    """Return ``spec`` with a file's path made relative to ``directory``, in UTF-8, so that both can move together."""
     file, colon, name = spec.rpartition(":")
     path = Path(file if file.endswith(".py") else spec)
     if path.suffix not in (".py", PROGRAM_SUFFIX, *KERAS_SUFFIXES):
         return spec
-    relative = Path(os.path.relpath(path.resolve(), directory.resolve())).as_posix()
+    relative = as_utf8(Path(os.path.relpath(path.resolve(), directory.resolve())).as_posix())
     return f"{relative}{colon}{name}" if path.suffix == ".py" else relative
 
 
 def absolute_spec(spec: str, directory: Path) -> str:
-    """Return ``spec`` with a relative file's path resolved against ``directory``; raises `InputError` for no path."""
+    """Return what `relative_spec` did, with a file's path resolved against ``directory``.
+
+    Raises `InputError` for no path.
+    """
+    try:
+        spec = as_here(spec)
+    except ValueError:
+        raise InputError(f"expected a model as {FORMS}, received model={spec!r}") from None
     if "\0" in spec:
         raise InputError(f"expected a model as {FORMS}, received model={spec!r}")
     file, colon, name = spec.rpartition(":")

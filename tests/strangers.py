@@ -3,6 +3,10 @@
 import json
 import shutil
 
+import numpy as np
+from click.testing import CliRunner
+
+from normswap.cli import main
 from normswap.formats.seal import sealed
 
 MARK = "mark"
@@ -34,6 +38,35 @@ SOURCES = (
     "normswap.models.torch:partial",
 )
 """Sources that a stranger's bundle can name, of which each runs code that is nobody's here."""
+
+
+def invoke(*arguments):
+    """Run a command; returns its exit code and what it says on stderr."""
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    return result.exit_code, result.stderr
+
+
+def write_own(path, code, bundles, *, exported):
+    """Write what is the reader's own: ``net.py`` of this code, data, bundles, and the ONNX file of one of them.
+
+    ``bundles`` are the arguments of `patch` by the bundle's name, without its output.
+    """
+    (path / "net.py").write_text(code)
+    rng = np.random.default_rng(0)
+    np.savez(path / "data.npz", x=rng.integers(0, 255, (32, 8, 8, 3), np.uint8), y=rng.integers(0, 3, 32))
+    for name, (build, *arguments) in bundles.items():
+        assert invoke("patch", f"{path}/net.py:{build}", *arguments, "-o", path / name)[0] == 0
+    assert invoke("export", path / exported, "-o", path / "own.onnx")[0] == 0
+    assert invoke("verify", path / exported, path / "own.onnx", "--save-reference", path / "own.npz")[0] == 0
+
+
+def work_in(folder, written, monkeypatch):
+    """Make a folder the working one, whose modules can be imported, with the reader's own data and ONNX file."""
+    for name in ("data.npz", "own.onnx", "own.npz"):
+        shutil.copy(written / name, folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    return folder
 
 
 def stranger(bundle, folder, source):

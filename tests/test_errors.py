@@ -143,6 +143,7 @@ MESSAGES = [
 def unfinished(folder: Path) -> Path:
     """A folder with a run that has come to no bundle."""
     (folder / "b" / "run").mkdir(parents=True, exist_ok=True)
+    (folder / "b" / "run" / "run.toml").touch()
     return folder / "b"
 
 

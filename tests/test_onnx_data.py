@@ -81,7 +81,7 @@ class TestExternalData:
         path = external(folder, location="m.onnx.data", offset=offset, length=length)
 
         assert refused(path) == (
-            "expected 48 bytes within the 48 of m.onnx.data for tensor 'w', "
+            f"expected 48 bytes within the 48 of m.onnx.data for tensor 'w' of {path}, "
             f"received offset={offset} and length={length}"
         )
 
@@ -91,7 +91,7 @@ class TestExternalData:
         path = external(folder, location="m.onnx.data")
 
         assert refused(path) == (
-            "expected 48 bytes within the 20 of m.onnx.data for tensor 'w', received offset=0 and length=48"
+            f"expected 48 bytes within the 20 of m.onnx.data for tensor 'w' of {path}, received offset=0 and length=48"
         )
 
     def test_an_offset_that_is_no_number(self, folder):

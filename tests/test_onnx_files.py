@@ -43,7 +43,7 @@ class TestWholeFiles:
 
         assert refused(folder / "m.onnx") == (
             f"expected an ONNX model in {folder / 'm.onnx'}, received a file that is not valid: it is damaged or "
-            "cut short"
+            "cut short; get the file once more"
         )
 
     def test_no_graph(self, folder):
@@ -70,7 +70,7 @@ class TestWholeFiles:
         newest = newest_versions()[1]
 
         assert refused(folder / "m.onnx", UnsupportedError) == (
-            f"expected an opset from 1 to {newest}, received opset={opset}"
+            f"expected an opset from 1 to {newest} in {folder / 'm.onnx'}, received opset={opset}"
         )
         assert newest >= 20
 
@@ -80,7 +80,7 @@ class TestWholeFiles:
         newest = newest_versions()[0]
 
         assert refused(folder / "m.onnx", UnsupportedError) == (
-            f"expected an IR version from 1 to {newest}, received ir_version=99"
+            f"expected an IR version from 1 to {newest} in {folder / 'm.onnx'}, received ir_version=99"
         )
         assert newest >= 9
 
@@ -100,7 +100,8 @@ class TestWholeFiles:
         (folder / "m.onnx").write_bytes(scores(op=op, domain=domain).SerializeToString())
 
         assert refused(folder / "m.onnx", UnsupportedError) == (
-            f"expected operators that onnxruntime has, received {op} of domain {told} (node head)"
+            f"expected operators that onnxruntime has in {folder / 'm.onnx'}, received {op} of domain {told} "
+            "(node head)"
         )
 
     def test_functions_of_the_file_itself_are_known(self, folder):

@@ -80,6 +80,31 @@ def test_a_signal_leaves_nothing(tmp_path, number):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("spec", ["hanging.py:build", "waiting:build"])
+def test_code_of_the_users_that_hangs(tmp_path, number, spec):
+    """A MODEL that never comes is left as it is anywhere else; what the code raises then is not told as its fault."""
+    (tmp_path / "hanging.py").write_text("print('begun', flush=True)\nwhile True:\n    pass\n")
+    (tmp_path / "waiting.py").write_text(
+        "import signal\n\ndef build():\n    print('begun', flush=True)\n    while True:\n        signal.pause()\n"
+    )
+    before = sorted(os.listdir(tmp_path))
+    process = subprocess.Popen(
+        [sys.executable, "-B", "-m", "normswap", "patch", spec, "--to", "gn", "-o", "out"],
+        cwd=tmp_path,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(number, signal.default_int_handler if number == 2 else signal.SIG_DFL),
+    )
+    process.stdout.readline()
+    process.send_signal(number)
+
+    assert process.communicate(timeout=30)[1] == "stopped\n"
+    assert process.returncode == 128 + number
+    assert sorted(os.listdir(tmp_path)) == before
+
+
 def test_a_signal_that_is_ignored_stays_so(tmp_path):
     """As under ``nohup``."""
     process = start(

@@ -85,11 +85,11 @@ def read_model(path: Path) -> OnnxFile:
     try:
         proto = onnx.ModelProto.FromString(content)
     except Exception:
-        raise _invalid(path, "it is damaged or cut short") from None
+        raise _invalid(path, "it is damaged or cut short; get the file once more") from None
     if not proto.graph.output:
         raise _invalid(path, "it holds no graph with outputs")
-    _require_versions(proto)
-    _require_operators(proto)
+    _require_versions(proto, path)
+    _require_operators(proto, path)
     for tensor in _tensors(proto):
         _require_data(tensor, path)
     try:
@@ -104,13 +104,17 @@ def _invalid(path: Path, reason: str) -> InputError:
     return InputError(f"expected an ONNX model in {path}, received a file that is not valid: {first}")
 
 
-def _require_versions(proto: onnx.ModelProto) -> None:
+def _require_versions(proto: onnx.ModelProto, path: Path) -> None:
     newest_ir, newest_opset = newest_versions()
     if not 1 <= proto.ir_version <= newest_ir:
-        raise UnsupportedError(f"expected an IR version from 1 to {newest_ir}, received ir_version={proto.ir_version}")
+        raise UnsupportedError(
+            f"expected an IR version from 1 to {newest_ir} in {path}, received ir_version={proto.ir_version}"
+        )
     for entry in proto.opset_import:
         if entry.domain in ("", "ai.onnx") and not 1 <= entry.version <= newest_opset:
-            raise UnsupportedError(f"expected an opset from 1 to {newest_opset}, received opset={entry.version}")
+            raise UnsupportedError(
+                f"expected an opset from 1 to {newest_opset} in {path}, received opset={entry.version}"
+            )
 
 
 @cache
@@ -134,14 +138,14 @@ def _loads(ir_version: int, opset: int) -> bool:
     return True
 
 
-def _require_operators(proto: onnx.ModelProto) -> None:
+def _require_operators(proto: onnx.ModelProto, path: Path) -> None:
     known = _operators() | {(function.domain, function.name) for function in proto.functions}
     for graph in _graphs(proto):
         for node in graph.node:
             domain = "" if node.domain == "ai.onnx" else node.domain
             if (domain, node.op_type) not in known:
                 raise UnsupportedError(
-                    f"expected operators that onnxruntime has, received {node.op_type} of domain "
+                    f"expected operators that onnxruntime has in {path}, received {node.op_type} of domain "
                     f"{domain or 'ai.onnx'} (node {node.name or ', '.join(node.output)})"
                 )
 
@@ -240,6 +244,6 @@ def _require_external(tensor: TensorProto, path: Path, needed: int) -> None:
         raise InputError(f"expected an offset and a length in numbers, received {entries}") from None
     if offset < 0 or length != needed or offset + length > found.st_size:
         raise InputError(
-            f"expected {needed} bytes within the {found.st_size} of {location} for tensor {tensor.name!r}, "
+            f"expected {needed} bytes within the {found.st_size} of {location} for tensor {tensor.name!r} of {path}, "
             f"received offset={offset} and length={length}"
         )

@@ -90,6 +90,11 @@ class Batch:
         """Names of the outputs that hold NaN or infinity."""
         return [name for name, output in self.outputs.items() if not np.isfinite(output).all()]
 
+    @property
+    def infinite_layers(self) -> list[str]:
+        """Names of the layers, in call order, whose outputs hold NaN or infinity."""
+        return [name for name, output in self.layers.items() if not np.isfinite(output).all()]
+
 
 @dataclass
 class Reference:
@@ -172,8 +177,10 @@ def collect(
         if not reference.problems:
             collecting.draw(counts, batch_sizes[0])
         way = "" if drawn.shown else f"; give {_given()}, if those drawn are not what it takes"
-        for name in (name for batch in reference.batches for name in batch.infinite):
-            reference.problems = [f"the model's own {name} is not finite{way}"]
+        if (batch := next((each for each in reference.batches if each.infinite), None)) is not None:
+            first = next((f", from layer {layer} on" for layer in batch.infinite_layers), "")
+            reference.problems = [f"the model's own {batch.infinite[0]} is not finite{first}{way}"]
+            reference.notes = []  # of what was left out since it was not finite either
     except Exception as error:
         taken = ", ".join(map(str, inputs))
         way = "" if drawn.shown else f"; give {_given()}, if those drawn are not what it takes"

@@ -170,6 +170,10 @@ class _Calibration:
                 f"without {', '.join(missing)}"
             )
         self.solvable = self.adapter.solvable(model, original, self.sites)
+        if not self.solvable:
+            raise UnsupportedError(
+                "expected replaced layers whose BatchNorms keep running statistics to calibrate, received none that do"
+            )
         self.found: dict[str, Equalized] = {}
         self.advance = advance
         self.samples = self._pass()

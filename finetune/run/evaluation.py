@@ -87,7 +87,11 @@ class Evaluation:
 
 def first_scores(trainer: Trainer, model: Any, data: Data) -> NDArray[Any]:
     """Return a model's scores for one image; raises `InputError` if it cannot take it."""
-    x = data.batch([0])[0]
+    return scores_of(trainer, model, data.batch([0])[0])
+
+
+def scores_of(trainer: Trainer, model: Any, x: NDArray[Any]) -> NDArray[Any]:
+    """Return a model's scores for images (N, ...); raises `InputError` if it cannot take them."""
     try:
         return trainer.predict(model, x)
     except NormswapError:

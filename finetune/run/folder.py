@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ...bundles.manifest import RUN, require_replaceable
+from ...bundles.manifest import RUN, SETTINGS, require_replaceable
 from ...errors import InputError, OutputExistsError, UsageError, named
 from ...sources.outputs import clear, is_stage, staged
 from .accuracy import Accuracy
@@ -20,7 +20,6 @@ from .journal import Journal
 from .rate import Plateau
 from .settings import Settings
 
-SETTINGS = "run.toml"
 LOCK = ".lock"
 RETIRED = ".run.old"
 """Where the run that a new one replaces waits for it to come to something."""

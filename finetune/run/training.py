@@ -1,7 +1,7 @@
 """What the engines of both frameworks are told to do, and what they tell of each step."""
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from math import inf
 from typing import Any, Literal, get_args
@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from numpy.typing import NDArray
 
 from ...data.augment import policies
-from ...errors import InputError, UsageError, named, option
+from ...errors import InputError, NormswapError, UsageError, named, option, said
 from ..hooks.freeze import check_train
 
 Array = NDArray[Any]
@@ -192,6 +192,23 @@ def default_rate(images: int, loss: float | None = None, optimizer: Optimizer = 
     """
     rate = RATE if loss is None else min(RATE, RATE_OF_LOSS * max(loss, LEAST_LOSS))
     return rate * min(1.0, images / RATE_IMAGES) * (1.0 if optimizer == "sgd" else ADAM_RATE / RATE)
+
+
+@contextmanager
+def taking(shape: Sequence[int], failing: Callable[[BaseException], str]) -> Iterator[None]:
+    """Tell what a model raises on a batch of ``shape`` as its own, within a ``with`` block; ``failing`` says where.
+
+    Some of a training's batches may be such that inference, which was tried, takes what training does not.
+    """
+    try:
+        yield
+    except NormswapError:
+        raise
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise InputError(
+            f"expected a batch that the model can be trained on, received one of shape {tuple(shape)} on which "
+            f"{failing(error)} fails: {said(error)}; give another {named('batch_size')}"
+        ) from error
 
 
 def not_finite(loss: float, step: int) -> str:

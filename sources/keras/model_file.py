@@ -1,5 +1,6 @@
 """Files that hold a whole Keras model."""
 
+import json
 import os
 import re
 import sys
@@ -7,18 +8,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
-from ...errors import InputError, MissingDependencyError, missing
-from ..archives import require_whole
+from ...errors import InputError, MissingDependencyError, UnsupportedError, missing
 from ..code import is_elsewhere
 from ..files import require_file
-from .hdf5 import require_readable
+from .hdf5 import HDF5_SUFFIXES, require_hdf5, require_readable
 
-SUFFIXES = (".keras", ".h5", ".hdf5")
+SUFFIXES = (".keras", *HDF5_SUFFIXES)
+
+
+_KNOWN = re.compile(r"Full object config: \{'module': '(\w+)")
+"""Of what a class is, as the configuration around it says: none of Python's own is a layer."""
+_ONE_OF_MANY = re.compile(r"Example error message for object <\w+ name=([^,>]+).*?>:\s+(.+)")
 
 
 class RefusedByKerasError(InputError):
     """Keras does not make a model of a file that is whole: code may be needed that it does not know or trust."""
+
+
+class UnknownClassError(RefusedByKerasError):
+    """A file has a layer of a class that nothing has told Keras of."""
+
+    exit_code = UnsupportedError.exit_code
 
 
 def read_model(path: Path) -> Any:
@@ -27,21 +39,22 @@ def read_model(path: Path) -> Any:
     Raises `RefusedByKerasError` if Keras refuses it, and `InputError` if it cannot be read at all.
     """
     require_file(path)
-    if path.suffix == ".keras":
-        require_whole(path, "a Keras model")
-    keras = import_keras()
     require_h5py(path)
+    require_hdf5(path, "a Keras model")
     require_readable(path)
+    keras = import_keras()
     from ...layers import keras as _ours  # noqa: F401 - for Keras to know them, where the file holds some
 
     try:
         return keras.models.load_model(path, compile=False)
     except Exception as error:
-        said = reason(error)
+        said = _code_in(path) if "Lambda" in str(error) else reason(error)
         message = (
             f"expected a Keras model in {path}, received a file Keras refuses: {said.rstrip('.')}{_way_out(path, said)}"
         )
-        raise RefusedByKerasError(message) from error
+        known = _KNOWN.search(str(error))
+        unknown = "Could not locate" in said and not (known and known[1] in sys.stdlib_module_names)
+        raise (UnknownClassError if unknown else RefusedByKerasError)(message) from error
 
 
 def require_h5py(path: Path) -> None:
@@ -69,10 +82,31 @@ def registered_by(source: str | None) -> Iterator[None]:
         objects.update(others)
 
 
+def _code_in(path: Path) -> str:
+    """Return what is said of a file whose Lambda layers, which are code, Keras does not read: their names."""
+    import h5py
+
+    if path.suffix == ".keras":
+        with ZipFile(path) as archive:
+            config = archive.read("config.json").decode()
+    else:
+        with h5py.File(path, "r") as file:
+            config = str(file.attrs["model_config"])
+    named: list[str] = []
+
+    def see(found: dict[str, Any]) -> dict[str, Any]:
+        if found.get("class_name") == "Lambda" and isinstance(found.get("config"), dict):
+            named.append(str(found["config"].get("name")))
+        return found
+
+    json.loads(config, object_hook=see)
+    return f"code in the Lambda layer{'' if len(named) == 1 else 's'} {', '.join(named)}"
+
+
 def _way_out(path: Path, said: str) -> str:
     """Return what to do about code of the user's that a file needs, and that is not imported or not trusted."""
     code = f"give file.py:callable in its place, a function that returns keras.models.load_model({path.name!r}"
-    if "safe_mode" in said or "enable_unsafe_deserialization" in said:
+    if "safe_mode" in said or "Lambda" in said:
         return f"; {code}, safe_mode=False), if you trust the file"
     if "Could not locate" in said or "Unknown layer" in said:
         return f"; {code}) and the file imports or defines the class"
@@ -115,6 +149,8 @@ def names_of_a_fresh_process() -> Iterator[None]:
 
 def reason(error: Exception) -> str:
     """Return what Keras says is wrong, and in which layer, without the configurations it quotes around that."""
+    if one := _ONE_OF_MANY.search(str(error)):  # Keras tells of one, below a line that says how many there are
+        return f"layer {one[1]}: {one[2]}"
     where, _, cause = str(error).strip().rpartition("Exception encountered: ")
     name = re.search(r"""'name': '([^']*)'""", where[where.rfind("config=") :]) if where else None
     cause = cause.partition(" Full object config: ")[0]  # pages of it

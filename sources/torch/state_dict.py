@@ -2,27 +2,33 @@
 
 import json
 import pickle
+import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ...errors import InputError, UnsupportedError, listed, note
+from ...errors import InputError, UnsupportedError, listed, note, spoken
 from ...formats.fields import read
 from ...formats.place import Place
 from ...formats.text import json_object
 from ..archives import is_archive, require_whole
-from ..files import is_text, require_file
+from ..files import damaged, is_text, require_file
 from ..misfit import misfit
-from ..tensors import header_of
+from ..tensors import header_of, is_safetensors
 from .wrappers import Rename, fitted, plain, state_in, without_count
 
-PICKLE_SUFFIXES = (".pt", ".pth", ".th", ".bin")
+SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".bin")
+"""What a file with weights may end in. Its content tells which kind it is."""
+_ARCHIVE, _PICKLE = b"PK", b"\x80"
+"""What a checkpoint of PyTorch begins with, of versions from 1.6 on and before."""
 _VERSIONS = "versions"
 """Where a file says which version of its class each module's tensors are of, as a state dict's ``_metadata`` does."""
 
@@ -30,7 +36,7 @@ Versions = Mapping[str, Mapping[str, Any]]
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Return the tensors in a ``.safetensors`` file or in a torch checkpoint of plain weights, by name.
+    """Return the tensors in safetensors or in a torch checkpoint of plain weights, by name; content tells which it is.
 
     What wrappers leave is taken off and told: dictionaries such as a checkpoint's ``state_dict`` and ``model``, in any
     nesting, ``module.`` before every name and ``_orig_mod.`` anywhere.
@@ -39,38 +45,74 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     `UnsupportedError` for TorchScript.
     """
     require_file(path)
-    if path.suffix == ".safetensors":
-        told = header_of(path).get("__metadata__")
-        versions = _versions_in(told.get(_VERSIONS)) if isinstance(told, dict) else None
-        try:
-            if is_text(path):
-                return _plain(safetensors.torch.load_file(path), versions, path)
-            return _plain(safetensors.torch.load(path.read_bytes()), versions, path)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"expected weights in {path}, received a damaged file: {error}") from None
-    if path.suffix not in PICKLE_SUFFIXES:
-        known = ", ".join((".safetensors", *PICKLE_SUFFIXES))
-        raise InputError(f"expected weights in a file ending in {known}, received {path}")
-    return read_checkpoint(path)
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"expected weights in a file ending in {', '.join(SUFFIXES)}, received {path}")
+    return read_tensors(path)
 
 
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Return the tensors in a torch checkpoint of any file name; see `read_state_dict`."""
-    if is_archive(path):
-        require_whole(path, "weights")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors in a file of any name; see `read_state_dict`."""
+    with path.open("rb") as file:
+        head = file.read(2)
+    is_pickled = head.startswith((_ARCHIVE, _PICKLE))
+    if is_safetensors(path) or (path.suffix == SUFFIXES[0] and not is_pickled):
+        return _from_safetensors(path)
+    if not is_pickled:
         raise InputError(
-            f"expected plain weights in {path}, received a pickle that holds more and could run code; nothing was "
-            f"run. Save model.state_dict() instead ({_first_line(error)})"
+            f"expected weights in {path}, received a file of another kind, neither of PyTorch nor safetensors; get the "
+            "file once more"
+        )
+    if head == _ARCHIVE:
+        _require_checkpoint(path)
+    return _from_checkpoint(path)
+
+
+def _from_safetensors(path: Path) -> dict[str, Tensor]:
+    told = header_of(path).get("__metadata__")
+    versions = _versions_in(told.get(_VERSIONS)) if isinstance(told, dict) else None
+    try:
+        if is_text(path):
+            return _plain(safetensors.torch.load_file(path), versions, path)
+        return _plain(safetensors.torch.load(path.read_bytes()), versions, path)
+    except (SafetensorError, OSError) as error:
+        raise damaged("weights", path, str(error).removeprefix("Error while deserializing header: ")) from None
+
+
+def _require_checkpoint(path: Path) -> None:
+    """Raise `InputError` for an archive that is cut off or changed, or of something else than weights."""
+    if not is_archive(path):
+        raise damaged("weights", path, "its end is cut off")
+    require_whole(path, "weights")
+    with ZipFile(path) as archive:
+        names = [name.partition("/")[2] for name in archive.namelist()]
+    if "models/model.json" in names:
+        raise InputError(
+            f"expected weights in {path}, received a program of torch.export, which is a MODEL by itself and ends in "
+            ".pt2"
+        )
+    if "data.pkl" not in names:
+        raise InputError(
+            f"expected weights in {path}, received an archive of something else; save model.state_dict() by torch.save"
+        )
+
+
+def _from_checkpoint(path: Path) -> dict[str, Tensor]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other pickles than PyTorch's
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        told = re.search(r"GLOBAL (\S+)", str(error))
+        raise InputError(
+            f"expected plain weights in {path}, received a pickle that holds more and could run code"
+            f"{f' ({told[1]})' if told else ''}; nothing was run. Save model.state_dict() instead, by torch.save"
         ) from None
     except Exception as error:
         if "TorchScript" in str(error):
             raise UnsupportedError(
                 f"expected weights in {path}, received a TorchScript archive; save the original module's state_dict()"
             ) from None
-        raise InputError(f"expected weights in {path}, received a damaged file: {_first_line(error)}") from None
+        raise damaged("weights", path, _first_line(error)) from None
     state = state_in(content, path)
     return _plain(without_count(state), getattr(state, "_metadata", None), path)
 
@@ -121,19 +163,35 @@ def _dtype(tensor: Tensor) -> str:
 def write_state_dict(model: nn.Module, path: Path) -> None:
     """Write the model's state to a ``.safetensors`` file; tensors that share memory are written each for itself.
 
-    Raises `UnsupportedError`, which lists them, for tensors that have no values yet.
+    Raises as `require_values`.
     """
-    tensors = (item for each in (model.named_parameters(), model.named_buffers()) for item in each)
-    empty = [name for name, tensor in tensors if nn.parameter.is_lazy(tensor) or tensor.is_meta]
-    if empty:
-        raise UnsupportedError(
-            f"expected a model whose weights have values, received {len(empty)} without, of lazy layers or on the "
-            f"meta device; run the model once on an example, or load weights on a device:\n{listed(empty)}"
-        )
+    require_values(model)
     state = model.state_dict()
     told = {name: known["version"] for name, known in getattr(state, "_metadata", {}).items() if "version" in known}
     values = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
-    safetensors.torch.save_file(values, path, metadata={_VERSIONS: json.dumps(told)})
+    try:
+        safetensors.torch.save_file(values, path, metadata={_VERSIONS: json.dumps(told)})
+    except SafetensorError as error:  # of the system, in words of the library's own
+        raise OSError(f"expected to write {path.name}, received {error}") from None
+
+
+def require_values(model: nn.Module) -> None:
+    """Raise `UnsupportedError` for weights that come with the first input, `InputError` for those on the meta device.
+
+    Both list them.
+    """
+    tensors = [item for each in (model.named_parameters(), model.named_buffers()) for item in each]
+    if lazy := [name for name, tensor in tensors if nn.parameter.is_lazy(tensor)]:
+        example = spoken("give --input-shape, the shape of one", "run the model once on an example")
+        raise UnsupportedError(
+            f"expected a model whose weights are there, received {len(lazy)} of lazy layers, which wait for the first "
+            f"input: {example}:\n{listed(lazy)}"
+        )
+    if empty := [name for name, tensor in tensors if tensor.is_meta]:
+        raise InputError(
+            f"expected a model whose weights have values, received {len(empty)} on the meta device, which have none; "
+            f"build it on another device, and load weights:\n{listed(empty)}"
+        )
 
 
 def _versioned(state: Mapping[str, Tensor], versions: Versions | None) -> dict[str, Tensor]:

@@ -62,7 +62,7 @@ def test_a_bomb(tmp_path):
     with h5py.File(path, "w") as file:
         file.create_dataset("zeros", (2**27,), np.float32, chunks=(2**20,), compression="gzip", fillvalue=0)
     message = (
-        f"expected an HDF5 file of up to 200 times its size, received {path}, which holds more in its "
+        f"expected an HDF5 file of up to 100 times its size, received {path}, which holds more in its "
         f"{path.stat().st_size} bytes"
     )
     with pytest.raises(InputError, match=exactly(message)):

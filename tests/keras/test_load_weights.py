@@ -379,7 +379,7 @@ class TestRefusals:
         other.save_weights(tmp_path / "w.weights.h5")
         before = model.get_weights()
 
-        start = f"expected weights for this model in {tmp_path}/w.weights.h5, received: "
+        start = f"expected weights that fit the model, received {tmp_path}/w.weights.h5:\n"
         with pytest.raises(InputError, match=f"^{re.escape(start)}"):
             normswap.load_weights(model, tmp_path / "w.weights.h5")
 

@@ -1,7 +1,6 @@
 """A stranger's Keras bundle runs no code of its author, whether Keras can read its file by itself or not."""
 
 import json
-import shutil
 
 import keras
 import numpy as np
@@ -18,7 +17,7 @@ from normswap.formats.seal import sealed
 from normswap.sources.files import sha256
 
 from ..helpers import exactly
-from ..strangers import PAYLOAD, commands, marks, refusal, stranger
+from ..strangers import PAYLOAD, commands, invoke, marks, refusal, stranger, work_in, write_own
 from .models import output
 from .test_bundles import CODE
 
@@ -28,34 +27,19 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def invoke(*arguments):
-    """Run a command; returns its exit code and what it says on stderr."""
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    return result.exit_code, result.stderr
-
-
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """A folder with code, bundles of it whose file Keras can read ("graph") and cannot ("Net"), a file, and data."""
     path = tmp_path_factory.mktemp("own")
-    (path / "net.py").write_text(CODE)
-    rng = np.random.default_rng(0)
-    np.savez(path / "data.npz", x=rng.integers(0, 255, (16, 8, 8, 3), np.uint8), y=rng.integers(0, 3, 16))
-    for name in ("Net", "graph"):
-        code, said = invoke("patch", f"{path}/net.py:{name}", "--to", "sn", "--input-shape", "8,8,3", "-o", path / name)
-        assert code == 0, said
-    assert invoke("export", path / "graph", "-o", path / "own.onnx")[0] == 0
+    bundles = {name: [name, "--to", "sn", "--input-shape", "8,8,3"] for name in ("Net", "graph")}
+    write_own(path, CODE, bundles, exported="graph")
     return path
 
 
 @pytest.fixture
 def folder(written, tmp_path, monkeypatch):
     """The working folder."""
-    for name in ("data.npz", "own.onnx"):
-        shutil.copy(written / name, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    return tmp_path
+    return work_in(tmp_path, written, monkeypatch)
 
 
 @pytest.mark.parametrize("source", ["payload.py:build", "working_folder:build", "sys:exit", "timm:hf-hub:stranger/x"])

@@ -53,7 +53,11 @@ name   type         C  shape  becomes      drift  folds  note
 [1] no running statistics: gamma and beta are copied, expect a large drift
 [2] only 4 values per group: expect noisy statistics
 drift: expected change of the layer's output, as a share of its root mean square
-next: normswap patch net.py:build --to gn --groups 2 --exclude 3 -o build-gn
+error: expected BatchNorms with running statistics to carry over, received 2 without:
+  1
+  4
+have the model keep them (track_running_stats=True) and run it on images in training mode first, or leave such \
+a layer as it is with --exclude NAME
 """
 
 DEEP = """\
@@ -92,10 +96,20 @@ def test_inspect(run):
 
 
 def test_dry_run(run, tmp_path):
-    """What becomes of each site, its cost, whether it folds, and why; what several notes say is a footnote."""
+    """What becomes of each site, its cost, whether it folds, and why; what several notes say is a footnote.
+
+    A plan that cannot be carried out is shown whole.
+    """
     code, out, err = run("patch", "net.py:build", "--to", "gn", "--groups", 2, "--exclude", "3", "--dry-run")
 
-    assert (code, out, err) == (0, "", PLANNED)
+    assert (code, out, err) == (4, "", PLANNED)
+    code, _, err = run(
+        *("patch", "net.py:build", "--to", "gn", "--groups", 2, "--exclude", "3", "--exclude", "[14]", "--dry-run")
+    )
+    assert (code, err.splitlines()[-1]) == (
+        0,
+        "next: normswap patch net.py:build --to gn --groups 2 --exclude 3 --exclude '[14]' -o build-gn",
+    )
     assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["net.py"]
 
 

@@ -146,7 +146,8 @@ def test_weights_behind_a_link(bundle):
 
     refused(
         bundle,
-        "expected {folder}/model.safetensors as it was saved, received a file that is missing or has changed",
+        "expected {folder}/model.safetensors as it was saved, received a file that is missing or has changed; take the "
+        "bundle from where it came once more, or patch the model again",
     )
 
 

@@ -136,9 +136,13 @@ def test_a_bundle_without_a_source_takes_the_program(folder, tmp_path):
 
 
 def test_a_damaged_file(tmp_path):
-    """A file that is no program is reported with what torch says of it."""
+    """A file that is no archive is told, before torch logs what it says of it."""
     (tmp_path / "net.pt2").write_bytes(b"no archive")
-    with pytest.raises(InputError, match=f"^expected a program of torch.export in {tmp_path}/net.pt2, received a file"):
+    message = (
+        f"expected a program of torch.export in {tmp_path}/net.pt2, received a truncated archive, or a file of another "
+        "kind"
+    )
+    with pytest.raises(InputError, match=exactly(message)):
         load_model(f"{tmp_path}/net.pt2", trust=True)
 
 

@@ -23,7 +23,7 @@ from normswap.formats.seal import sealed
 from normswap.sources.spec import FORMS
 
 from ..helpers import exactly
-from ..strangers import PAYLOAD, SOURCES, commands, marks, refusal, stranger
+from ..strangers import PAYLOAD, SOURCES, commands, invoke, marks, refusal, stranger, work_in, write_own
 from .models import batch_norms
 
 CODE = """
@@ -40,33 +40,18 @@ def build():
 """
 
 
-def invoke(*arguments):
-    """Run a command; returns its exit code and what it says on stderr."""
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    return result.exit_code, result.stderr
-
-
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """A folder with a network, a bundle of it that has gates and a layer left, its ONNX file, and data."""
     path = tmp_path_factory.mktemp("own")
-    (path / "net.py").write_text(CODE)
-    rng = np.random.default_rng(0)
-    np.savez(path / "data.npz", x=rng.integers(0, 255, (32, 8, 8, 3), np.uint8), y=rng.integers(0, 3, 32))
-    assert invoke("patch", f"{path}/net.py:build", "--to", "sn", "--exclude", "4", "-o", path / "own")[0] == 0
-    assert invoke("export", path / "own", "-o", path / "own.onnx")[0] == 0
-    assert invoke("verify", path / "own", path / "own.onnx", "--save-reference", path / "own.npz")[0] == 0
+    write_own(path, CODE, {"own": ["build", "--to", "sn", "--exclude", "4"]}, exported="own")
     return path
 
 
 @pytest.fixture
 def folder(written, tmp_path, monkeypatch):
     """The working folder, whose modules can be imported, with data and an ONNX file."""
-    for name in ("data.npz", "own.onnx", "own.npz"):
-        shutil.copy(written / name, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    return tmp_path
+    return work_in(tmp_path, written, monkeypatch)
 
 
 @pytest.fixture

@@ -135,7 +135,8 @@ class TestWayOut:
                 verdict, given = normswap.verify(model, path), "--example FILE.npz"
 
         assert verdict.problems == (
-            f"the model's own output is not finite; give {given}, if those drawn are not what it takes",
+            f"the model's own output is not finite, from layer linear on; give {given}, if those drawn are not what it "
+            "takes",
         )
 
     def test_of_an_argument_that_is_no_array(self, path):

@@ -219,7 +219,8 @@ class TestArchives:
         path.write_bytes(b"PK\x03\x04" + bytes(60) + locator + b"PK\x05\x06" + bytes(18))
         what = "an .npz of named arrays" if read is read_inputs else "weights"
         message = (
-            f"expected {what} in {path}, received a damaged file: zipfiles that span multiple disks are not supported"
+            f"expected {what} in {path}, received a damaged file: zipfiles that span multiple disks are not supported; "
+            "get the file once more"
         )
         with pytest.raises(InputError, match=exactly(message)):
             read(path)
@@ -239,7 +240,7 @@ class TestArchives:
         (b"[" * 99_999,
          "expected JSON nested no deeper than 100 levels in {}, received deeper; get the file once more"),
         (b"[1]", "expected an object in {}, received [1]; get the file once more"),
-        (b"", "expected weights in {}, received a damaged file: its header is cut off"),
+        (b"", "expected weights in {}, received a damaged file: its header is cut off; get the file once more"),
     ],
 )  # fmt: skip
 def test_headers_of_safetensors(tmp_path, header, message):
@@ -267,7 +268,7 @@ def test_an_example_that_no_machine_holds(source, shape, monkeypatch):
     message = (
         f"expected two samples of shape {told} to fit into memory, 16 GB here, received {received}; give a smaller size"
     )
-    with pytest.raises(InputError, match=exactly(message)):
+    with pytest.raises(UsageError, match=exactly(message)):
         Opened(source, ModelOptions(input_shape=shape))
     with pytest.raises(UsageError):
         ModelOptions(input_shape=shape, size=(3,))

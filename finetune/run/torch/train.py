@@ -20,7 +20,7 @@ from ...hooks.scores import scores
 from ...hooks.torch.learning import Learning
 from ..loading import StepBatches
 from ..rate import Rate
-from ..training import DECIDING, SEEDS, Array, OnStep, State, Taken, Training, not_finite
+from ..training import DECIDING, SEEDS, Array, OnStep, State, Taken, Training, not_finite, taking
 from .accelerator import accelerator_in
 from .average import Average
 from .loading import reader, ready
@@ -147,7 +147,9 @@ def _gradients(
         waits = part + 1 < count and world > 1  # gradients are exchanged with the last part
         with accelerator.no_sync(prepared) if waits else nullcontext():
             with accelerator.autocast():
-                loss, right = loss_of(x, prepared(x), y)
+                with taking(x.shape, partial(_failing, prepared)):
+                    output = prepared(x)
+                loss, right = loss_of(x, output, y)
             accelerator.backward(loss * (len(x) * world / of / count))
         sums += torch.stack([exact(loss.detach()) * len(x), torch.zeros_like(sums[0]) if right is None else right])
         seen += of
@@ -155,6 +157,17 @@ def _gradients(
         sums = accelerator.reduce(sums)
     loss_sum, right_sum = sums.tolist()
     return loss_sum / seen, None if right is None else 100 * right_sum / seen
+
+
+def _failing(model: nn.Module, error: BaseException) -> str:
+    """Return the layer that an error comes from: the last module that Python was in."""
+    inside, frame = [model], error.__traceback__
+    while frame is not None:
+        inside += [each for each in [frame.tb_frame.f_locals.get("self")] if isinstance(each, nn.Module)]
+        frame = frame.tb_next
+    names = {module: name for name, module in model.named_modules()}
+    name = names.get(inside[-1], "").removeprefix("module.").removeprefix("model").removeprefix(".")
+    return f"{name} ({type(inside[-1]).__name__})" if name else "the model"
 
 
 class _Scored(nn.Module):
