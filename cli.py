@@ -11,6 +11,7 @@ from .commands.finetune import finetune
 from .commands.inspect import inspect
 from .commands.patch import patch
 from .commands.plot import plot
+from .commands.report import report
 from .commands.reproduce import reproduce
 from .commands.verify import verify
 from .console import Group
@@ -42,5 +43,5 @@ def main(debug: bool) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
-for command in (inspect, patch, finetune, evaluate, export, verify, plot, reproduce, demo):
+for command in (inspect, patch, finetune, evaluate, export, verify, plot, report, reproduce, demo):
     main.add_command(command)

@@ -18,12 +18,13 @@ from ..data.preprocessing import Preprocessing
 from ..errors import InputError, option, spoken
 from ..frameworks.detect import framework_of, get_framework
 from ..patchers.patch import as_module
+from ..patchers.plan import Report
 from ..patchers.way_back import replay
 from ..sources.files import sha256
 from ..sources.outputs import is_stage, staged
 from ..sources.spec import absolute_spec, runs_code
 from ..sources.weights import SUFFIX, load_weights, write_weights
-from .manifest import BUNDLE, MANIFEST, manifest_of, read_manifest, require_replaceable
+from .manifest import BUNDLE, MANIFEST, Drifts, manifest_of, read_manifest, require_replaceable
 from .source import load_model
 from .trust import Trust, is_trusted, require_trusted, trust_in
 from .written import remember
@@ -58,6 +59,7 @@ class Bundle:
     preprocessing: Preprocessing | None
     has_original: bool
     trust: Trust = field(default_factory=Trust)
+    drift: Drifts = field(default_factory=Drifts)
 
     def identity(self) -> str:
         """Return a hash that tells this model from others, by recipe and weights."""
@@ -158,7 +160,8 @@ def save(
     before = known if isinstance(known, Bundle) else None
     loaded = getattr(known.model, "__dict__", {}).get(MEMORY)
     if before is None and isinstance(loaded, Bundle):  # patched once more since it was loaded
-        before = replace(loaded, model=known.model, recipe=known.recipe.after(loaded.recipe))
+        drift = _drift_of(known).after(loaded.drift)
+        before = replace(loaded, model=known.model, recipe=known.recipe.after(loaded.recipe), drift=drift)
         known = before
     own = source is not None
     if before is not None:
@@ -176,8 +179,12 @@ def write(
     *,
     own: bool,
     overwrite: bool,
+    drift: Drifts | None = None,
 ) -> None:
-    """Write a bundle as `save` does; ``own`` says that its source is the user's own code, which is remembered."""
+    """Write a bundle as `save` does; ``own`` says that its source is the user's own code, which is remembered.
+
+    ``drift`` is what is known of it, where that is more than what the patch expected.
+    """
     before = known if isinstance(known, Bundle) else None
     suffix = SUFFIX[known.recipe.framework]
     with _written(directory, overwrite=overwrite) as temporary:
@@ -191,17 +198,31 @@ def write(
                     "nothing there; pass original="
                 )
             shutil.copy2(before.original_weights, temporary / f"original{suffix}")
-        _tell(known, temporary, directory, source, preprocessing)
+        _tell(known, temporary, directory, source, preprocessing, drift)
     _remember(directory, source, own=own)
 
 
 def _tell(
-    known: Patched, folder: Path, directory: Path, source: str | None, preprocessing: Preprocessing | None
+    known: Patched,
+    folder: Path,
+    directory: Path,
+    source: str | None,
+    preprocessing: Preprocessing | None,
+    drift: Drifts | None = None,
 ) -> None:
     """Write the manifest of a model and the weights in ``folder``, which are to lie in ``directory``."""
     recipe = _as_it_is(known.recipe, known.model)
-    manifest = manifest_of(folder, directory, recipe, source, preprocessing)
+    drift = _drift_of(known) if drift is None else drift
+    manifest = manifest_of(folder, directory, recipe, source, preprocessing, drift)
     (folder / MANIFEST).write_text(manifest, encoding="utf-8")
+
+
+def _drift_of(known: Patched) -> Drifts:
+    """Return what a bundle tells of its drift, or what a patch expected of the layers it replaced."""
+    if isinstance(known, Bundle):
+        return known.drift
+    replaced = known.plan.having("replace") if isinstance(known, Report) else []
+    return Drifts.of({decision.site.name: decision.drift for decision in replaced})
 
 
 def _remember(directory: Path, source: str | None, *, own: bool) -> None:
@@ -335,6 +356,7 @@ def read(directory: str | Path, *, model: Any = None, trust: bool = False, trust
         preprocessing=preprocessing,
         has_original=f"original{SUFFIX[framework]}" in manifest.sha256,
         trust=trust_in(directory, source, code=trust_code, program=trust),
+        drift=manifest.drift,
     )
     if framework == "keras":
         bundle.model, bundle.recipe = _load_keras(bundle, weights, model, recipe)

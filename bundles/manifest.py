@@ -1,7 +1,9 @@
 """What a bundle's folder says of itself, and which folders are bundles."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +28,39 @@ SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
+class Drifts:
+    """How far a patch moved its model, as it told when it was made: ``expected`` by layer, and what was ``measured``.
+
+    Both are shares of the root mean square of the layer's output. ``measured`` is on images, where the patch was given
+    any, with what the layers before change, and has the model's outputs too; ``calibrated`` says that unlabelled images
+    chose what the expected drift did not know.
+    """
+
+    expected: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)
+    calibrated: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        expected: Mapping[str, float | None],
+        measured: Mapping[str, float | None] | None = None,
+        *,
+        calibrated: bool = False,
+    ) -> "Drifts":
+        """Return what is known and finite of drifts."""
+        return cls(_known(expected), _known(measured or {}), calibrated)
+
+    def after(self, earlier: "Drifts") -> "Drifts":
+        """Return these of a patch of what an earlier one made, whose layers keep what was expected of them."""
+        return Drifts(earlier.expected | self.expected, self.measured, calibrated=self.calibrated or earlier.calibrated)
+
+
+def _known(drifts: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: float(value) for name, value in drifts.items() if value is not None and isfinite(value)}
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a bundle tells: how it was made, by which version, and the hashes of its files."""
 
@@ -36,6 +71,7 @@ class Manifest:
     recipe: dict[str, Any]
     preprocessing: Preprocessing | None
     sha256: dict[str, str]
+    drift: Drifts = field(default_factory=Drifts)
 
 
 def read_manifest(directory: Path) -> tuple[Manifest, Recipe]:
@@ -68,7 +104,12 @@ def read_manifest(directory: Path) -> tuple[Manifest, Recipe]:
 
 
 def manifest_of(
-    folder: Path, directory: Path, recipe: Recipe, source: str | None, preprocessing: Preprocessing | None
+    folder: Path,
+    directory: Path,
+    recipe: Recipe,
+    source: str | None,
+    preprocessing: Preprocessing | None,
+    drift: Drifts,
 ) -> str:
     """Return the manifest of the weights in ``folder``, which are to lie in ``directory``.
 
@@ -87,6 +128,7 @@ def manifest_of(
         "recipe": recipe.to_dict(),
         "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
         "sha256": listing(folder),
+        "drift": asdict(drift),
     }
     return json.dumps(sealed(manifest), indent=2) + "\n"
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ..sources.memory import require_memory
 from ..sources.named_arrays import read_inputs
 from ..sources.spec import PROGRAM_SUFFIX
 from . import bundle as bundles
-from .manifest import is_bundle, is_unfinished
+from .manifest import Drifts, is_bundle, is_unfinished
 from .source import load_model
 
 
@@ -193,8 +194,22 @@ class Opened:
         pairs = zip(self._weights(self.model), self._weights(twin), strict=True)
         return any(not np.array_equal(one, other, equal_nan=True) for one, other in pairs)
 
-    def save(self, report: Any, directory: Path, *, original: Any, overwrite: bool) -> None:
-        """Write what became of the model as a bundle, which knows where it came from; raises as `bundle.save`."""
+    def save(
+        self,
+        report: Any,
+        directory: Path,
+        *,
+        original: Any,
+        overwrite: bool,
+        measured: Mapping[str, float | None],
+        calibrated: bool = False,
+    ) -> None:
+        """Write what became of the model as a bundle, which knows where it came from; raises as `bundle.save`.
+
+        ``measured`` is the drift on images by layer and output, ``calibrated`` whether images chose the parameters.
+        """
+        expected = {decision.site.name: decision.drift for decision in report.replaced}
+        drift = Drifts.of(expected, measured, calibrated=calibrated)
         bundles.write(
             report,
             directory,
@@ -203,6 +218,7 @@ class Opened:
             self.preprocessing,
             own=self.bundle.trust.own if self.bundle else True,
             overwrite=overwrite,
+            drift=drift.after(self.bundle.drift) if self.bundle else drift,
         )
 
     def _weights(self, model: Any) -> list[Any]:

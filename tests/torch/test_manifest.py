@@ -77,8 +77,8 @@ def refused(folder, message):
          "'channels_first' or 'channels_last' at preprocessing.layout in {file}, received '/etc/passwd'"),
         (["preprocessing", "shape"], [3, 8], None),
         (["normswap"], None, "text at normswap in {file}, received None"),
-        (["more"], 1, "no field but schema_version, normswap, framework, source, recipe, preprocessing, sha256 at more "
-         "in {file}, received 1"),
+        (["more"], 1, "no field but schema_version, normswap, framework, source, recipe, preprocessing, sha256, drift "
+         "at more in {file}, received 1"),
         (["sha256"], {}, "the hash of model.safetensors at sha256 in {file}, received none"),
         (["sha256"], ..., "a value at sha256 in {file}, received none"),
         (["sha256", "model.safetensors"], ...,
