@@ -122,6 +122,7 @@ _EXTRAS = {
     "PIL": "data",
     "accelerate": "torch",
     "h5py": "keras",
+    "huggingface_hub": "hub",
     "jinja2": "plot",
     "keras": "keras",
     "markupsafe": "plot",

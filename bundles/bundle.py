@@ -24,7 +24,7 @@ from ..sources.files import sha256
 from ..sources.outputs import is_stage, staged
 from ..sources.spec import absolute_spec, runs_code
 from ..sources.weights import SUFFIX, load_weights, write_weights
-from .manifest import BUNDLE, MANIFEST, Drifts, manifest_of, read_manifest, require_replaceable
+from .manifest import BUNDLE, MANIFEST, Drifts, local, manifest_of, read_manifest, require_replaceable
 from .source import load_model
 from .trust import Trust, is_trusted, require_trusted, trust_in
 from .written import remember
@@ -50,7 +50,7 @@ _PATCH_AGAIN = "patch the model with its BatchNorms' weights"
 
 @dataclass
 class Bundle:
-    """What a bundle's folder holds, the model loaded."""
+    """What a bundle's folder holds, the model loaded; ``name`` is what people call it, where that is not the folder."""
 
     directory: Path
     model: Any
@@ -60,6 +60,10 @@ class Bundle:
     has_original: bool
     trust: Trust = field(default_factory=Trust)
     drift: Drifts = field(default_factory=Drifts)
+    name: str = ""
+
+    def __str__(self) -> str:
+        return self.name or str(self.directory)
 
     def identity(self) -> str:
         """Return a hash that tells this model from others, by recipe and weights."""
@@ -70,7 +74,7 @@ class Bundle:
         """Return the model as it was before the patch; raises `InputError` if the bundle was saved without it."""
         if not self.has_original:
             raise InputError(
-                f"expected a bundle saved with its original, received {self.directory} without; "
+                f"expected a bundle saved with its original, received {self} without; "
                 f"{spoken(_PATCH_AGAIN, 'pass original= to `normswap.save`')}"
             )
         if self.recipe.framework == "keras":
@@ -321,13 +325,15 @@ def load(directory: str | Path, *, model: Any = None, trust: bool = False, trust
     written on this machine and is as it was, or is trusted.
 
     Args:
-        directory: The bundle's folder, as `save` or ``normswap patch`` wrote it.
+        directory: The bundle's folder, as `save` or ``normswap patch`` wrote it, or ``hf://OWNER/NAME[@REVISION]``, to
+            which ``normswap push`` wrote it.
         model: A fresh unpatched copy of the architecture, in place of the bundle's source.
         trust: Allows a source that is a ``.pt2`` file, which can run code while it is read.
         trust_code: Allows a source that is Python code or a model of a hub, whoever wrote it.
 
     Raises:
-        InputError: If the folder is not a bundle, is damaged, is not trusted, or does not fit.
+        InputError: If the folder is not a bundle, is damaged, is not trusted, or does not fit, and if a hub does not
+            give it.
 
     Example:
         >>> import normswap, torch
@@ -343,7 +349,7 @@ def load(directory: str | Path, *, model: Any = None, trust: bool = False, trust
 
 def read(directory: str | Path, *, model: Any = None, trust: bool = False, trust_code: bool = False) -> Bundle:
     """Return everything in a bundle; see `load`."""
-    directory = Path(directory)
+    name, directory = str(directory), local(directory)
     manifest, recipe = read_manifest(directory)
     framework, preprocessing = manifest.framework, manifest.preprocessing
     source = None if manifest.source is None else absolute_spec(manifest.source, directory)
@@ -357,6 +363,7 @@ def read(directory: str | Path, *, model: Any = None, trust: bool = False, trust
         has_original=f"original{SUFFIX[framework]}" in manifest.sha256,
         trust=trust_in(directory, source, code=trust_code, program=trust),
         drift=manifest.drift,
+        name=name,
     )
     if framework == "keras":
         bundle.model, bundle.recipe = _load_keras(bundle, weights, model, recipe)
@@ -371,10 +378,10 @@ def _build(bundle: Bundle) -> Any:
     """Return the model that a bundle's source builds; raises `InputError` if there is none or it is not trusted."""
     if bundle.source is None:
         raise InputError(
-            f"expected a bundle that says where its architecture comes from, received {bundle.directory} without; "
+            f"expected a bundle that says where its architecture comes from, received {bundle} without; "
             f"{spoken('save it with source=', 'pass a fresh model to load(directory, model=...)')}"
         )
-    require_trusted(bundle.source, bundle.directory, bundle.trust)
+    require_trusted(bundle.source, str(bundle), bundle.trust)
     return load_model(bundle.source, pretrained=False, trust=bundle.trust.program)
 
 

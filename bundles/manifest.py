@@ -15,6 +15,7 @@ from ..formats.fields import read
 from ..formats.place import Place, shown
 from ..formats.seal import sealed, unsealed
 from ..formats.text import json_object
+from ..sources.hub import fetched, is_hub
 from ..sources.listing import listing, require_listed
 from ..sources.outputs import Kind, require_output
 from ..sources.spec import relative_spec
@@ -133,9 +134,14 @@ def manifest_of(
     return json.dumps(sealed(manifest), indent=2) + "\n"
 
 
+def local(place: str | Path) -> Path:
+    """Return the folder of a bundle: a path as it is, of ``hf://OWNER/NAME`` what is fetched; raises as `fetched`."""
+    return fetched(str(place), MANIFEST, "a bundle") if is_hub(place) else Path(place)
+
+
 def is_bundle(path: str | Path) -> bool:
-    """Return whether ``path`` is a folder with a bundle's manifest."""
-    return (Path(path) / MANIFEST).is_file()
+    """Return whether ``path`` is a folder with a bundle's manifest, or names what is to be one on a hub."""
+    return is_hub(path) or (Path(path) / MANIFEST).is_file()
 
 
 def is_unfinished(path: str | Path) -> bool:

@@ -14,6 +14,7 @@ from ..data.named import NamedInputs
 from ..data.preprocessing import Preprocessing, preprocessing_of
 from ..errors import InputError, UnsupportedError, UsageError, named, option
 from ..frameworks.detect import framework_of, get_framework
+from ..sources.hub import is_hub
 from ..sources.memory import require_memory
 from ..sources.named_arrays import read_inputs
 from ..sources.spec import PROGRAM_SUFFIX
@@ -65,9 +66,14 @@ class ModelOptions:
         return ModelOptions(**{name: getattr(self, name) for name in names})
 
 
+def is_onnx(spec: str) -> bool:
+    """Return whether ``spec`` is an ONNX file in place of a model, which a repository can be called like."""
+    return spec.endswith(".onnx") and not is_hub(spec)
+
+
 def reads(spec: str) -> list[str]:
     """Return the names of the `ModelOptions` that what ``spec`` names has a use for."""
-    if spec.endswith(".onnx"):
+    if is_onnx(spec):
         return ["mean", "std"]
     bundle = _is_bundle(spec)
     unread = {"weights"} if bundle else {"trust_code"} if spec.endswith(PROGRAM_SUFFIX) else {"trust", "trust_code"}

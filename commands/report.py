@@ -59,11 +59,12 @@ def report(
       normswap report net-sn-tuned -o net-sn.html
       normswap report net-sn.onnx --against net-sn-tuned --latency -o net-sn.html
     """
+    from ..bundles.opening import is_onnx
     from ..sources.outputs import require_output, staged
 
     if output.suffix.lower() not in (".html", ".htm"):
         raise click.BadParameter(f"expected a file ending in .html, received {output}", param_hint="'-o'")
-    is_file = subject.endswith(".onnx")
+    is_file = is_onnx(subject)
     if not is_file:
         require_none(["against", "latency"], "a FILE.onnx to be proved or timed")
     if against is None:
@@ -97,6 +98,7 @@ def _of_folder(subject: str) -> tuple["Page", dict[str, Any]]:
     from ..report import bundle as of_bundle
     from ..report import run as of_run
     from ..report.page import Page
+    from ..sources.hub import is_hub
 
     folder = folder_of(subject)
     if not (is_bundle(folder) or is_unfinished(folder)):
@@ -114,7 +116,7 @@ def _of_folder(subject: str) -> tuple["Page", dict[str, Any]]:
         told["run"] = history.summary()
     kind = "bundle" if is_bundle(folder) else "run"
     what = "normswap bundle" if is_bundle(folder) else "fine-tuning run that has not come to a bundle"
-    return Page(_title(folder), what, sections, tiles), {"kind": kind, **told}
+    return Page(subject if is_hub(subject) else _title(folder), what, sections, tiles), {"kind": kind, **told}
 
 
 def _of_file(
@@ -127,7 +129,7 @@ def _of_file(
 
     file = read_model(path)
     sections, tiles, told = of_file.sections_of(file)
-    opened, verdict, stored = None, None, of_file.stored_verdict(file)
+    opened, verdict, stored = None, None, file.proved
     if against is None:
         proof = of_file.stored_section(stored, path.name)
     else:

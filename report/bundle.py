@@ -1,27 +1,19 @@
 """What a page shows of a bundle: its plan, drift and gates by layer, by its files alone."""
 
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ..bundles.contents import Norm, norms_in
 from ..bundles.manifest import Drifts, Manifest, read_manifest
 from ..convert.recipe import Choice, Recipe
-from ..convert.targets import GroupNorm, Target
+from ..convert.targets import KINDS, described
 from ..interop.gates import Gates, gates_in_bundle
 from .charts import bar, shares
 from .page import Block, Cell, Details, Facts, Section, Table, Text, Tile
 
 GATES = (("instance", "orange"), ("layer", "sky"), ("batch", "blue"))
 """The statistics that gates are of, and their colours."""
-
-_KINDS = {
-    "sn": "Switchable Normalization",
-    "brn": "Batch Renormalization",
-    "gn": "Group Normalization",
-    "bn": "Batch Normalization",
-}
 
 
 def sections_of(directory: Path) -> tuple[list[Section], list[Tile], dict[str, Any]]:
@@ -49,27 +41,6 @@ def sections_of(directory: Path) -> tuple[list[Section], list[Tile], dict[str, A
         "gates": told_of(gates),
     }
     return sections, _tiles(recipe, norms, drift), told
-
-
-def in_words(recipe: Recipe) -> str:
-    """Return what a recipe makes, each kind with the number of its layers."""
-    counts: dict[str, int] = {}
-    for choice in recipe.choices:
-        text = becomes(choice.target)
-        counts[text] = counts.get(text, 0) + 1
-    return ", ".join(f"{count} layer{'' if count == 1 else 's'} to {text}" for text, count in counts.items()) or "none"
-
-
-def becomes(target: Target) -> str:
-    """Return a target in words, with what is not its default."""
-    if isinstance(target, GroupNorm) and target.groups == 1:
-        return f"{_KINDS['gn']}, 1 group"
-    said = [
-        f"{each.name.replace('_', ' ')} {value}"
-        for each in fields(target)
-        if each.name != "gates" and (value := getattr(target, each.name)) != each.default
-    ]
-    return ", ".join([_KINDS[target.kind], *said])
 
 
 def gates_section(gates: Gates) -> Section:
@@ -101,7 +72,7 @@ def _facts(manifest: Manifest, recipe: Recipe) -> Facts:
             "source": manifest.source or "not told: a fresh model has to be given to load it",
             "framework": {"torch": "PyTorch", "keras": "Keras"}[manifest.framework],
             "made by": f"normswap {manifest.normswap}",
-            "replaced": in_words(recipe),
+            "replaced": recipe.in_words(),
             "carried over": calibrated if recipe.choices else None,
             "equalized": f"the layers in front of {len(equalized)}" if equalized else "no layer in front of a norm",
             "input": None if shown is None else "x".join(map(str, shown.shape)),
@@ -143,9 +114,9 @@ def _layers(recipe: Recipe, norms: list[Norm], drift: Drifts) -> list[Block]:
     if drift.expected:
         blocks.append(
             Text(
-                "Drift is how much of a layer's output the patch changed, as a share of its root mean square, told when "
-                "it was made. The expected one follows from the running statistics, each layer by itself and before "
-                "any calibration."
+                "Drift is how much of a layer's output the patch changed, as a share of its root mean square, told "
+                "when it was made. The expected one follows from the running statistics, each layer by itself and "
+                "before any calibration."
             )
         )
     if drift.measured:
@@ -160,7 +131,7 @@ def _row(norm: Norm, choice: Choice | None, drift: Drifts, worst: float) -> list
     return [
         norm.name,
         *(_drift(each.get(norm.name), worst) for each in (drift.expected, drift.measured)),
-        becomes(choice.target) if choice else _KINDS.get(norm.kind or "", "left as it is"),
+        described(choice.target) if choice else KINDS.get(norm.kind or "", "left as it is"),
         norm.source,
         norm.channels,
         None if not norm.spatial else "x".join(map(str, norm.spatial)),
@@ -179,7 +150,7 @@ def _told(norm: Norm, choice: Choice | None, drift: Drifts) -> dict[str, Any]:
         "channels": norm.channels,
         "shape": None if norm.spatial is None else list(norm.spatial),
         "patched_to": norm.kind,
-        "becomes": becomes(choice.target) if choice else None,
+        "becomes": described(choice.target) if choice else None,
         "front": choice.front or None if choice else None,
         "expected": drift.expected.get(norm.name),
         "measured": drift.measured.get(norm.name),

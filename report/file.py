@@ -10,7 +10,7 @@ import onnx
 from markupsafe import Markup
 
 from ..formats.fields import read
-from ..verification.file import OnnxFile
+from ..verification.file import OnnxFile, Proved
 from ..verification.latency import Latencies
 from ..verification.verdict import Check, Verdict
 from .bundle import gates_section, size_of
@@ -31,24 +31,9 @@ class NormFacts:
     form: str | None = None
 
 
-@dataclass(frozen=True)
-class Stored:
-    """What a file says of its own verdict, from when it was written."""
-
-    passed: bool
-    checks: int
-    tolerance: float
-
-
 def norms_of(file: OnnxFile) -> dict[str, NormFacts]:
     """Return what a file tells of its norms; raises `InputError` if that is damaged."""
     return read(dict[str, NormFacts], file.metadata.get("norms", {}), file.told("norms"))
-
-
-def stored_verdict(file: OnnxFile) -> Stored | None:
-    """Return the verdict in a file, None where there is none."""
-    told = file.metadata.get("verdict")
-    return None if told is None else read(Stored, told, file.told("verdict"))
 
 
 def sections_of(file: OnnxFile) -> tuple[list[Section], list[Tile], dict[str, Any]]:
@@ -110,15 +95,13 @@ def verdict_section(verdict: Verdict, against: str) -> Section:
     return Section("Verdict", blocks)
 
 
-def stored_section(stored: Stored | None, file: str) -> Section:
+def stored_section(stored: Proved | None, file: str) -> Section:
     """Return what a file says of its own verdict, which is no proof."""
     way = f"normswap verify MODEL {file} proves it, and so does --against BUNDLE of this report."
     if stored is None:
         return Section("Verdict", [Text(f"The file does not tell that it was proved; {way}")])
-    outcome = "passed" if stored.passed else "did not pass"
-    said = f"{outcome} {stored.checks} checks at a tolerance of {stored.tolerance:g}"
-    return Section("Verdict", [Text(f"The file says that it {said} when it was written. What a file says of itself "
-                                    f"is no proof: {way}")])  # fmt: skip
+    said = f"The file says that it {stored} when it was written. What a file says of itself is no proof: {way}"
+    return Section("Verdict", [Text(said)])
 
 
 def verdict_tile(verdict: Verdict) -> Tile:

@@ -54,7 +54,7 @@ def pip(*arguments):
 
 
 def test_holds_the_package_and_nothing_else(wheel):
-    """Every Python file of every declared folder the mark of its types and the template of a page are in it; tests and examples are not."""
+    """Every Python file of every declared folder, the mark of its types and a page's template are in it, no tests."""
     names = ZipFile(wheel).namelist()
     folders = {name.replace(".", "/") for name in PROJECT["tool"]["setuptools"]["packages"]}
     sources = {

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ...bundles.manifest import RUN, is_unfinished
+from ...bundles.manifest import RUN, is_unfinished, local
 from ...errors import UnsupportedError, spoken
 from .journal import METRICS, ORIGINAL, Row, read
 
@@ -116,8 +116,8 @@ class History:
 
 
 def folder_of(path: str | Path) -> Path:
-    """Return the folder a run is in, which may be named by its own folder ``run``."""
-    path = Path(path)
+    """Return the folder a run is in, which may be named by its own folder ``run``, or be that of a hub's bundle."""
+    path = local(path)
     return path.parent if path.name == RUN and (path / METRICS).is_file() else path
 
 
