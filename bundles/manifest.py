@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +40,11 @@ class Drifts:
     expected: dict[str, float] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)
     calibrated: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in [*self.expected.items(), *self.measured.items()]:
+            if not 0 <= value < inf:
+                raise InputError(f"expected a drift of 0 or more, received {value} for {name}")
 
     @classmethod
     def of(
@@ -110,7 +115,7 @@ def manifest_of(
     recipe: Recipe,
     source: str | None,
     preprocessing: Preprocessing | None,
-    drift: Drifts,
+    drift: Drifts | None = None,
 ) -> str:
     """Return the manifest of the weights in ``folder``, which are to lie in ``directory``.
 
@@ -129,7 +134,7 @@ def manifest_of(
         "recipe": recipe.to_dict(),
         "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
         "sha256": listing(folder),
-        "drift": asdict(drift),
+        "drift": asdict(drift or Drifts()),
     }
     return json.dumps(sealed(manifest), indent=2) + "\n"
 
