@@ -11,6 +11,8 @@ from .commands.finetune import finetune
 from .commands.inspect import inspect
 from .commands.patch import patch
 from .commands.plot import plot
+from .commands.push import push
+from .commands.report import report
 from .commands.reproduce import reproduce
 from .commands.verify import verify
 from .console import Group
@@ -23,7 +25,8 @@ def main(debug: bool) -> None:
     """Take the BatchNorm out of a trained network without ruining it.
 
     MODEL is timm:NAME, torchvision:NAME, keras:NAME, file.py:callable, package.module:callable,
-    a .keras/.h5/.hdf5 file, a .pt2 file of torch.export (with --trust), or a bundle made by `normswap patch`.
+    a .keras/.h5/.hdf5 file, a .pt2 file of torch.export (with --trust), or a bundle made by `normswap patch`,
+    which may be hf://OWNER/NAME, where `normswap push` wrote it.
 
     DATA is a folder with one subfolder of images per class, an .npz with arrays x and y, or hf:NAME[SPLIT]
     (a data set of Hugging Face's); any folder of images, or an .npz without y, where labels are not used.
@@ -42,5 +45,5 @@ def main(debug: bool) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
-for command in (inspect, patch, finetune, evaluate, export, verify, plot, reproduce, demo):
+for command in (inspect, patch, finetune, evaluate, export, verify, plot, report, push, reproduce, demo):
     main.add_command(command)

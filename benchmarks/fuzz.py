@@ -40,6 +40,7 @@ IMPORTED = (
     *("torch", "torch._dynamo", "numba", "scipy.optimize", "onnx", "onnxruntime", "PIL.Image", "pydantic", "psutil"),
     *("matplotlib.pyplot", "accelerate", "tensorboardX", "normswap.bundles.opening", "normswap.patchers.torch.patch"),
     *("normswap.finetune.run.run", "normswap.finetune.run.plots", "normswap.finetune.run.torch.trainer"),
+    *("jinja2", "normswap.report.bundle", "normswap.report.file", "normswap.report.run"),
     *("normswap.verification.verify", "normswap.verification.inference", "normswap.layers.torch.kernels"),
 )
 SHOWN = 20
@@ -135,6 +136,8 @@ FORMATS: Mapping[str, Format] = {
         sealed=True,
     ),
     "plot": Format(("run/run/metrics.csv", "run/normswap.json"), ("plot", "{}/run", "-o", "{}/p.png")),
+    "report": Format(("run/run/metrics.csv", "run/normswap.json"), ("report", "{}/run", "-o", "{}/p.html")),
+    "page": Format(("m.onnx",), ("report", "{}/m.onnx", "-o", "{}/p.html")),
     "config": Format(
         ("c.toml",),
         ("finetune", "{base}/b", "--data", "{base}/x.npz", "--teacher", "none", "-c", "{}/c.toml", "-o", "{}/out"),

@@ -18,12 +18,13 @@ from ..data.preprocessing import Preprocessing
 from ..errors import InputError, option, spoken
 from ..frameworks.detect import framework_of, get_framework
 from ..patchers.patch import as_module
+from ..patchers.plan import Report
 from ..patchers.way_back import replay
 from ..sources.files import sha256
 from ..sources.outputs import is_stage, staged
 from ..sources.spec import absolute_spec, runs_code
 from ..sources.weights import SUFFIX, load_weights, write_weights
-from .manifest import BUNDLE, MANIFEST, manifest_of, read_manifest, require_replaceable
+from .manifest import BUNDLE, MANIFEST, Drifts, local, manifest_of, read_manifest, require_replaceable
 from .source import load_model
 from .trust import Trust, is_trusted, require_trusted, trust_in
 from .written import remember
@@ -49,7 +50,7 @@ _PATCH_AGAIN = "patch the model with its BatchNorms' weights"
 
 @dataclass
 class Bundle:
-    """What a bundle's folder holds, the model loaded."""
+    """What a bundle's folder holds, the model loaded; ``name`` is what people call it, where that is not the folder."""
 
     directory: Path
     model: Any
@@ -58,6 +59,11 @@ class Bundle:
     preprocessing: Preprocessing | None
     has_original: bool
     trust: Trust = field(default_factory=Trust)
+    drift: Drifts = field(default_factory=Drifts)
+    name: str = ""
+
+    def __str__(self) -> str:
+        return self.name or str(self.directory)
 
     def identity(self) -> str:
         """Return a hash that tells this model from others, by recipe and weights."""
@@ -68,7 +74,7 @@ class Bundle:
         """Return the model as it was before the patch; raises `InputError` if the bundle was saved without it."""
         if not self.has_original:
             raise InputError(
-                f"expected a bundle saved with its original, received {self.directory} without; "
+                f"expected a bundle saved with its original, received {self} without; "
                 f"{spoken(_PATCH_AGAIN, 'pass original= to `normswap.save`')}"
             )
         if self.recipe.framework == "keras":
@@ -158,7 +164,8 @@ def save(
     before = known if isinstance(known, Bundle) else None
     loaded = getattr(known.model, "__dict__", {}).get(MEMORY)
     if before is None and isinstance(loaded, Bundle):  # patched once more since it was loaded
-        before = replace(loaded, model=known.model, recipe=known.recipe.after(loaded.recipe))
+        drift = _drift_of(known).after(loaded.drift)
+        before = replace(loaded, model=known.model, recipe=known.recipe.after(loaded.recipe), drift=drift)
         known = before
     own = source is not None
     if before is not None:
@@ -176,8 +183,12 @@ def write(
     *,
     own: bool,
     overwrite: bool,
+    drift: Drifts | None = None,
 ) -> None:
-    """Write a bundle as `save` does; ``own`` says that its source is the user's own code, which is remembered."""
+    """Write a bundle as `save` does; ``own`` says that its source is the user's own code, which is remembered.
+
+    ``drift`` is what is known of it, where that is more than what the patch expected.
+    """
     before = known if isinstance(known, Bundle) else None
     suffix = SUFFIX[known.recipe.framework]
     with _written(directory, overwrite=overwrite) as (temporary, _):
@@ -191,17 +202,31 @@ def write(
                     "nothing there; pass original="
                 )
             shutil.copy2(before.original_weights, temporary / f"original{suffix}")
-        _tell(known, temporary, directory, source, preprocessing)
+        _tell(known, temporary, directory, source, preprocessing, drift)
     _remember(directory, source, own=own)
 
 
 def _tell(
-    known: Patched, folder: Path, directory: Path, source: str | None, preprocessing: Preprocessing | None
+    known: Patched,
+    folder: Path,
+    directory: Path,
+    source: str | None,
+    preprocessing: Preprocessing | None,
+    drift: Drifts | None = None,
 ) -> None:
     """Write the manifest of a model and the weights in ``folder``, which are to lie in ``directory``."""
     recipe = _as_it_is(known.recipe, known.model)
-    manifest = manifest_of(folder, directory, recipe, source, preprocessing)
+    drift = _drift_of(known) if drift is None else drift
+    manifest = manifest_of(folder, directory, recipe, source, preprocessing, drift)
     (folder / MANIFEST).write_text(manifest, encoding="utf-8")
+
+
+def _drift_of(known: Patched) -> Drifts:
+    """Return what a bundle tells of its drift, or what a patch expected of the layers it replaced."""
+    if isinstance(known, Bundle):
+        return known.drift
+    replaced = known.plan.having("replace") if isinstance(known, Report) else []
+    return Drifts.of({decision.site.name: decision.drift for decision in replaced})
 
 
 def _remember(directory: Path, source: str | None, *, own: bool) -> None:
@@ -300,13 +325,15 @@ def load(directory: str | Path, *, model: Any = None, trust: bool = False, trust
     written on this machine and is as it was, or is trusted.
 
     Args:
-        directory: The bundle's folder, as `save` or ``normswap patch`` wrote it.
+        directory: The bundle's folder, as `save` or ``normswap patch`` wrote it, or ``hf://OWNER/NAME[@REVISION]``, to
+            which ``normswap push`` wrote it.
         model: A fresh unpatched copy of the architecture, in place of the bundle's source.
         trust: Allows a source that is a ``.pt2`` file, which can run code while it is read.
         trust_code: Allows a source that is Python code or a model of a hub, whoever wrote it.
 
     Raises:
-        InputError: If the folder is not a bundle, is damaged, is not trusted, or does not fit.
+        InputError: If the folder is not a bundle, is damaged, is not trusted, or does not fit, and if a hub does not
+            give it.
 
     Example:
         >>> import normswap, torch
@@ -322,7 +349,7 @@ def load(directory: str | Path, *, model: Any = None, trust: bool = False, trust
 
 def read(directory: str | Path, *, model: Any = None, trust: bool = False, trust_code: bool = False) -> Bundle:
     """Return everything in a bundle; see `load`."""
-    directory = Path(directory)
+    name, directory = str(directory), local(directory)
     manifest, recipe = read_manifest(directory)
     framework, preprocessing = manifest.framework, manifest.preprocessing
     source = None if manifest.source is None else absolute_spec(manifest.source, directory)
@@ -335,6 +362,8 @@ def read(directory: str | Path, *, model: Any = None, trust: bool = False, trust
         preprocessing=preprocessing,
         has_original=f"original{SUFFIX[framework]}" in manifest.sha256,
         trust=trust_in(directory, source, code=trust_code, program=trust),
+        drift=manifest.drift,
+        name=name,
     )
     if framework == "keras":
         bundle.model, bundle.recipe = _load_keras(bundle, weights, model, recipe)
@@ -349,10 +378,10 @@ def _build(bundle: Bundle) -> Any:
     """Return the model that a bundle's source builds; raises `InputError` if there is none or it is not trusted."""
     if bundle.source is None:
         raise InputError(
-            f"expected a bundle that says where its architecture comes from, received {bundle.directory} without; "
+            f"expected a bundle that says where its architecture comes from, received {bundle} without; "
             f"{spoken('save it with source=', 'pass a fresh model to load(directory, model=...)')}"
         )
-    require_trusted(bundle.source, bundle.directory, bundle.trust)
+    require_trusted(bundle.source, str(bundle), bundle.trust)
     return load_model(bundle.source, pretrained=False, trust=bundle.trust.program)
 
 

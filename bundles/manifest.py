@@ -1,7 +1,9 @@
 """What a bundle's folder says of itself, and which folders are bundles."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +15,7 @@ from ..formats.fields import read
 from ..formats.place import Place, shown
 from ..formats.seal import sealed, unsealed
 from ..formats.text import json_object
+from ..sources.hub import fetched, is_hub
 from ..sources.listing import listing, require_listed
 from ..sources.outputs import Kind, require_output
 from ..sources.spec import relative_spec
@@ -28,6 +31,44 @@ SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
+class Drifts:
+    """How far a patch moved its model, as it told when it was made: ``expected`` by layer, and what was ``measured``.
+
+    Both are shares of the root mean square of the layer's output. ``measured`` is on images, where the patch was given
+    any, with what the layers before change, and has the model's outputs too; ``calibrated`` says that unlabelled images
+    chose what the expected drift did not know.
+    """
+
+    expected: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)
+    calibrated: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in [*self.expected.items(), *self.measured.items()]:
+            if not 0 <= value < inf:
+                raise InputError(f"expected a drift of 0 or more, received {value} for {name}")
+
+    @classmethod
+    def of(
+        cls,
+        expected: Mapping[str, float | None],
+        measured: Mapping[str, float | None] | None = None,
+        *,
+        calibrated: bool = False,
+    ) -> "Drifts":
+        """Return what is known and finite of drifts."""
+        return cls(_known(expected), _known(measured or {}), calibrated)
+
+    def after(self, earlier: "Drifts") -> "Drifts":
+        """Return these of a patch of what an earlier one made, whose layers keep what was expected of them."""
+        return Drifts(earlier.expected | self.expected, self.measured, calibrated=self.calibrated or earlier.calibrated)
+
+
+def _known(drifts: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: float(value) for name, value in drifts.items() if value is not None and isfinite(value)}
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a bundle tells: how it was made, by which version, and the hashes of its files."""
 
@@ -38,6 +79,7 @@ class Manifest:
     recipe: dict[str, Any]
     preprocessing: Preprocessing | None
     sha256: dict[str, str]
+    drift: Drifts = field(default_factory=Drifts)
 
 
 def read_manifest(directory: Path) -> tuple[Manifest, Recipe]:
@@ -70,7 +112,12 @@ def read_manifest(directory: Path) -> tuple[Manifest, Recipe]:
 
 
 def manifest_of(
-    folder: Path, directory: Path, recipe: Recipe, source: str | None, preprocessing: Preprocessing | None
+    folder: Path,
+    directory: Path,
+    recipe: Recipe,
+    source: str | None,
+    preprocessing: Preprocessing | None,
+    drift: Drifts | None = None,
 ) -> str:
     """Return the manifest of the weights in ``folder``, which are to lie in ``directory``.
 
@@ -89,13 +136,19 @@ def manifest_of(
         "recipe": recipe.to_dict(),
         "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
         "sha256": listing(folder),
+        "drift": asdict(drift or Drifts()),
     }
     return json.dumps(sealed(manifest), indent=2) + "\n"
 
 
+def local(place: str | Path) -> Path:
+    """Return the folder of a bundle: a path as it is, of ``hf://OWNER/NAME`` what is fetched; raises as `fetched`."""
+    return fetched(str(place), MANIFEST, "a bundle") if is_hub(place) else Path(place)
+
+
 def is_bundle(path: str | Path) -> bool:
-    """Return whether ``path`` is a folder with a bundle's manifest."""
-    return (Path(path) / MANIFEST).is_file()
+    """Return whether ``path`` is a folder with a bundle's manifest, or names what is to be one on a hub."""
+    return is_hub(path) or (Path(path) / MANIFEST).is_file()
 
 
 def is_unfinished(path: str | Path) -> bool:

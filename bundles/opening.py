@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from ..data.preprocessing import Preprocessing, preprocessing_of
 from ..errors import InputError, UnsupportedError, UsageError, named, option, said
 from ..frameworks.detect import framework_of, get_framework
 from ..frameworks.example import not_taken
+from ..sources.hub import is_hub
 from ..sources.memory import require_memory
 from ..sources.named_arrays import read_inputs
 from ..sources.spec import PROGRAM_SUFFIX, problem_of
 from . import bundle as bundles
-from .manifest import is_bundle, is_unfinished
+from .manifest import Drifts, is_bundle, is_unfinished
 from .source import load_model
 
 
@@ -65,9 +67,14 @@ class ModelOptions:
         return ModelOptions(**{name: getattr(self, name) for name in names})
 
 
+def is_onnx(spec: str) -> bool:
+    """Return whether ``spec`` is an ONNX file in place of a model, which a repository can be called like."""
+    return spec.endswith(".onnx") and not is_hub(spec)
+
+
 def reads(spec: str) -> list[str]:
     """Return the names of the `ModelOptions` that what ``spec`` names has a use for."""
-    if spec.endswith(".onnx"):
+    if is_onnx(spec):
         return ["mean", "std"]
     bundle = _is_bundle(spec)
     unread = {"weights"} if bundle else {"trust_code"} if spec.endswith(PROGRAM_SUFFIX) else {"trust", "trust_code"}
@@ -199,8 +206,22 @@ class Opened:
         pairs = zip(self._weights(self.model), self._weights(twin), strict=True)
         return any(not np.array_equal(one, other, equal_nan=True) for one, other in pairs)
 
-    def save(self, report: Any, directory: Path, *, original: Any, overwrite: bool) -> None:
-        """Write what became of the model as a bundle, which knows where it came from; raises as `bundle.save`."""
+    def save(
+        self,
+        report: Any,
+        directory: Path,
+        *,
+        original: Any,
+        overwrite: bool,
+        measured: Mapping[str, float | None],
+        calibrated: bool = False,
+    ) -> None:
+        """Write what became of the model as a bundle, which knows where it came from; raises as `bundle.save`.
+
+        ``measured`` is the drift on images by layer and output, ``calibrated`` whether images chose the parameters.
+        """
+        expected = {decision.site.name: decision.drift for decision in report.replaced}
+        drift = Drifts.of(expected, measured, calibrated=calibrated)
         bundles.write(
             report,
             directory,
@@ -209,6 +230,7 @@ class Opened:
             self.preprocessing,
             own=self.bundle.trust.own if self.bundle else True,
             overwrite=overwrite,
+            drift=drift.after(self.bundle.drift) if self.bundle else drift,
         )
 
     def _build(self, model: Any) -> None:

@@ -32,11 +32,11 @@ def is_trusted(source: str, trust: Trust) -> bool:
     return trust.own or trust.code or not runs_code(source)
 
 
-def require_trusted(source: str, directory: Path, trust: Trust) -> None:
-    """Raise `InputError` unless the source that the bundle in ``directory`` names may be loaded."""
+def require_trusted(source: str, bundle: str | Path, trust: Trust) -> None:
+    """Raise `InputError` unless the source that ``bundle``, a folder or a hub's repository, names may be loaded."""
     if not is_trusted(source, trust):
         way = spoken("add --trust-code", "pass trust_code=True, or a fresh model as model=")
         raise InputError(
             f"expected a bundle that is read without running its author's code, received source={source!r} in "
-            f"{directory}; if you trust that code, {way}"
+            f"{bundle}; if you trust that code, {way}"
         )

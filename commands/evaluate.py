@@ -101,9 +101,9 @@ def _opened(model: str, known: "ModelOptions", timeout: float) -> tuple[Callable
 
     It reads what it has a use for of the options.
     """
-    from ..bundles.opening import Opened, reads
+    from ..bundles.opening import Opened, is_onnx, reads
 
-    if model.endswith(".onnx"):
+    if is_onnx(model):
         from ..verification.inference import open_onnx
 
         return open_onnx(Path(model), mean=known.mean, std=known.std, timeout=timeout)

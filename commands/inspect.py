@@ -1,7 +1,6 @@
 """The command that lists a model's BatchNorms: inspect."""
 
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -62,9 +61,10 @@ def inspect(model: str, every: bool, known: "ModelOptions", as_json: bool) -> No
 
 def _show_bundle(model: str, *, every: bool, as_json: bool) -> None:
     from ..bundles.contents import norms_in
+    from ..bundles.manifest import local
     from ..patchers.table import site_row, sites_table
 
-    norms = norms_in(Path(model))
+    norms = norms_in(local(model))
     rows = [
         site_row(norm.name, (), norm.source, norm.channels, norm.spatial) | {"patched to": norm.kind} for norm in norms
     ]

@@ -142,5 +142,5 @@ def trusting(known: "ModelOptions") -> list[str]:
 
 
 def short_name(model: str) -> str:
-    """Return a name for what is made of a MODEL: ``resnet50`` of timm:resnet50, ``net`` of dir/net.keras."""
-    return Path(model.rpartition(":")[2]).stem
+    """Return a name for what is made of a MODEL: ``resnet50`` of timm:resnet50, ``net`` of dir/net.keras and hf://me/net."""
+    return Path(model.partition("@")[0]).name if model.startswith("hf://") else Path(model.rpartition(":")[2]).stem

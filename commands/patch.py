@@ -175,7 +175,15 @@ def patch(
         result |= {"calibration": [vars(residual) for residual in found], "not_refitted": dict(found.left)}
     if (images := calibrate if data is None else data) is not None:
         result["drift"] = _drift(opened, original, result["replaced"], images)
-    opened.save(report, output, original=original, overwrite=overwrite)
+    measured = {found["name"]: found["rms"] for found in result.get("drift", ())}
+    opened.save(
+        report,
+        output,
+        original=original,
+        overwrite=overwrite,
+        measured=measured,
+        calibrated=calibrate is not None,
+    )
     told = [report.summary, *([result["weights"]] if patched_weights else [])]
     if left := result.get("not_refitted"):
         told.append(f"{len(left)} layer{'' if len(left) == 1 else 's'} not refitted (first: {_first(left)})")

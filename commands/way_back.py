@@ -59,7 +59,10 @@ def patch_back(
         aside = found.batch(found.sample(len(found))[-ASIDE:])[0]
     drops = [vars(drop) for drop in getattr(report, "drops", ())]
     drift = [] if aside is None else [vars(each) for each in report.drift(aside)]
-    opened.save(report, output, original=original, overwrite=overwrite)
+    measured = {found["name"]: found["rms"] for found in drift}
+    opened.save(
+        report, output, original=original, overwrite=overwrite, measured=measured, calibrated=images is not None
+    )
     title = f"{report.summary}; bundle written to {output}"
     told = {"drops": drops} | ({"drift": drift} if drift else {})
     return report, told, plan_table(title, report.plan.decisions, drift, drops=drops, every=every)

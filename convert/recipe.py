@@ -5,6 +5,7 @@ write by hand: targets by name, depth or stage, which a plan resolves to a recip
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from ..errors import InputError
 from ..formats.fields import read
 from ..formats.place import Place
 from ..formats.text import json_object
-from .targets import Mode, Target, as_target, target_from_dict, target_to_dict
+from .targets import Mode, Target, as_target, described, target_from_dict, target_to_dict
 
 SCHEMA_VERSION = 1
 
@@ -76,6 +77,11 @@ class Recipe:
         new = {c.name: c.since(before[c.name]) if c.name in before else c for c in self.choices}
         kept = tuple(choice for choice in earlier.choices if choice.name not in new)
         return Recipe(self.framework, (*kept, *new.values()))
+
+    def in_words(self) -> str:
+        """Return what it makes, each kind with the number of its layers."""
+        counts = Counter(described(choice.target) for choice in self.choices)
+        return ", ".join(f"{n} layer{'' if n == 1 else 's'} to {text}" for text, n in counts.items()) or "none"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as plain data."""

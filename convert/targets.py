@@ -1,7 +1,7 @@
 """What a BatchNorm can become, and the way back to one: frozen configurations and their names."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, get_args
 
 from ..errors import InputError
@@ -213,6 +213,27 @@ def as_mode(equalize: object) -> Mode | None:
     if not isinstance(equalize, bool | str) or equalize not in known:
         raise InputError(f"expected `equalize` out of True, 'scale' and False, received equalize={equalize!r}")
     return known[equalize]
+
+
+KINDS: Mapping[str, str] = {
+    "sn": "Switchable Normalization",
+    "brn": "Batch Renormalization",
+    "gn": "Group Normalization",
+    "bn": "Batch Normalization",
+}
+"""What the kinds of targets are called in full."""
+
+
+def described(target: Target) -> str:
+    """Return a target in words, with what is not its default."""
+    if isinstance(target, GroupNorm) and target.groups == 1:
+        return f"{KINDS['gn']}, 1 group"
+    said = [
+        f"{each.name.replace('_', ' ')} {value}"
+        for each in fields(target)
+        if each.name != "gates" and (value := getattr(target, each.name)) != each.default
+    ]
+    return ", ".join([KINDS[target.kind], *said])
 
 
 def target_to_dict(target: Target) -> dict[str, Any]:

@@ -141,5 +141,11 @@ def absolute_spec(spec: str, directory: Path) -> str:
         raise InputError(f"expected a model as {FORMS}, received model={spec!r}")
     file, colon, name = spec.rpartition(":")
     if file.endswith(".py"):
-        return f"{(directory / file).resolve()}{colon}{name}"
-    return str((directory / spec).resolve()) if spec.endswith((PROGRAM_SUFFIX, *KERAS_SUFFIXES)) else spec
+        return f"{_within(directory, file)}{colon}{name}"
+    return str(_within(directory, spec)) if spec.endswith((PROGRAM_SUFFIX, *KERAS_SUFFIXES)) else spec
+
+
+def _within(directory: Path, file: str) -> Path:
+    """Return a file's path, by its own name even if that is a link, as all names in a hub's cache are."""
+    path = directory / file
+    return path.parent.resolve() / path.name

@@ -107,5 +107,6 @@ def commands(bundle):
         "evaluate": ["evaluate", bundle, "--data", "data.npz"],
         "evaluate --against": ["evaluate", "own.onnx", "--data", "data.npz", "--against", bundle],
         "verify": ["verify", bundle, "own.onnx"],
+        "report --against": ["report", "own.onnx", "--against", bundle, "-o", "new.html"],
         "finetune": ["finetune", bundle, "--data", "data.npz", "--steps", "1", "-o", "new"],
     }

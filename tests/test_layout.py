@@ -54,7 +54,7 @@ FLOW = [
         "bundles",
         "finetune",
     ),
-    *("verification", "export", "interop", "demo", "reproduce", "console", "commands"),
+    *("verification", "export", "interop", "report", "demo", "reproduce", "console", "commands"),
 ]
 """The rooms from the first in the way of the data to the last."""
 

@@ -54,7 +54,7 @@ def pip(*arguments):
 
 
 def test_holds_the_package_and_nothing_else(wheel):
-    """Every Python file of every declared folder and the mark of its types are in it; tests and examples are not."""
+    """Every Python file of every declared folder, the mark of its types and a page's template are in it, no tests."""
     names = ZipFile(wheel).namelist()
     folders = {name.replace(".", "/") for name in PROJECT["tool"]["setuptools"]["packages"]}
     sources = {
@@ -64,7 +64,10 @@ def test_holds_the_package_and_nothing_else(wheel):
     }
     metadata = f"normswap-{PROJECT['project']['version']}.dist-info/"
 
-    assert {name for name in names if not name.startswith(metadata)} == sources | {"normswap/py.typed"}
+    assert {name for name in names if not name.startswith(metadata)} == sources | {
+        "normswap/py.typed",
+        "normswap/report/page.html",
+    }
     assert f"{metadata}licenses/LICENSE" in names
 
 

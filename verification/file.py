@@ -29,6 +29,19 @@ _TYPED = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data"
 
 
 @dataclass(frozen=True)
+class Proved:
+    """What a file says of the verdict on it, from when it was written: no proof."""
+
+    passed: bool
+    checks: int
+    tolerance: float
+
+    def __str__(self) -> str:
+        outcome = "passed" if self.passed else "did not pass"
+        return f"{outcome} {self.checks} checks at a tolerance of {self.tolerance:g}"
+
+
+@dataclass(frozen=True)
 class OnnxFile:
     """A checked file: its bytes as they were read, and the model in them; external data is left where it lies."""
 
@@ -59,6 +72,12 @@ class OnnxFile:
         told = read(dict[str, Any], self.metadata.get("sites", {}), self.told("sites"))
         produced = {name for node in self.proto.graph.node for name in node.output}
         return {site: value for site, value in told.items() if isinstance(value, str) and value in produced}
+
+    @property
+    def proved(self) -> Proved | None:
+        """What the file says of its verdict, None where it says nothing; raises `InputError` if that is damaged."""
+        told = self.metadata.get("verdict")
+        return None if told is None else read(Proved, told, self.told("verdict"))
 
     @property
     def half(self) -> bool:

@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from .runtime import session
+from .runtime import TIMEOUT, answers, session
+
+Latencies = dict[str, dict[int, tuple[float, float]]]
+"""Median and least milliseconds of a run by file and batch size."""
 
 BATCH_SIZES = (1, 8)
 ROUNDS = 50
@@ -17,16 +20,21 @@ SECONDS = 2.0
 
 
 def latencies(
-    files: Mapping[str, Path], sizes: Sequence[tuple[int, ...]], *, batch_sizes: Sequence[int] = BATCH_SIZES
-) -> dict[str, dict[int, tuple[float, float]]]:
+    files: Mapping[str, Path],
+    sizes: Sequence[tuple[int, ...]],
+    *,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    timeout: float = TIMEOUT,
+) -> Latencies:
     """Return median and least milliseconds of a run on the CPU by file and batch size, or of the one it is fixed to.
 
     The files take turns, so that what else the machine does meets all of them. ``sizes`` are the shapes of their
-    inputs without the batch; all take standard normal float32.
+    inputs without the batch; all take standard normal float32. Raises `InputError` if one takes more than ``timeout``
+    seconds.
     """
     sessions = {name: session(path, spinning=False) for name, path in files.items()}
     rng = np.random.default_rng(0)
-    found: dict[str, dict[int, tuple[float, float]]] = {name: {} for name in files}
+    found: Latencies = {name: {} for name in files}
     first = next(iter(sessions.values())).get_inputs()[0].shape[0]
     for batch in [first] if isinstance(first, int) else batch_sizes:
         arrays = [rng.standard_normal((batch, *size), np.float32) for size in sizes]
@@ -36,7 +44,7 @@ def latencies(
         }
         times: dict[str, list[float]] = {name: [] for name in files}
         for name, runner in sessions.items():
-            runner.run(None, feeds[name])
+            answers(runner, None, feeds[name], timeout=timeout)
         end = time.perf_counter() + SECONDS * len(files)
         for _ in range(ROUNDS):
             for name, runner in sessions.items():

@@ -9,7 +9,9 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from ...bundles.manifest import RUN, is_unfinished
+import numpy as np
+
+from ...bundles.manifest import RUN, is_unfinished, local
 from ...errors import UnsupportedError, spoken
 from .journal import METRICS, ORIGINAL, Row, read
 
@@ -114,9 +116,27 @@ class History:
 
 
 def folder_of(path: str | Path) -> Path:
-    """Return the folder a run is in, which may be named by its own folder ``run``."""
-    path = Path(path)
+    """Return the folder a run is in, which may be named by its own folder ``run``, or be that of a hub's bundle."""
+    path = local(path)
     return path.parent if path.name == RUN and (path / METRICS).is_file() else path
+
+
+MANY = 60
+"""Points, from which on a figure that jumps from step to step is shown by its running mean."""
+
+_STEEP = 20
+
+
+def running_mean(steps: Any, values: Any) -> tuple[Any, Any, int]:
+    """Return the running mean of many values, each at the middle of what it is the mean of, and of how many it is."""
+    window = len(values) // 15 if len(values) >= MANY else 1
+    means = np.convolve(values, np.full(window, 1 / window), "valid")
+    return steps[(window - 1) // 2 :][: len(means)], means, window
+
+
+def steep(values: Any) -> bool:
+    """Return whether losses fall so far that their axis is to be logarithmic."""
+    return bool(min(values) > 0 and max(values) > _STEEP * min(values))
 
 
 def _last(values: Sequence[float | None]) -> float | None:

@@ -12,9 +12,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from ...errors import UnsupportedError, UsageError
-from .history import History
+from .history import History, running_mean
 from .journal import Row
-from .plots import BLUE, FEW, GREEN, ORANGE, SKY, VERMILION, WIDTH, log_if_steep, running_mean, short, style
+from .plots import BLUE, FEW, GREEN, ORANGE, SKY, VERMILION, WIDTH, log_if_steep, short, style
 
 _COLOURS = (BLUE, VERMILION, GREEN, ORANGE, SKY, "#CC79A7", "black")
 _DASHES: tuple[Literal["-", "--", ":", "-."], ...] = (

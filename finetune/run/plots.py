@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from ...bundles.manifest import RUN
 from ...errors import UnsupportedError, spoken
 from .contract import Gates
+from .history import MANY, running_mean, steep
 from .journal import GATES, METRICS, ORIGINAL, Row, read
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
@@ -79,8 +80,6 @@ _PANELS: tuple[tuple[str, tuple[_Line, ...]], ...] = (
 )
 FEW = 25
 """Points, up to which each is marked."""
-_MANY = 60  # points, from which on a running mean is drawn
-_STEEP = 20  # ratio of the highest to the lowest loss, from which on its axis is logarithmic
 _ROOM = 0.12  # share of the axis a stage's name needs
 _NOISY = ("loss", "accuracy", "clipped")
 _PERCENT = ("clipped",)
@@ -161,7 +160,7 @@ def _line(axes: Axes, rows: list[Row], column: str, name: str, colour: str) -> N
         return
     steps, values = np.array(points, float).T
     values = values * (100 if column in _PERCENT else 1)
-    if column in _NOISY and len(values) >= _MANY:
+    if column in _NOISY and len(values) >= MANY:
         axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.35)
         steps, values, window = running_mean(steps, values)
         name = f"{name}, mean of {window} steps".removeprefix(", ")
@@ -172,16 +171,9 @@ def _line(axes: Axes, rows: list[Row], column: str, name: str, colour: str) -> N
         log_if_steep(axes, values)
 
 
-def running_mean(steps: Any, values: Any) -> tuple[Any, Any, int]:
-    """Return the running mean of many values, each at the middle of what it is the mean of, and of how many it is."""
-    window = len(values) // 15 if len(values) >= _MANY else 1
-    means = np.convolve(values, np.full(window, 1 / window), "valid")
-    return steps[(window - 1) // 2 :][: len(means)], means, window
-
-
 def log_if_steep(axes: Axes, values: Any) -> None:
     """Make the axis of a loss logarithmic where it falls far."""
-    if values.min() > 0 and values.max() > _STEEP * values.min():
+    if steep(values):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
 

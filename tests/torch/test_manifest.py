@@ -77,8 +77,9 @@ def refused(folder, message):
          "'channels_first' or 'channels_last' at preprocessing.layout in {file}, received '/etc/passwd'"),
         (["preprocessing", "shape"], [3, 8], None),
         (["normswap"], None, "text at normswap in {file}, received None"),
-        (["more"], 1, "no field but schema_version, normswap, framework, source, recipe, preprocessing, sha256 at more "
-         "in {file}, received 1"),
+        (["more"], 1, "no field but schema_version, normswap, framework, source, recipe, preprocessing, sha256, drift "
+         "at more in {file}, received 1"),
+        (["drift", "measured"], {"1": "much"}, "a number at drift.measured.1 in {file}, received 'much'"),
         (["sha256"], {}, "the hash of model.safetensors at sha256 in {file}, received none"),
         (["sha256"], ..., "a value at sha256 in {file}, received none"),
         (["sha256", "model.safetensors"], ...,
@@ -157,3 +158,13 @@ def test_a_recipe_out_of_a_changed_manifest(bundle):
     recipe = normswap.Recipe.from_json((bundle / "normswap.json").read_bytes())
 
     assert normswap.patch(build(), recipe).model[1].num_groups == 2
+
+
+@pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf")])
+def test_a_drift_that_is_none(bundle, value):
+    """A drift is a share: one below 0, or that is no number, is refused by the layer's name."""
+    rewrite(bundle, "drift", "measured", value={"1": value})
+
+    message = f"expected a drift of 0 or more, received {value} for 1 (at drift in {bundle}/normswap.json)"
+    with pytest.raises(InputError, match=exactly(message)):
+        normswap.load(bundle, model=build())

@@ -71,7 +71,7 @@ class TestStrangers:
         for name, command in commands(path).items():
             assert (name, *invoke(*command)) == (name, 3, f"error: {refusal(path, named)}\n")
             assert invoke(*command, "--trust")[0] == 3, name
-        for command in (["inspect", path], ["plot", path, "-o", "plot.png"]):
+        for command in (["inspect", path], ["plot", path, "-o", "plot.png"], ["report", path, "-o", "report.html"]):
             assert invoke(*command)[0] == 0
         assert marks(folder) == []
         assert not (folder / "new").exists()
