@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..limits import Schedule, check_schedule, checked_limits, default_limits, limits_at
 from ..published import BATCH_RENORMALIZATION, only, renamed, takes
-from . import rerun
+from . import gpu, rerun
 from .norm import RunningNorm, as_tensor, constant, kept, move
 from .normalize import Backward, Small, normalize, square
 from .passes import Array
@@ -123,6 +123,8 @@ class _BatchRenorm(RunningNorm):
             )
         if self.schedule is not None and not rerun.again():
             self._follow(self.schedule)
+        if gpu.takes(x, self):
+            return gpu.batch_renorm(self, x, rerun.expected())
         mix = partial(self._mix, x.shape[2:].numel(), rerun.expected())
         return normalize(x, mix, self.weight, self.bias)
 

@@ -88,19 +88,24 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "expected create_graph=False, received create_graph=True: this layer's backward is not differentiable "
-                "itself; use torch.func, or torch.compile, which differentiate its plain operations"
-            )
-        if torch._C._functorch.is_legacy_batchedtensor(dy) or torch._C._functorch.maybe_current_level() is not None:
-            raise RuntimeError(
-                "expected is_grads_batched=False, received is_grads_batched=True, which "
-                "torch.autograd.functional sets with vectorize=True: this layer's backward takes one gradient at a "
-                "time; use torch.func, or vectorize=False"
-            )
+        refuse_derivative(dy)
         with np.errstate(all="ignore"):
             return _gradients(ctx, wide(dy))
+
+
+def refuse_derivative(dy: Tensor) -> None:
+    """Raise `RuntimeError` in a backward pass that is to be differentiated itself, or takes several gradients."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "expected create_graph=False, received create_graph=True: this layer's backward is not differentiable "
+            "itself; use torch.func, or torch.compile, which differentiate its plain operations"
+        )
+    if torch._C._functorch.is_legacy_batchedtensor(dy) or torch._C._functorch.maybe_current_level() is not None:
+        raise RuntimeError(
+            "expected is_grads_batched=False, received is_grads_batched=True, which "
+            "torch.autograd.functional sets with vectorize=True: this layer's backward takes one gradient at a "
+            "time; use torch.func, or vectorize=False"
+        )
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

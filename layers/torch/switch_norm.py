@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..published import KERAS_SWITCHNORM, SWITCHABLENORMS, renamed, takes
+from . import gpu
 from .norm import RunningNorm, move
 from .normalize import Backward, Small, inferring, normalize, square, wide
 from .passes import Array, switch
@@ -169,6 +170,8 @@ class _SwitchNorm(RunningNorm):
                 logits.copy_((1 - taken) * CLOSED)
 
     def _normalized(self, x: Tensor) -> Tensor:
+        if gpu.takes(x, self):
+            return gpu.switch_norm(self, x)
         parameters = self.weight, self.bias, self.mean_weight, self.var_weight
         constant = x.dim() > 2 and self.compat is None and not self._takes_batch()
         if constant and inferring(x, *parameters):
@@ -292,10 +295,13 @@ class _SwitchNorm(RunningNorm):
         batch_mean, batch_var, backward = self._batch_moments(mean, var, count, correction)
         if self._moves():
             with torch.no_grad():
-                momentum = self._count_batch()
-                move(self.running_mean, batch_mean, momentum)
-                move(self.running_var, batch_var, momentum)
+                self._move(batch_mean, batch_var)
         return batch_mean, batch_var, backward
+
+    def _move(self, mean: Array, var: Array) -> None:
+        momentum = self._count_batch()
+        move(self.running_mean, mean, momentum)
+        move(self.running_var, var, momentum)
 
     def _count_batch(self) -> float | Tensor:
         weight = super()._count_batch()
