@@ -16,7 +16,6 @@ for a call that may be run again (`rerun`). A layer's schedule is torch's own op
 """
 
 import warnings
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from importlib.util import find_spec

@@ -15,8 +15,8 @@ Between the passes one launch has programs for samples and others for channels: 
 sample's channels, batch statistics over a channel's samples. What needs both, the mix, is the first thing that the
 programs of the pass that follows do, for their own rows.
 
-Arrays: ``partial`` (2, N, splits, C) mean and variance, or sums of dy·(x - pivot) and of dy, of each run; ``rows`` (2, N,
-C) the same of each row, which is ``partial`` where a row is one run; ``samples`` (2, N) layer mean and variance;
+Arrays: ``partial`` (2, N, splits, C) mean and variance, or sums of dy·(x - pivot) and of dy, of each run; ``rows``
+(2, N, C) the same of each row, which is ``partial`` where a row is one run; ``samples`` (2, N) layer mean and variance;
 ``channels`` (2, C) batch mean and variance; ``gates`` (7,) those of the mean, those of the variance, and what divides
 the logits.
 """
@@ -98,13 +98,14 @@ def moments(
     rows = x + _rows(n, c, stride_n, stride_c)[:, None]
     count = tl.cast(_count(split, splits, P, tiles, BLOCK_P), tl.float32)
     p = _tile(split, tiles, 0, BLOCK_P)
-    first = tl.load(rows + p[None, :] * stride_p, mask=_mask(inside, p, P), other=0.0).to(tl.float32)
-    pivot = tl.sum(first, 1) / tl.where(count < BLOCK_P, count, BLOCK_P)
+    mask = _mask(inside, p, P)
+    value = tl.load(rows + p[None, :] * stride_p, mask=mask, other=0.0).to(tl.float32)
+    pivot = tl.sum(value, 1) / tl.where(count < BLOCK_P, count, BLOCK_P)
 
-    rest = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+    rest = tl.where(mask, value - pivot[:, None], 0.0)
     power = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
-    lanes = tl.zeros([BLOCK_P], tl.float32)
-    for t in range(0, tiles):
+    lanes = (p < P).to(tl.float32)
+    for t in range(1, tiles):
         p = _tile(split, tiles, t, BLOCK_P)
         mask = _mask(inside, p, P)
         value = tl.load(rows + p[None, :] * stride_p, mask=mask, other=0.0).to(tl.float32) - pivot[:, None]
@@ -126,7 +127,7 @@ def products(
     dy, x, partial, line, rows, stride_n, stride_c, stride_p, N, C, P, splits, tiles,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Write the sums of dy·(x - pivot) and of dy of each run; the pivot is the row's mean, or a channel's of ``line``."""
+    """Write the sums of dy·(x - pivot) and of dy of each run; the pivot is the row's mean, or the one in ``line``."""
     n, c, inside, split = _place(C, splits, BLOCK_C)
     if line is None:
         pivot = tl.load(rows + _small(n, C, c, 0, 1), mask=inside, other=0.0).to(tl.float32)
@@ -135,7 +136,7 @@ def products(
     offset = _rows(n, c, stride_n, stride_c)[:, None]
     product = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     total = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
-    for t in range(0, tiles):
+    for t in range(tiles):
         p = _tile(split, tiles, t, BLOCK_P)
         mask = _mask(inside, p, P)
         at = offset + p[None, :] * stride_p
@@ -200,7 +201,7 @@ def affine(
         mean, var, layer_mean, layer_var, batch_mean, batch_var = _load_row(
             rows, samples, channels, n, c, inside, N, C, P, MAP_CORRECTION, BATCH
         )
-        _, _, away, mixed = _mix(mean, var, layer_mean, layer_var, batch_mean, batch_var, gates, eps, MAPS)
+        _above_layer, _above_batch, away, mixed = _mix(mean, var, layer_mean, layer_var, batch_mean, batch_var, gates, eps, MAPS)
         pivot = mean.to(tl.float32)
         scale = _of_channels(weight, c, inside, 1) / tl.sqrt(mixed)
         away += (pivot.to(tl.float64) - mean).to(tl.float32)
@@ -210,7 +211,7 @@ def affine(
         scale = tl.load(line + C + c, mask=inside, other=0.0)
         shift = tl.load(line + 2 * C + c, mask=inside, other=0.0)
     offset = _rows(n, c, stride_n, stride_c)[:, None]
-    for t in range(0, tiles):
+    for t in range(tiles):
         p = _tile(split, tiles, t, BLOCK_P)
         mask = _mask(inside, p, P)
         at = offset + p[None, :] * stride_p
@@ -245,17 +246,17 @@ def combine(
             mean, var, layer_mean, layer_var, batch_mean, batch_var = _load_row(
                 rows, samples, channels, n, c, inside, N, C, P, MAP_CORRECTION, BATCH
             )
-            m1, m2, v0, v1, v2 = _load_gates(gates, MAPS)
+            m1, m2, v0, _v1, _v2 = _load_gates(gates, MAPS)
             above_layer, above_batch, away, mixed = _mix(
                 mean, var, layer_mean, layer_var, batch_mean, batch_var, gates, eps, MAPS
             )
             pivot = mean.to(tl.float32)
             rest = (pivot.to(tl.float64) - mean).to(tl.float32)
             scale = _of_channels(weight, c, inside, 1) / tl.sqrt(mixed)
-            at = sums + _small(n, C, c, 0, 1)
-            product = tl.load(at, mask=inside, other=0.0)
-            total = tl.load(at + _small(N, C, 0, 0, 1), mask=inside, other=0.0)
-            d_away, _, d_mixed = _d_mix(product, total, scale, away + rest, mixed)
+            of_row = sums + _small(n, C, c, 0, 1)
+            product = tl.load(of_row, mask=inside, other=0.0)
+            total = tl.load(of_row + _small(N, C, 0, 0, 1), mask=inside, other=0.0)
+            d_away, _d_scale, d_mixed = _d_mix(product, total, scale, away + rest, mixed)
             d_away_layer = tl.load(sample_sums + n).to(tl.float32)
             d_layer_var = tl.load(sample_sums + N + n).to(tl.float32)
             # of the own mean beside the sum of dy, which is in `level` with the other sign, and of the own variance
@@ -271,7 +272,7 @@ def combine(
             slope = 2.0 * to_var
             level = to_mean + rest * slope
         offset = _rows(n, c, stride_n, stride_c)[:, None]
-        for t in range(0, tiles):
+        for t in range(tiles):
             p = _tile(split, tiles, t, BLOCK_P)
             mask = _mask(inside, p, P)
             at = offset + p[None, :] * stride_p
@@ -363,6 +364,57 @@ def _move(running, value, c, inside, weight):
 
 
 @triton.jit
+def _sample_forward(
+    n, partial, rows, samples, N, C, P, splits, tiles, MAP_CORRECTION: tl.constexpr, LAYER_CORRECTION: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Write a sample's rows and layer statistics."""
+    total = tl.zeros([BLOCK], tl.float64)
+    for begin in range(0, C, BLOCK):
+        c = begin + tl.arange(0, BLOCK)
+        mean, var = _row_moments(partial, n, c, c < C, N, C, P, splits, tiles, SPLITS, BLOCK_P)
+        total += tl.where(c < C, mean, 0.0)
+        if SPLITS > 1:
+            tl.store(rows + _small(n, C, c, 0, 1), mean, mask=c < C)
+            tl.store(rows + _small(n, C, c, 0, 1) + _small(N, C, 0, 0, 1), var, mask=c < C)
+    layer_mean = tl.sum(total, 0) / tl.cast(C, tl.float64)
+    power = tl.zeros([BLOCK], tl.float64)
+    for begin in range(0, C, BLOCK):
+        c = begin + tl.arange(0, BLOCK)
+        mean, var = _row_moments(partial, n, c, c < C, N, C, P, splits, tiles, SPLITS, BLOCK_P)
+        difference = mean - layer_mean
+        squares = var * _unbias(P, MAP_CORRECTION) + difference * difference
+        power += tl.where(c < C, squares, 0.0)
+    layer_var = tl.sum(power, 0) / tl.cast(C, tl.float64) * _unbias(C, LAYER_CORRECTION)
+    tl.store(samples + n, layer_mean)
+    tl.store(samples + N + n, layer_var)
+
+
+@triton.jit
+def _channels_forward(
+    strip, partial, channels, running_mean, running_var, momentum, tracked, N, C, P, splits, tiles,
+    MAP_CORRECTION: tl.constexpr, BATCH_CORRECTION: tl.constexpr, LIVE: tl.constexpr, MOVES: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Write batch statistics, the batch's or the running ones, and move these."""
+    c = strip * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = c < C
+    if LIVE:
+        mean, var = _batch_moments(
+            partial, c, inside, N, C, P, splits, tiles, BATCH_CORRECTION, MAP_CORRECTION,
+            BLOCK_R, BLOCK_C, BLOCK_P,
+        )  # fmt: skip
+    else:
+        mean = tl.load(running_mean + c, mask=inside, other=0.0).to(tl.float64)
+        var = tl.load(running_var + c, mask=inside, other=0.0).to(tl.float64)
+    tl.store(channels + c, mean, mask=inside)
+    tl.store(channels + C + c, var, mask=inside)
+    if MOVES:
+        _move(running_mean, mean, c, inside, _weight_of_new(momentum, tracked))
+        _move(running_var, var, c, inside, _weight_of_new(momentum, tracked))
+
+
+@triton.jit
 def switch_forward(
     partial, rows, samples, channels, gates, mean_weight, var_weight, temperature, running_mean, running_var, momentum,
     tracked, N, C, P, splits, tiles, MAP_CORRECTION: tl.constexpr, LAYER_CORRECTION: tl.constexpr,
@@ -386,42 +438,15 @@ def switch_forward(
             tl.store(gates + 4, v1)
             tl.store(gates + 5, v2)
             tl.store(gates + 6, divisor)
-        total = tl.zeros([BLOCK], tl.float64)
-        for begin in range(0, C, BLOCK):
-            c = begin + tl.arange(0, BLOCK)
-            mean, var = _row_moments(partial, program, c, c < C, N, C, P, splits, tiles, SPLITS, BLOCK_P)
-            total += tl.where(c < C, mean, 0.0)
-            if SPLITS > 1:
-                tl.store(rows + _small(program, C, c, 0, 1), mean, mask=c < C)
-                tl.store(rows + _small(program, C, c, 0, 1) + _small(N, C, 0, 0, 1), var, mask=c < C)
-        layer_mean = tl.sum(total, 0) / tl.cast(C, tl.float64)
-        power = tl.zeros([BLOCK], tl.float64)
-        for begin in range(0, C, BLOCK):
-            c = begin + tl.arange(0, BLOCK)
-            mean, var = _row_moments(partial, program, c, c < C, N, C, P, splits, tiles, SPLITS, BLOCK_P)
-            difference = mean - layer_mean
-            squares = var * _unbias(P, MAP_CORRECTION) + difference * difference
-            power += tl.where(c < C, squares, 0.0)
-        layer_var = tl.sum(power, 0) / tl.cast(C, tl.float64) * _unbias(C, LAYER_CORRECTION)
-        tl.store(samples + program, layer_mean)
-        tl.store(samples + N + program, layer_var)
-    else:
-        if BATCH:
-            c = (program - N) * BLOCK_C + tl.arange(0, BLOCK_C)
-            inside = c < C
-            if LIVE:
-                mean, var = _batch_moments(
-                    partial, c, inside, N, C, P, splits, tiles, BATCH_CORRECTION, MAP_CORRECTION,
-                    BLOCK_R, BLOCK_C, BLOCK_P,
-                )  # fmt: skip
-            else:
-                mean = tl.load(running_mean + c, mask=inside, other=0.0).to(tl.float64)
-                var = tl.load(running_var + c, mask=inside, other=0.0).to(tl.float64)
-            tl.store(channels + c, mean, mask=inside)
-            tl.store(channels + C + c, var, mask=inside)
-            if MOVES:
-                _move(running_mean, mean, c, inside, _weight_of_new(momentum, tracked))
-                _move(running_var, var, c, inside, _weight_of_new(momentum, tracked))
+        _sample_forward(
+            program, partial, rows, samples, N, C, P, splits, tiles, MAP_CORRECTION, LAYER_CORRECTION, SPLITS, BLOCK,
+            BLOCK_P,
+        )  # fmt: skip
+    elif BATCH:
+        _channels_forward(
+            program - N, partial, channels, running_mean, running_var, momentum, tracked, N, C, P, splits, tiles,
+            MAP_CORRECTION, BATCH_CORRECTION, LIVE, MOVES, BLOCK_R, BLOCK_C, BLOCK_P,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -430,6 +455,119 @@ def _d_mix(product, total, scale, away, mixed):
     product, total = product.to(tl.float32), total.to(tl.float32)
     d_scale = product + away * total
     return scale * total, d_scale, d_scale * scale * (-0.5 / mixed)
+
+
+@triton.jit
+def _sample_backward(
+    n, partial, sums, rows, samples, channels, gates, weight, sample_sums, eps, N, C, P, splits, MAPS: tl.constexpr,
+    MAP_CORRECTION: tl.constexpr, LAYER_CORRECTION: tl.constexpr, BATCH: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the sums over a sample."""
+    m1, _m2, _v0, v1, _v2 = _load_gates(gates, MAPS)
+    of_away = tl.zeros([BLOCK], tl.float64)
+    of_mixed = tl.zeros([BLOCK], tl.float64)
+    mean_layer = tl.zeros([BLOCK], tl.float64)
+    mean_batch = tl.zeros([BLOCK], tl.float64)
+    var_own = tl.zeros([BLOCK], tl.float64)
+    var_batch = tl.zeros([BLOCK], tl.float64)
+    s = tl.arange(0, SPLITS)
+    layer_var = tl.load(samples + N + n)
+    for begin in range(0, C, BLOCK):
+        c = begin + tl.arange(0, BLOCK)
+        inside = c < C
+        mask = (s < splits)[:, None] & inside[None, :]
+        at = partial + _small(n, C, c[None, :], s[:, None], splits)
+        product = tl.sum(tl.load(at, mask=mask, other=0.0), 0)
+        total = tl.sum(tl.load(at + _small(N, C, 0, 0, splits), mask=mask, other=0.0), 0)
+        if SPLITS > 1:
+            tl.store(sums + _small(n, C, c, 0, 1), product, mask=inside)
+            tl.store(sums + _small(n, C, c, 0, 1) + _small(N, C, 0, 0, 1), total, mask=inside)
+        mean, var, layer_mean, _layer_var, batch_mean, batch_var = _load_row(
+            rows, samples, channels, n, c, inside, N, C, P, MAP_CORRECTION, BATCH
+        )
+        above_layer, above_batch, away, mixed = _mix(
+            mean, var, layer_mean, layer_var, batch_mean, batch_var, gates, eps, MAPS
+        )
+        rest = (mean.to(tl.float32).to(tl.float64) - mean).to(tl.float32)
+        scale = _of_channels(weight, c, inside, 1) / tl.sqrt(mixed)
+        d_away, _d_scale, d_mixed = _d_mix(product, total, scale, away + rest, mixed)
+        d_away = tl.where(inside, d_away, 0.0)
+        d_mixed = tl.where(inside, d_mixed, 0.0).to(tl.float64)
+        of_away += d_away.to(tl.float64)
+        of_mixed += d_mixed
+        mean_layer += tl.where(inside, d_away * above_layer, 0.0).to(tl.float64)
+        mean_batch += tl.where(inside, d_away * above_batch, 0.0).to(tl.float64)
+        var_own += d_mixed * var
+        var_batch += d_mixed * batch_var
+    channels_of_all = tl.cast(C, tl.float64)
+    mixed_of_all = tl.sum(of_mixed, 0)
+    at = sample_sums + n
+    tl.store(at, m1 * tl.sum(of_away, 0) / channels_of_all)
+    tl.store(at + N, v1 * mixed_of_all / channels_of_all * _unbias(C, LAYER_CORRECTION))
+    tl.store(at + 2 * N, tl.sum(mean_layer, 0))
+    tl.store(at + 3 * N, tl.sum(mean_batch, 0))
+    tl.store(at + 4 * N, tl.sum(var_own, 0))
+    tl.store(at + 5 * N, mixed_of_all * layer_var)
+    tl.store(at + 6 * N, tl.sum(var_batch, 0))
+
+
+@triton.jit
+def _channels_backward(
+    strip, partial, rows, samples, channels, gates, weight, to_batch, d_weight, d_bias, eps, N, C, P, splits,
+    MAPS: tl.constexpr, MAP_CORRECTION: tl.constexpr, BATCH_CORRECTION: tl.constexpr, BATCH: tl.constexpr,
+    LIVE: tl.constexpr, RAW: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Write the sums over all samples."""
+    _m1, m2, _v0, _v1, v2 = _load_gates(gates, MAPS)
+    c = strip * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = c < C
+    gamma = _of_channels(weight, c, inside, 1)[None, :]
+    batch_mean = tl.zeros([BLOCK_C], tl.float64)
+    batch_var = tl.zeros([BLOCK_C], tl.float64)
+    if BATCH:
+        batch_mean = tl.load(channels + c, mask=inside, other=0.0)
+        batch_var = tl.load(channels + C + c, mask=inside, other=0.0)
+    of_away = tl.zeros([BLOCK_R, BLOCK_C], tl.float64)
+    of_mixed = tl.zeros([BLOCK_R, BLOCK_C], tl.float64)
+    of_gamma = tl.zeros([BLOCK_R, BLOCK_C], tl.float64)
+    of_beta = tl.zeros([BLOCK_R, BLOCK_C], tl.float64)
+    runs = N * splits
+    for begin in range(0, runs, BLOCK_R):
+        r = begin + tl.arange(0, BLOCK_R)
+        n = r // splits
+        mask = (r < runs)[:, None] & inside[None, :]
+        at = rows + _small(n[:, None], C, c[None, :], 0, 1)
+        mean = tl.load(at, mask=mask, other=0.0)
+        var = tl.load(at + _small(N, C, 0, 0, 1), mask=mask, other=0.0) * _unbias(P, MAP_CORRECTION)
+        layer_mean = tl.load(samples + n, mask=r < runs, other=0.0)[:, None]
+        layer_var = tl.load(samples + N + n, mask=r < runs, other=0.0)[:, None]
+        compared = batch_mean[None, :]
+        if not BATCH:
+            compared = mean
+        _above_layer, _above_batch, away, mixed = _mix(mean, var, layer_mean, layer_var, compared, batch_var[None, :], gates, eps, MAPS)
+        rest = (mean.to(tl.float32).to(tl.float64) - mean).to(tl.float32)
+        sigma = tl.sqrt(mixed)
+        at = partial + _small(r[:, None], C, c[None, :], 0, 1)
+        product = tl.load(at, mask=mask, other=0.0)
+        total = tl.load(at + _small(N, C, 0, 0, splits), mask=mask, other=0.0)
+        d_away, d_scale, d_mixed = _d_mix(product, total, gamma / sigma, away + rest, mixed)
+        of_away += tl.where(mask, d_away, 0.0).to(tl.float64)
+        of_mixed += tl.where(mask, d_mixed, 0.0).to(tl.float64)
+        of_gamma += tl.where(mask, d_scale / sigma, 0.0).to(tl.float64)
+        of_beta += total
+    if LIVE:
+        values = tl.cast(N, tl.float64) * tl.cast(P, tl.float64)
+        d_mean, d_var = -m2 * tl.sum(of_away, 0), v2 * tl.sum(of_mixed, 0)
+        if not RAW:
+            d_mean = d_mean / values
+            d_var = d_var / (values - BATCH_CORRECTION)
+        tl.store(to_batch + c, d_mean, mask=inside)
+        tl.store(to_batch + C + c, d_var, mask=inside)
+    if d_weight is not None:
+        _write_vector(d_weight, c, tl.sum(of_gamma, 0), inside)
+    if d_bias is not None:
+        _write_vector(d_bias, c, tl.sum(of_beta, 0), inside)
 
 
 @triton.jit
@@ -446,102 +584,16 @@ def switch_backward(
     ``RAW`` leaves ``to_batch`` as sums, for other processes' to be added.
     """
     program = tl.program_id(0)
-    m1, m2, v0, v1, v2 = _load_gates(gates, MAPS)
     if program < N:
-        of_away = tl.zeros([BLOCK], tl.float64)
-        of_mixed = tl.zeros([BLOCK], tl.float64)
-        mean_layer = tl.zeros([BLOCK], tl.float64)
-        mean_batch = tl.zeros([BLOCK], tl.float64)
-        var_own = tl.zeros([BLOCK], tl.float64)
-        var_batch = tl.zeros([BLOCK], tl.float64)
-        s = tl.arange(0, SPLITS)
-        layer_var = tl.load(samples + N + program)
-        for begin in range(0, C, BLOCK):
-            c = begin + tl.arange(0, BLOCK)
-            inside = c < C
-            mask = (s < splits)[:, None] & inside[None, :]
-            at = partial + _small(program, C, c[None, :], s[:, None], splits)
-            product = tl.sum(tl.load(at, mask=mask, other=0.0), 0)
-            total = tl.sum(tl.load(at + _small(N, C, 0, 0, splits), mask=mask, other=0.0), 0)
-            if SPLITS > 1:
-                tl.store(sums + _small(program, C, c, 0, 1), product, mask=inside)
-                tl.store(sums + _small(program, C, c, 0, 1) + _small(N, C, 0, 0, 1), total, mask=inside)
-            mean, var, layer_mean, _, batch_mean, batch_var = _load_row(
-                rows, samples, channels, program, c, inside, N, C, P, MAP_CORRECTION, BATCH
-            )
-            above_layer, above_batch, away, mixed = _mix(
-                mean, var, layer_mean, layer_var, batch_mean, batch_var, gates, eps, MAPS
-            )
-            rest = (mean.to(tl.float32).to(tl.float64) - mean).to(tl.float32)
-            scale = _of_channels(weight, c, inside, 1) / tl.sqrt(mixed)
-            d_away, _, d_mixed = _d_mix(product, total, scale, away + rest, mixed)
-            d_away = tl.where(inside, d_away, 0.0)
-            d_mixed = tl.where(inside, d_mixed, 0.0).to(tl.float64)
-            of_away += d_away.to(tl.float64)
-            of_mixed += d_mixed
-            mean_layer += tl.where(inside, d_away * above_layer, 0.0).to(tl.float64)
-            mean_batch += tl.where(inside, d_away * above_batch, 0.0).to(tl.float64)
-            var_own += d_mixed * var
-            var_batch += d_mixed * batch_var
-        channels_of_all = tl.cast(C, tl.float64)
-        mixed_of_all = tl.sum(of_mixed, 0)
-        at = sample_sums + program
-        tl.store(at, m1 * tl.sum(of_away, 0) / channels_of_all)
-        tl.store(at + N, v1 * mixed_of_all / channels_of_all * _unbias(C, LAYER_CORRECTION))
-        tl.store(at + 2 * N, tl.sum(mean_layer, 0))
-        tl.store(at + 3 * N, tl.sum(mean_batch, 0))
-        tl.store(at + 4 * N, tl.sum(var_own, 0))
-        tl.store(at + 5 * N, mixed_of_all * layer_var)
-        tl.store(at + 6 * N, tl.sum(var_batch, 0))
+        _sample_backward(
+            program, partial, sums, rows, samples, channels, gates, weight, sample_sums, eps, N, C, P, splits, MAPS,
+            MAP_CORRECTION, LAYER_CORRECTION, BATCH, SPLITS, BLOCK,
+        )  # fmt: skip
     else:
-        c = (program - N) * BLOCK_C + tl.arange(0, BLOCK_C)
-        inside = c < C
-        gamma = _of_channels(weight, c, inside, 1)[None, :]
-        batch_mean = tl.zeros([BLOCK_C], tl.float64)
-        batch_var = tl.zeros([BLOCK_C], tl.float64)
-        if BATCH:
-            batch_mean = tl.load(channels + c, mask=inside, other=0.0)
-            batch_var = tl.load(channels + C + c, mask=inside, other=0.0)
-        of_away = tl.zeros([BLOCK_R, BLOCK_C], tl.float64)
-        of_mixed = tl.zeros([BLOCK_R, BLOCK_C], tl.float64)
-        of_gamma = tl.zeros([BLOCK_R, BLOCK_C], tl.float64)
-        of_beta = tl.zeros([BLOCK_R, BLOCK_C], tl.float64)
-        runs = N * splits
-        for begin in range(0, runs, BLOCK_R):
-            r = begin + tl.arange(0, BLOCK_R)
-            n = r // splits
-            mask = (r < runs)[:, None] & inside[None, :]
-            at = rows + _small(n[:, None], C, c[None, :], 0, 1)
-            mean = tl.load(at, mask=mask, other=0.0)
-            var = tl.load(at + _small(N, C, 0, 0, 1), mask=mask, other=0.0) * _unbias(P, MAP_CORRECTION)
-            layer_mean = tl.load(samples + n, mask=r < runs, other=0.0)[:, None]
-            layer_var = tl.load(samples + N + n, mask=r < runs, other=0.0)[:, None]
-            compared = batch_mean[None, :]
-            if not BATCH:
-                compared = mean
-            _, _, away, mixed = _mix(mean, var, layer_mean, layer_var, compared, batch_var[None, :], gates, eps, MAPS)
-            rest = (mean.to(tl.float32).to(tl.float64) - mean).to(tl.float32)
-            sigma = tl.sqrt(mixed)
-            at = partial + _small(r[:, None], C, c[None, :], 0, 1)
-            product = tl.load(at, mask=mask, other=0.0)
-            total = tl.load(at + _small(N, C, 0, 0, splits), mask=mask, other=0.0)
-            d_away, d_scale, d_mixed = _d_mix(product, total, gamma / sigma, away + rest, mixed)
-            of_away += tl.where(mask, d_away, 0.0).to(tl.float64)
-            of_mixed += tl.where(mask, d_mixed, 0.0).to(tl.float64)
-            of_gamma += tl.where(mask, d_scale / sigma, 0.0).to(tl.float64)
-            of_beta += total
-        if LIVE:
-            values = tl.cast(N, tl.float64) * tl.cast(P, tl.float64)
-            d_mean, d_var = -m2 * tl.sum(of_away, 0), v2 * tl.sum(of_mixed, 0)
-            if not RAW:
-                d_mean = d_mean / values
-                d_var = d_var / (values - BATCH_CORRECTION)
-            tl.store(to_batch + c, d_mean, mask=inside)
-            tl.store(to_batch + C + c, d_var, mask=inside)
-        if d_weight is not None:
-            _write_vector(d_weight, c, tl.sum(of_gamma, 0), inside)
-        if d_bias is not None:
-            _write_vector(d_bias, c, tl.sum(of_beta, 0), inside)
+        _channels_backward(
+            program - N, partial, rows, samples, channels, gates, weight, to_batch, d_weight, d_bias, eps, N, C, P,
+            splits, MAPS, MAP_CORRECTION, BATCH_CORRECTION, BATCH, LIVE, RAW, BLOCK_R, BLOCK_C,
+        )  # fmt: skip
 
 
 @triton.jit
