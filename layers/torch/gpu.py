@@ -101,8 +101,7 @@ class Shape(NamedTuple):
     @property
     def small(self) -> tuple[int, int]:
         """Return how many runs and channels a program takes between the passes."""
-        runs = min(_power(self.samples * self.splits), 128)
-        return runs, min(_power(self.channels), max(16, 1024 // runs))
+        return (8, 128) if self.samples * self.splits <= 8 else (64, 16)
 
     @property
     def strips(self) -> int:
@@ -111,9 +110,9 @@ class Shape(NamedTuple):
 
     @property
     def row(self) -> tuple[int, int]:
-        """Return the powers of 2 that hold a row's runs, and with them the channels a program takes of a sample."""
-        splits = _power(self.splits)
-        return splits, min(_power(self.channels), max(1, 1024 // splits))
+        """Return a power of 2 that holds a row's runs, and how many channels a program takes of a sample at a time."""
+        splits = next(power for power in (1, 32, PROGRAMS) if self.splits <= power)
+        return splits, 1024 // splits
 
 
 def _shape(x: Tensor, *, whole: bool = False) -> Shape:
@@ -282,7 +281,7 @@ class _Switch(torch.autograd.Function):
             _launch(
                 combine, 1 if dx is None else shape.programs, dy, values, dx, None, rows, samples, channels, gates,
                 weight, sums, sample_sums, to_batch, *d_logits, epsilon, *shape.strides, *shape[:3], *shape[4:6], maps,
-                corrections[0], batch, live, min(_power(shape.samples), 1024), *shape[6:],
+                corrections[0], batch, live, 256, *shape[6:],
             )  # fmt: skip
         return dx, None, d_weight, d_bias, *d_logits
 
@@ -355,7 +354,7 @@ class _Renorm(torch.autograd.Function):
                 dx = torch.empty_like(values)
                 _launch(
                     combine, shape.programs, dy, values, dx, line, None, None, channels, *[None] * 4, to_batch, None,
-                    None, eps, *shape.strides, *shape[:3], *shape[4:6], True, 0, True, True, 1, *shape[6:],
+                    None, eps, *shape.strides, *shape[:3], *shape[4:6], True, 0, True, True, 256, *shape[6:],
                 )  # fmt: skip
         return dx, None, None, d_weight, d_bias
 

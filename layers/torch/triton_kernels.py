@@ -24,6 +24,9 @@ the logits.
 import triton
 import triton.language as tl
 
+COUNTS = ["N", "splits", "tiles"]
+"""Arguments of whose values nothing is compiled in, so that batches of all sizes share a program."""
+
 
 @triton.jit
 def _place(C, splits, BLOCK_C: tl.constexpr):
@@ -85,7 +88,7 @@ def _weight_of_new(momentum, tracked):
     return weight
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def moments(
     x, partial, counter, stride_n, stride_c, stride_p, N, C, P, splits, tiles,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -122,7 +125,7 @@ def moments(
     tl.store(at + _small(N, C, 0, 0, splits), var.to(tl.float64), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def products(
     dy, x, partial, line, rows, stride_n, stride_c, stride_p, N, C, P, splits, tiles,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -190,7 +193,7 @@ def _load_row(rows, samples, channels, n, c, inside, N, C, P, MAP_CORRECTION: tl
     return mean, var, layer_mean, layer_var, batch_mean, batch_var
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def affine(
     x, y, line, rows, samples, channels, gates, weight, bias, eps, stride_n, stride_c, stride_p, N, C, P, splits, tiles,
     MAPS: tl.constexpr, MAP_CORRECTION: tl.constexpr, BATCH: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -201,7 +204,9 @@ def affine(
         mean, var, layer_mean, layer_var, batch_mean, batch_var = _load_row(
             rows, samples, channels, n, c, inside, N, C, P, MAP_CORRECTION, BATCH
         )
-        _above_layer, _above_batch, away, mixed = _mix(mean, var, layer_mean, layer_var, batch_mean, batch_var, gates, eps, MAPS)
+        _above_layer, _above_batch, away, mixed = _mix(
+            mean, var, layer_mean, layer_var, batch_mean, batch_var, gates, eps, MAPS
+        )
         pivot = mean.to(tl.float32)
         scale = _of_channels(weight, c, inside, 1) / tl.sqrt(mixed)
         away += (pivot.to(tl.float64) - mean).to(tl.float32)
@@ -220,7 +225,7 @@ def affine(
         tl.store(y + at, result.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def combine(
     dy, x, dx, line, rows, samples, channels, gates, weight, sums, sample_sums, to_batch, d_mean_weight, d_var_weight,
     eps, stride_n, stride_c, stride_p, N, C, P, splits, tiles,
@@ -414,7 +419,7 @@ def _channels_forward(
         _move(running_var, var, c, inside, _weight_of_new(momentum, tracked))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def switch_forward(
     partial, rows, samples, channels, gates, mean_weight, var_weight, temperature, running_mean, running_var, momentum,
     tracked, N, C, P, splits, tiles, MAP_CORRECTION: tl.constexpr, LAYER_CORRECTION: tl.constexpr,
@@ -545,7 +550,9 @@ def _channels_backward(
         compared = batch_mean[None, :]
         if not BATCH:
             compared = mean
-        _above_layer, _above_batch, away, mixed = _mix(mean, var, layer_mean, layer_var, compared, batch_var[None, :], gates, eps, MAPS)
+        _above_layer, _above_batch, away, mixed = _mix(
+            mean, var, layer_mean, layer_var, compared, batch_var[None, :], gates, eps, MAPS
+        )
         rest = (mean.to(tl.float32).to(tl.float64) - mean).to(tl.float32)
         sigma = tl.sqrt(mixed)
         at = partial + _small(r[:, None], C, c[None, :], 0, 1)
@@ -570,7 +577,7 @@ def _channels_backward(
         _write_vector(d_bias, c, tl.sum(of_beta, 0), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def switch_backward(
     partial, sums, rows, samples, channels, gates, weight, sample_sums, to_batch, d_weight, d_bias, eps,
     N, C, P, splits, MAPS: tl.constexpr, MAP_CORRECTION: tl.constexpr, LAYER_CORRECTION: tl.constexpr,
@@ -642,7 +649,7 @@ def _clip(value, low, high):
     return tl.where(value > high, high, value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def renorm_forward(
     partial, channels, line, running_mean, running_var, r_max, d_max, weight, bias, momentum, tracked, eps,
     N, C, P, splits, tiles, FINISH: tl.constexpr, MOVES: tl.constexpr,
@@ -688,7 +695,7 @@ def renorm_forward(
             _write_vector(running_var, c, tl.where(moved < 0, 0.0, moved), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def renorm_backward(
     partial, channels, line, to_batch, d_weight, d_bias, eps, N, C, P, splits, RAW: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
