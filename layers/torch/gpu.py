@@ -40,6 +40,9 @@ TILE, WARPS = 2048, 4
 PROGRAMS = 1024
 """Programs that fill a large card; rows are split to have as many."""
 
+SHORTEST = 2
+"""Tiles of a run at least where a row is split, lest what is written of each be a large share of what is read."""
+
 LAST = 64
 """Channels of a tile where they lie next to each other: 128 bytes at least."""
 
@@ -130,7 +133,7 @@ def _shared(samples: int, channels: int, positions: int, contiguous: bool, whole
         block_p = min(_power(positions), TILE // block_c)
     tiles = -(-positions // block_p)
     programs = samples * -(-channels // block_c)
-    splits = 1 if whole else min(tiles, max(1, PROGRAMS // programs))
+    splits = 1 if whole else max(1, min(tiles // SHORTEST, PROGRAMS // programs))
     tiles = -(-tiles // splits)
     splits = -(-positions // (tiles * block_p))
     strides = (channels * positions, *((positions, 1) if contiguous else (1, channels)))
@@ -148,7 +151,7 @@ def _launch(kernel: Any, programs: int, *arguments: Any) -> None:
 
 def _on(x: Tensor) -> AbstractContextManager[Any]:
     """Make the device of ``x`` the current one, which is where Triton launches."""
-    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
+    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()  # type: ignore[no-untyped-call]
 
 
 def _moments(x: Tensor, shape: Shape, counter: Tensor | None) -> Tensor:
@@ -174,7 +177,8 @@ def _double(x: Tensor, *shape: int) -> Tensor:
 def _beside(dy: Tensor, x: Tensor) -> Tensor:
     """Return a gradient that lies in memory as ``x`` does."""
     same = dy.is_contiguous() if x.is_contiguous() else dy.movedim(1, -1).is_contiguous()
-    return dy if same else torch.empty_like(x, dtype=dy.dtype).copy_(dy)
+    beside: Tensor = dy if same else torch.empty_like(x, dtype=dy.dtype).copy_(dy)
+    return beside
 
 
 def _exchange(layer: RunningNorm, channels: Tensor, count: int, correction: int) -> Tensor:
