@@ -51,10 +51,12 @@ _devices = {"cuda"}
 
 def takes(x: Tensor, layer: RunningNorm) -> bool:
     """Whether a call of a layer goes through the kernels: on a GPU that has them, unseen, and not of nothing."""
-    if x.device.type not in _devices or x.dtype not in DTYPES or not x.numel():
+    if x.device.type not in _devices or x.dtype not in DTYPES or not x.numel() or x.is_neg():
         return False
     tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
-    if any(t.device != x.device or (t.is_floating_point() and t.dtype not in DTYPES) for t in tensors):
+    if not all(t.device == x.device and t.is_contiguous() for t in tensors):
+        return False
+    if any(t.is_floating_point() and t.dtype not in DTYPES for t in tensors):
         return False
     if watched(x, *tensors):
         return False
@@ -70,7 +72,7 @@ def _ready(device: torch.device) -> bool:
         return False
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0):
         return False
-    x = torch.zeros(1, 1, 1, device=device)
+    x = torch.zeros(1, 1, 1, dtype=torch.float32, device=device)
     try:
         with _on(x):
             _moments(x, _shape(x), None)
@@ -176,6 +178,7 @@ def _double(x: Tensor, *shape: int) -> Tensor:
 
 def _beside(dy: Tensor, x: Tensor) -> Tensor:
     """Return a gradient that lies in memory as ``x`` does."""
+    dy = dy.resolve_neg()
     same = dy.is_contiguous() if x.is_contiguous() else dy.movedim(1, -1).is_contiguous()
     beside: Tensor = dy if same else torch.empty_like(x, dtype=dy.dtype).copy_(dy)
     return beside
@@ -233,7 +236,7 @@ class _Switch(torch.autograd.Function):
             partial = _moments(values, shape, layer.num_batches_tracked if moves and alone else None)
             rows = partial if shape.splits == 1 else _double(x, 2, shape.samples, shape.channels)
             samples, channels = _double(x, 2, shape.samples), _double(x, 2, shape.channels)
-            gates = torch.empty(7, device=x.device)
+            gates = torch.empty(7, dtype=torch.float32, device=x.device)
             running = (layer.running_mean, layer.running_var) if batch else (None, None)
             _launch(
                 switch_forward, shape.samples + (shape.strips if batch else 0), partial, rows, samples, channels, gates,
@@ -305,7 +308,7 @@ class _Renorm(torch.autograd.Function):
             shape = _shape(values)
             partial = _moments(values, shape, layer.num_batches_tracked if counts else None)
             channels = _double(x, 4, shape.channels)
-            line = torch.empty(3, shape.channels, device=x.device)
+            line = torch.empty(3, shape.channels, dtype=torch.float32, device=x.device)
 
             def between(partial: Tensor | None, state: tuple[Tensor, ...], finish: bool) -> None:
                 _launch(
@@ -373,4 +376,4 @@ def _share(layer: Any, *, compat: bool = False) -> tuple[float, Tensor | None]:
 
 def _moved(*state: Tensor) -> None:
     """Have autograd know that a kernel wrote to these."""
-    torch.autograd.graph.increment_version(state)
+    torch.autograd.graph.increment_version([tensor for tensor in state if not tensor.is_inference()])

@@ -237,6 +237,41 @@ def test_what_needs_no_gradient_gets_none(kind, launches):
     assert torch.equal(x.grad, whole["d x"])
 
 
+@pytest.mark.parametrize("cls", [SwitchNorm2d, BatchRenorm2d])
+def test_another_default_dtype(cls):
+    """What a layer makes for itself has the dtype it needs, whatever torch's default is."""
+    layer, x, dy = filled(cls, 3), uneven(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    expected = step(copy.deepcopy(layer), x, dy)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = step(layer, x, dy)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cls", [SwitchNorm2d, BatchRenorm2d])
+def test_inference_mode(cls):
+    """A layer made within it trains its statistics there too."""
+    with torch.inference_mode():
+        layer, x = cls(3), uneven(2, 3, 4, 5)
+        y = layer(x)
+    twin = cls(3)
+    with torch.no_grad():
+        torch.testing.assert_close(y, twin(uneven(2, 3, 4, 5)), rtol=0, atol=0)
+    assert torch.equal(layer.running_mean, twin.running_mean)
+
+
+@pytest.mark.parametrize("cls", [SwitchNorm2d, BatchRenorm2d])
+def test_moving_statistics_counts_as_writing_in_place(cls):
+    """Autograd notices, as it does of any operation, that running statistics saved for a backward pass have moved."""
+    layer = cls(3)
+    before = layer.running_mean._version
+    layer(uneven(2, 3, 4, 5))
+
+    assert layer.running_mean._version > before
+
+
 def test_infinities_pass_through():
     """An infinite value makes NaNs of what it has a share in, and of nothing else."""
     x = torch.randn(2, 3, 4, 4)
@@ -296,6 +331,16 @@ class TestLeftToTorch:
         """float64, of the data or of the layer."""
         plain(SwitchNorm2d(3).double(), uneven(2, 3, 4, 4).double())
         plain(SwitchNorm2d(3).double(), uneven(2, 3, 4, 4))
+
+    def test_strided(self, plain):
+        """Parameters or statistics that do not lie value by value, and data whose sign is only noted."""
+        layer, x = filled(SwitchNorm2d, 3), uneven(2, 3, 4, 4)
+        expected = layer(x).detach()
+        layer.weight = torch.nn.Parameter(layer.weight.detach().repeat_interleave(2)[::2])
+        torch.testing.assert_close(plain(layer, x).detach(), expected)
+        negative = torch.complex(x, -x).conj().imag
+        assert negative.is_neg()
+        torch.testing.assert_close(plain(filled(SwitchNorm2d, 3), negative).detach(), expected)
 
     def test_nothing(self, plain):
         """No samples: the result is empty, and no statistic moves."""
