@@ -121,16 +121,17 @@ class _BatchRenorm(RunningNorm):
                 f"{self._label}: expected more than one value per channel in training, "
                 f"received shape={tuple(x.shape)}; use a larger batch, or eval()"
             )
-        if self.schedule is not None and not rerun.again():
-            self._follow(self.schedule)
         if gpu.takes(x, self):
             return gpu.batch_renorm(self, x, rerun.expected())
+        self._follow()
         mix = partial(self._mix, x.shape[2:].numel(), rerun.expected())
         return normalize(x, mix, self.weight, self.bias)
 
-    def _follow(self, schedule: Schedule) -> None:
-        """Set the limits of this training call, and count it."""
-        r_max, d_max = limits_at(torch, self.step, schedule, *self._limits, self.schedule_steps, self.t_delta)
+    def _follow(self) -> None:
+        """Where there is a schedule, set the limits of this training call and count it, unless it is run again."""
+        if self.schedule is None or rerun.again():
+            return
+        r_max, d_max = limits_at(torch, self.step, self.schedule, *self._limits, self.schedule_steps, self.t_delta)
         self.r_max.copy_(r_max)
         self.d_max.copy_(d_max)
         self.step.add_(1)

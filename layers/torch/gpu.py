@@ -4,7 +4,7 @@ Forward: moments of each row (reads x), statistics and gates, then scale and shi
 sums of each row (reads dy and x), the small gradients, then their combination (reads dy and x, writes dx). Nothing of
 the input's size is kept but the input. Where the batch is that of several processes its moments are exchanged after the
 second launch, and the gradients of these before the last; BatchRenorm then has a launch more forward, and has it too
-for a call that may be run again (`rerun`). A layer's schedule is torch's own operations on single numbers.
+for a call that may be run again (`rerun`), and torch's operations on single numbers for a schedule.
 
 - Nothing waits for the device: what the arithmetic needs, temperature, limits and counts of batches included, is read
   by the kernels, so a step can be captured in a CUDA graph once one call of its kind has compiled them.
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..limits import SIGMOID_START, ramps
 from . import rerun
 from .norm import RunningNorm
 from .normalize import refuse_derivative
@@ -253,8 +254,8 @@ class _Switch(torch.autograd.Function):
                 _moved(*running, layer.num_batches_tracked)
             y = torch.empty_like(values)
             _launch(
-                affine, shape.programs, values, y, None, rows, samples, channels, gates, weight, bias, layer.epsilon,
-                *shape.strides, *shape[:3], *shape[4:6], maps, corrections[0], batch, *shape[6:],
+                affine, shape.programs, values, y, None, rows, samples, channels, gates, weight, bias, None,
+                layer.epsilon, *shape.strides, *shape[:3], *shape[4:6], maps, corrections[0], batch, *shape[6:],
             )  # fmt: skip
         ctx.save_for_backward(x, *parameters)
         ctx.small = rows, samples, channels, gates, total
@@ -310,16 +311,21 @@ class _Renorm(torch.autograd.Function):
             channels = _double(x, 4, shape.channels)
             line = torch.empty(3, shape.channels, dtype=torch.float32, device=x.device)
 
-            def between(partial: Tensor | None, state: tuple[Tensor, ...], finish: bool) -> None:
+            def between(
+                partial: Tensor | None, state: tuple[Tensor, ...], finish: bool, step: Tensor | None = None
+            ) -> None:
                 _launch(
                     renorm_forward, shape.strips, partial, channels, line, *state, weight, bias, *_share(layer),
-                    layer.eps, *shape[:3], *shape[4:6], finish, moves and finish, *shape.small, shape.block_p,
+                    layer.eps, step, *_schedule(layer), *shape[:3], *shape[4:6], layer.schedule == "sigmoid", finish,
+                    moves and finish, *shape.small, shape.block_p,
                 )  # fmt: skip
 
-            state, total = (layer.running_mean, layer.running_var, layer.r_max, layer.d_max), None
+            state, step, total = (layer.running_mean, layer.running_var, layer.r_max, layer.d_max), None, None
             if alone and not rerun_expected and not rerun.again():
-                between(partial, state, finish=True)
+                step = None if layer.schedule is None else layer.step
+                between(partial, state, finish=True, step=step)
             else:
+                layer._follow()
                 between(partial, state, finish=False)
                 if not alone:
                     total = _exchange(layer, channels, shape.samples * shape.positions, 0)
@@ -328,7 +334,7 @@ class _Renorm(torch.autograd.Function):
                 _moved(*state[:2], layer.num_batches_tracked)
             y = torch.empty_like(values)
             _launch(
-                affine, shape.programs, values, y, line, *[None] * 6, layer.eps, *shape.strides, *shape[:3],
+                affine, shape.programs, values, y, line, *[None] * 6, step, layer.eps, *shape.strides, *shape[:3],
                 *shape[4:6], True, 0, True, *shape[6:],
             )  # fmt: skip
         ctx.save_for_backward(x, *parameters)
@@ -372,6 +378,14 @@ def _share(layer: Any, *, compat: bool = False) -> tuple[float, Tensor | None]:
     if momentum is None:
         return 0.0, layer.num_batches_tracked
     return float(1 - momentum if compat else momentum), None
+
+
+def _schedule(layer: Any) -> tuple[float, ...]:
+    """Return what the limits of a schedule are computed of, but for the step."""
+    schedule = "pretrained" if layer.schedule is None else layer.schedule
+    steps = 1 if layer.schedule_steps is None else layer.schedule_steps
+    parts = *layer._limits, *ramps(schedule, layer.schedule_steps), steps, layer.t_delta, SIGMOID_START
+    return tuple(map(float, parts))
 
 
 def _moved(*state: Tensor) -> None:

@@ -195,10 +195,17 @@ def _load_row(rows, samples, channels, n, c, inside, N, C, P, MAP_CORRECTION: tl
 
 @triton.jit(do_not_specialize=COUNTS)
 def affine(
-    x, y, line, rows, samples, channels, gates, weight, bias, eps, stride_n, stride_c, stride_p, N, C, P, splits, tiles,
-    MAPS: tl.constexpr, MAP_CORRECTION: tl.constexpr, BATCH: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    x, y, line, rows, samples, channels, gates, weight, bias, step, eps, stride_n, stride_c, stride_p, N, C, P, splits,
+    tiles, MAPS: tl.constexpr, MAP_CORRECTION: tl.constexpr, BATCH: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Write y = (x - pivot)·scale + shift, of a channel's ``line`` or, without one, of the mix of each row."""
+    """Write y = (x - pivot)·scale + shift, of a channel's ``line`` or, without one, of the mix of each row.
+
+    A step of a schedule is counted here: the launch before has read it.
+    """
+    if step is not None:
+        if tl.program_id(0) == 0:
+            tl.store(step, tl.load(step) + 1)
     n, c, inside, split = _place(C, splits, BLOCK_C)
     if line is None:
         mean, var, layer_mean, layer_var, batch_mean, batch_var = _load_row(
@@ -649,14 +656,36 @@ def _clip(value, low, high):
     return tl.where(value > high, high, value)
 
 
+@triton.jit
+def _ramp(progress, begin, end):
+    return _clip((progress - begin) / (end - begin), 0.0, 1.0)
+
+
+@triton.jit
+def _scheduled(step, r_most, d_most, begin, r_end, d_end, steps, t_delta, start, SIGMOID: tl.constexpr):
+    """Return the limits at a step, as `normswap.layers.limits.limits_at` does."""
+    now = tl.load(step).to(tl.float32)
+    if SIGMOID:
+        t = now * t_delta
+        r = r_most / (1.0 + (r_most - 1.0) * tl.exp(-t))
+        d = tl.where(d_most > 0.0, d_most / (1.0 + (d_most / start - 1.0) * tl.exp(-2.0 * t)), 0.0)
+    else:
+        progress = now / steps
+        r = 1.0 + (r_most - 1.0) * _ramp(progress, begin, r_end)
+        d = d_most * _ramp(progress, begin, d_end)
+    return r, d
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def renorm_forward(
-    partial, channels, line, running_mean, running_var, r_max, d_max, weight, bias, momentum, tracked, eps,
-    N, C, P, splits, tiles, FINISH: tl.constexpr, MOVES: tl.constexpr,
+    partial, channels, line, running_mean, running_var, r_max, d_max, weight, bias, momentum, tracked, eps, step,
+    r_most, d_most, begin, r_end, d_end, steps, t_delta, start, N, C, P, splits, tiles, SIGMOID: tl.constexpr,
+    FINISH: tl.constexpr, MOVES: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Write a batch's moments, unless they are there, then BRN's r and d and line, and move the running statistics.
 
+    Where there is a ``step`` the limits are those of a schedule, and are written.
     ``channels`` (4, C) are mean, variance, r and d of the batch, ``line`` (3, C) pivot, scale and shift of the data.
     """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -674,7 +703,14 @@ def renorm_forward(
         sigma = tl.sqrt(var + eps)
         old_mean = tl.load(running_mean + c, mask=inside, other=0.0).to(tl.float64)
         old_sigma = tl.sqrt(tl.load(running_var + c, mask=inside, other=1.0).to(tl.float64) + eps)
-        most, far = tl.load(r_max).to(tl.float64), tl.load(d_max).to(tl.float64)
+        if step is not None:
+            most, far = _scheduled(step, r_most, d_most, begin, r_end, d_end, steps, t_delta, start, SIGMOID)
+            if tl.program_id(0) == 0:  # the others compute it, too
+                tl.store(r_max, most)
+                tl.store(d_max, far)
+        else:
+            most, far = tl.load(r_max).to(tl.float32), tl.load(d_max).to(tl.float32)
+        most, far = most.to(tl.float64), far.to(tl.float64)
         r = _clip(sigma / old_sigma, 1.0 / most, most)
         d = _clip((mean - old_mean) / old_sigma, -far, far)
         gamma = _of_channels(weight, c, inside, 1).to(tl.float64)

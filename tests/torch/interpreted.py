@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from normswap.layers.limits import limits_at
 from normswap.layers.torch import (
     BatchRenorm1d,
     BatchRenorm2d,
@@ -194,6 +195,31 @@ def test_options_of_batch_renorm(options):
     agrees(layer, uneven(3, 4, 46, 50))
     layer.zero_grad()
     agrees(layer, uneven(3, 4, 5, 6) * 2)
+
+
+SCHEDULES = [
+    {"schedule": "pretrained", "schedule_steps": 9},
+    {"schedule": "paper"},
+    {"schedule": "paper", "schedule_steps": 900},
+    {"schedule": "sigmoid", "t_delta": 0.3},
+    {"schedule": "sigmoid", "d_max": 0.0},
+]
+
+
+@pytest.mark.parametrize("options", SCHEDULES, ids=str)
+@pytest.mark.parametrize("now", [0, 5, 300, 20_000])
+def test_schedules(options, now, launches):
+    """At any step the limits are the schedule's, and the step is counted, in the three launches."""
+    layer = filled(BatchRenorm2d, 4, **options)
+    layer.step.fill_(now)
+    limits = limits_at(
+        torch, torch.tensor(now), options["schedule"], *layer._limits, layer.schedule_steps, layer.t_delta
+    )
+    agrees(layer, uneven(3, 4, 5, 6))
+
+    assert layer.step == now + 1
+    torch.testing.assert_close(torch.stack([layer.r_max, layer.d_max]), torch.stack(limits), rtol=1e-6, atol=1e-7)
+    assert launches == FORWARD["brn"] + BACKWARD["brn"]
 
 
 def test_frozen_tracking():

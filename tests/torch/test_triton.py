@@ -52,8 +52,8 @@ STEPS = {
         torch.float32,
     ),
     "sn of vectors": (SwitchNorm1d, {"batch_statistics": "none"}, (64, 32), None, torch.float32),
-    "brn of long rows": (BatchRenorm2d, {"momentum": None}, (2, 64, 56, 56), torch.contiguous_format, torch.float32),
-    "brn channels_last": (BatchRenorm2d, {}, (1, 3, 90, 91), torch.channels_last, torch.bfloat16),
+    "brn of long rows": (BatchRenorm2d, {"schedule": "paper", "momentum": None}, (2, 64, 56, 56), None, torch.float32),
+    "brn channels_last": (BatchRenorm2d, {"schedule": "sigmoid"}, (1, 3, 90, 91), torch.channels_last, torch.bfloat16),
 }
 TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64", torch.int64: "*i64"
