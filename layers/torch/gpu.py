@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..limits import SIGMOID_START, ramps
+from ..limits import SIGMOID_START, Schedule, ramps
 from . import rerun
 from .norm import RunningNorm
 from .normalize import refuse_derivative
@@ -191,7 +191,7 @@ def _exchange(layer: RunningNorm, channels: Tensor, count: int, correction: int)
     It is what `RunningNorm._batch_moments` exchanges, in its order: the other processes may be on other ways.
     """
     mean, var = channels[:1], channels[1:2]
-    total = layer._over_processes(torch.full_like(mean[:, :1], count))
+    total: Tensor = layer._over_processes(torch.full_like(mean[:, :1], count))
     batch_mean = layer._over_processes(mean * count) / total
     squares = layer._over_processes((var + (mean - batch_mean).square()) * count)
     mean.copy_(batch_mean)
@@ -382,7 +382,7 @@ def _share(layer: Any, *, compat: bool = False) -> tuple[float, Tensor | None]:
 
 def _schedule(layer: Any) -> tuple[float, ...]:
     """Return what the limits of a schedule are computed of, but for the step."""
-    schedule = "pretrained" if layer.schedule is None else layer.schedule
+    schedule: Schedule = "pretrained" if layer.schedule is None else layer.schedule
     steps = 1 if layer.schedule_steps is None else layer.schedule_steps
     parts = *layer._limits, *ramps(schedule, layer.schedule_steps), steps, layer.t_delta, SIGMOID_START
     return tuple(map(float, parts))
