@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from normswap.layers.torch import BatchRenorm2d, SwitchNorm2d
@@ -183,6 +181,9 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=25)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    from rich.console import Console
+    from rich.table import Table
+
     keep_memory()
     results: list[dict[str, Any]] = []
     modes = (False, True) if arguments.compile else (False,)

@@ -8,7 +8,8 @@ Limits = tuple[float, float]
 
 _PAPER_STEPS = 5_000, 40_000, 25_000
 _PAPER_SHARES = 0.04, 0.31, 0.19  # of the 130,000 steps of the paper's run
-_SIGMOID_START = 1e-3  # the sigmoid's d_max at step 0, since it cannot be 0
+SIGMOID_START = 1e-3
+"""The sigmoid's d_max at step 0, since it cannot be 0."""
 
 
 def limits_at(
@@ -25,18 +26,22 @@ def limits_at(
     if schedule == "sigmoid":
         t = step * t_delta
         r = r_max / (1 + (r_max - 1) * xp.exp(-t))
-        d = d_max / (1 + (d_max / _SIGMOID_START - 1) * xp.exp(-2 * t)) if d_max else xp.zeros_like(t)
+        d = d_max / (1 + (d_max / SIGMOID_START - 1) * xp.exp(-2 * t)) if d_max else xp.zeros_like(t)
         return r, d
     progress = step if steps is None else step / steps
-    if schedule == "pretrained":
-        begin, r_end, d_end = 0.0, 1.0, 1.0
-    else:
-        begin, r_end, d_end = _PAPER_STEPS if steps is None else _PAPER_SHARES
+    begin, r_end, d_end = ramps(schedule, steps)
 
     def ramp(end: float) -> Any:
         return xp.clip((progress - begin) / (end - begin), 0, 1)
 
     return 1 + (r_max - 1) * ramp(r_end), d_max * ramp(d_end)
+
+
+def ramps(schedule: Schedule, steps: int | None) -> tuple[float, float, float]:
+    """Return where the linear rise of both limits begins and where that of each ends, in steps or shares of them."""
+    if schedule == "pretrained":
+        return 0.0, 1.0, 1.0
+    return _PAPER_STEPS if steps is None else _PAPER_SHARES
 
 
 def default_limits(schedule: Schedule | None) -> Limits:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..limits import Schedule, check_schedule, checked_limits, default_limits, limits_at
 from ..published import BATCH_RENORMALIZATION, only, renamed, takes
-from . import cpu, rerun
+from . import cpu, gpu, rerun
 from .norm import RunningNorm, as_tensor, constant, kept, move
 from .normalize import Backward, Small, normalize, square
 from .passes import Array
@@ -121,10 +121,11 @@ class _BatchRenorm(RunningNorm):
                 f"{self._label}: expected more than one value per channel in training, "
                 f"received shape={tuple(x.shape)}; use a larger batch, or eval()"
             )
-        if self.schedule is not None and not rerun.again():
-            self._follow(self.schedule)
+        reruns, count = rerun.expected(), x.shape[2:].numel()
+        if gpu.takes(x, self):
+            return gpu.batch_renorm(self, x, reruns)
+        self._follow()
         state = self.running_mean, self.running_var, self.r_max, self.d_max
-        count, reruns = x.shape[2:].numel(), rerun.expected()
         alone = not reruns and not rerun.again() and self._processes() == 1
         if alone and cpu.takes(x, *state, self.weight, self.bias):
             return self._on_cpu(x, count)
@@ -142,9 +143,11 @@ class _BatchRenorm(RunningNorm):
         result: Tensor = cpu.Normalize.apply(x, formula, self.weight, self.bias)  # type: ignore[no-untyped-call]
         return result
 
-    def _follow(self, schedule: Schedule) -> None:
-        """Set the limits of this training call, and count it."""
-        r_max, d_max = limits_at(torch, self.step, schedule, *self._limits, self.schedule_steps, self.t_delta)
+    def _follow(self) -> None:
+        """Where there is a schedule, set the limits of this training call and count it, unless it is run again."""
+        if self.schedule is None or rerun.again():
+            return
+        r_max, d_max = limits_at(torch, self.step, self.schedule, *self._limits, self.schedule_steps, self.t_delta)
         self.r_max.copy_(r_max)
         self.d_max.copy_(d_max)
         self.step.add_(1)

@@ -3,7 +3,8 @@
 A layer's formula is on arrays of the size of (N, C): a function ``mix`` that also returns its own gradient. Eagerly
 these arrays are in NumPy on a CPU and float64 everywhere, so that a mean far above the deviation costs no digits, and
 the passes over the data (`passes`) keep the input for backward and nothing else of its size. Where somebody is to see
-the operations (`watchers`), the same formulas run as plain ones in float32 and autograd differentiates them.
+the operations (`watchers`), the same formulas run as plain ones in float32 and autograd differentiates them. A GPU with
+Triton has the formulas in kernels of its own (`gpu`), and a layer asks there first.
 """
 
 from collections.abc import Callable

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..published import KERAS_SWITCHNORM, SWITCHABLENORMS, renamed, takes
-from . import cpu
+from . import cpu, gpu
 from .norm import RunningNorm, move
 from .normalize import Backward, Small, normalize, square, wide
 from .passes import Array
@@ -170,6 +170,8 @@ class _SwitchNorm(RunningNorm):
                 logits.copy_((1 - taken) * CLOSED)
 
     def _normalized(self, x: Tensor) -> Tensor:
+        if gpu.takes(x, self):
+            return gpu.switch_norm(self, x)
         parameters = self.weight, self.bias, self.mean_weight, self.var_weight
         running = (None, None) if self.batch_statistics == "none" else (self.running_mean, self.running_var)
         by_processes = self._takes_batch() and self._processes() > 1
@@ -295,10 +297,13 @@ class _SwitchNorm(RunningNorm):
         batch_mean, batch_var, backward = self._batch_moments(mean, var, count, correction)
         if self._moves():
             with torch.no_grad():
-                momentum = self._count_batch()
-                move(self.running_mean, batch_mean, momentum)
-                move(self.running_var, batch_var, momentum)
+                self._move(batch_mean, batch_var)
         return batch_mean, batch_var, backward
+
+    def _move(self, mean: Array, var: Array) -> None:
+        momentum = self._count_batch()
+        move(self.running_mean, mean, momentum)
+        move(self.running_var, var, momentum)
 
     def _count_batch(self) -> float | Tensor:
         weight = super()._count_batch()

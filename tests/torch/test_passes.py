@@ -2,6 +2,8 @@
 
 import copy
 import multiprocessing
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -186,3 +188,32 @@ def test_a_forked_child_has_its_own_threads(two_threads):
         found = pool.apply_async(normalized_in_child, (x,)).get(timeout=60)
 
     np.testing.assert_array_equal(found, expected)
+
+
+BARE = """
+import sys
+
+
+class Absent:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in sys.argv[1:]:
+            raise ImportError(name)
+
+
+sys.meta_path.insert(0, Absent())
+import torch
+from normswap.layers.torch import BatchRenorm2d, SwitchNorm2d
+
+for layer in (SwitchNorm2d(3), BatchRenorm2d(3)):
+    layer(torch.randn(2, 3, 4, 4, requires_grad=True)).sum().backward()
+print(sorted({name.partition(".")[0] for name in sys.modules} & set(sys.argv[1:])))
+"""
+
+
+def test_layers_need_nothing_but_torch_and_numpy():
+    """Without any other package, Numba and Triton included, the layers are imported and train."""
+    others = ["accelerate", "click", "filelock", "numba", "pydantic", "psutil", "rich", "safetensors", "scipy"]
+    command = [sys.executable, "-c", BARE, *others, "tomli_w", "triton"]
+    done = subprocess.run(command, capture_output=True, text=True)
+
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
