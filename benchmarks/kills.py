@@ -49,6 +49,7 @@ def commands(folder):
         "export": (["export", base], "out.onnx", read_model),
         "verify --save-reference": (["verify", base, folder / "base.onnx"], "out.npz", np.load),
         "plot": (["plot", folder / "tuned"], "out.png", lambda path: path.read_bytes().index(b"IEND")),
+        "report": (["report", folder / "tuned"], "out.html", lambda path: path.read_bytes().index(b"</html>")),
         "finetune": ([*tune, "--batch-size", "8"], "out", read_manifest),
     }
 
