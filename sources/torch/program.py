@@ -7,8 +7,8 @@ import torch
 from torch.export import ExportedProgram
 
 from ...errors import InputError, option
-from ..archives import require_whole
 from ..files import require_file
+from .archive import require_as_written
 
 
 def read_program(path: Path, *, trust: bool) -> ExportedProgram:
@@ -22,7 +22,7 @@ def read_program(path: Path, *, trust: bool) -> ExportedProgram:
             f"expected a model that is read without running code, received {path}, which torch.export unpickles; "
             f"if you trust whoever made it, add {option('trust')}"
         )
-    require_whole(path, "a program of torch.export")  # or torch would log a traceback
+    require_as_written(path, "a program of torch.export")  # or torch would log a traceback
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

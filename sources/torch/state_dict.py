@@ -19,10 +19,11 @@ from ...errors import InputError, UnsupportedError, listed, note, spoken
 from ...formats.fields import read
 from ...formats.place import Place
 from ...formats.text import json_object
-from ..archives import is_archive, require_whole
+from ..archives import is_archive
 from ..files import damaged, is_text, require_file
 from ..misfit import misfit
 from ..tensors import header_of, is_safetensors
+from .archive import require_as_written
 from .wrappers import Rename, fitted, plain, state_in, without_count
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".bin")
@@ -82,7 +83,7 @@ def _require_checkpoint(path: Path) -> None:
     """Raise `InputError` for an archive that is cut off or changed, or of something else than weights."""
     if not is_archive(path):
         raise damaged("weights", path, "its end is cut off")
-    require_whole(path, "weights")
+    require_as_written(path, "weights")
     with ZipFile(path) as archive:
         names = [name.partition("/")[2] for name in archive.namelist()]
     if "models/model.json" in names:

@@ -185,6 +185,37 @@ class TestArchives:
         with pytest.raises(InputError, match=exactly(message)):
             read_state_dict(path)
 
+    def test_a_folder_with_bytes(self, tmp_path):
+        """One bit makes a member a folder, of which PyTorch reads zeros; checksums or not."""
+        path = tmp_path / "w.pth"
+        torch.save(filled(net()).state_dict(), path)
+        content = bytearray(path.read_bytes())
+        content[content.rindex(b"w/data/1") - 8] |= 16
+        path.write_bytes(content)
+        message = (
+            f"expected weights in {path}, received a damaged file: w/data/1 is a folder in which there are bytes; get "
+            "the file once more"
+        )
+        with pytest.raises(InputError, match=exactly(message)):
+            read_state_dict(path)
+
+    def test_another_reader(self, tmp_path, monkeypatch):
+        """What PyTorch's own reader makes of a member has to be what was written."""
+        path = tmp_path / "w.pth"
+        torch.save(net().state_dict(), path)
+        read = torch._C.PyTorchFileReader.get_record
+        monkeypatch.setattr(
+            torch._C.PyTorchFileReader,
+            "get_record",
+            lambda reader, name: bytes(len(read(reader, name))) if name == "data/1" else read(reader, name),
+        )
+        message = (
+            f"expected weights in {path}, received a damaged file: data/1 is not what its checksum says where PyTorch "
+            "reads it; get the file once more"
+        )
+        with pytest.raises(InputError, match=exactly(message)):
+            read_state_dict(path)
+
     def test_without_checksums(self, tmp_path):
         """Those that PyTorch is told to leave out are not missed."""
         before = torch.serialization.get_crc32_options()
