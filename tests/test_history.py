@@ -4,6 +4,7 @@ import csv
 
 import pytest
 
+from normswap.bundles.manifest import SETTINGS
 from normswap.errors import UnsupportedError
 from normswap.finetune import History
 from normswap.finetune.run.history import COLUMNS
@@ -29,6 +30,7 @@ def run_of(folder, steps=10, per_epoch=4, **figures):
                 **told,
                 **figures,
             )
+    (folder / "run" / SETTINGS).touch()
     return folder
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from normswap.bundles.manifest import SETTINGS
 from normswap.cli import main
 from normswap.errors import UnsupportedError
 from normswap.finetune.run import plots
@@ -39,6 +40,7 @@ def run_in(folder, steps=120, original=81.35, **figures):
                 eval_top1=70 + step / 10 if step % 20 == 0 else None,
                 **{name: value / step for name, value in figures.items()},
             )
+    (folder / "run" / SETTINGS).touch()
     return folder
 
 

@@ -315,9 +315,11 @@ class TestRead:
         ("change", "message"),
         [
             (lambda path: (path / "model.safetensors").write_bytes(b"x"),
-             "expected {at}/model.safetensors as it was saved, received a file that is missing or has changed"),
+             "expected {at}/model.safetensors as it was saved, received a file that is missing or has changed; take "
+             "the bundle from where it came once more, or patch the model again"),
             (lambda path: (path / "model.safetensors").unlink(),
-             "expected {at}/model.safetensors as it was saved, received a file that is missing or has changed"),
+             "expected {at}/model.safetensors as it was saved, received a file that is missing or has changed; take "
+             "the bundle from where it came once more, or patch the model again"),
             (lambda path: (path / "model.keras").write_bytes(b"x"),
              "expected every file beside it at sha256 in {at}/normswap.json, received model.keras, which is there and "
              "not listed; take the bundle from where it came once more, or patch the model again"),

@@ -15,7 +15,7 @@ from torch import nn
 
 import normswap
 from normswap.bundles import bundle
-from normswap.bundles.manifest import Drifts, read_manifest
+from normswap.bundles.manifest import SETTINGS, Drifts, read_manifest
 from normswap.cli import main
 from normswap.finetune.run.journal import ORIGINAL, Journal
 from normswap.formats.seal import sealed
@@ -119,6 +119,7 @@ def write_run(folder, steps=90):
         for step in range(1, steps + 1):
             evaluated = 70 + step / 10 if step % 30 == 0 else None
             journal.row(step, stage="all", loss=2 / step, learning_rate=0.05, eval_top1=evaluated, epoch=step / 30)
+    (folder / "run" / SETTINGS).touch()
 
 
 class TestPage:
