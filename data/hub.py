@@ -2,15 +2,13 @@
 
 import io
 import re
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from ..errors import InputError, MissingDependencyError
+from ..sources.hub import bars
 
 FORMS = "hf:NAME, hf:NAME[SPLIT], hf:NAME:CONFIG[SPLIT] or hf:NAME[SPLIT]:COLUMN,COLUMN"
 _SPEC = re.compile(r"hf:(?P<name>[^:\[\]]+)(:(?P<config>[^:\[\]]+))?(\[(?P<split>.+)\](:(?P<columns>[^:\[\]]+))?)?")
@@ -72,7 +70,7 @@ def _load(spec: str, name: str, config: str | None, split: str | None) -> Any:
     except ModuleNotFoundError:
         raise MissingDependencyError("hf: data needs datasets: pip install 'normswap[data]'") from None
     try:
-        with _bars(datasets):
+        with bars(datasets):
             data = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # of many libraries: the Hub's, fsspec's, pyarrow's
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -82,19 +80,6 @@ def _load(spec: str, name: str, config: str | None, split: str | None) -> Any:
     if len(data) > 1:
         raise InputError(f"expected one of the splits {', '.join(data)}, received data={spec}; add [SPLIT]")
     return next(iter(data.values()))
-
-
-@contextmanager
-def _bars(datasets: Any) -> Iterator[None]:
-    """Let `datasets` draw its progress bars on a terminal only."""
-    if sys.stderr.isatty() or datasets.are_progress_bars_disabled():
-        yield
-        return
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.enable_progress_bars()
 
 
 def _columns(spec: str, features: Any, named: list[str]) -> tuple[str, str]:

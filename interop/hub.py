@@ -65,7 +65,7 @@ def push(
     text = card(directory, manifest, recipe, name, license=license, proof=proof, code=code)
     hub = library()
     api = hub.HfApi(library_name="normswap", library_version=__version__)
-    with answered(name, leave="write"), bars():
+    with answered(name, leave="write"), bars(hub.utils):
         there = _there(api, name)
         _require_free(there, name, private=private, overwrite=overwrite)
         if there is None:

@@ -42,7 +42,7 @@ def fetched(spec: str, needed: str, what: str) -> Path:
     """
     repo, revision = parsed(spec)
     hub = library()
-    with answered(repo, revision), bars():
+    with answered(repo, revision), bars(hub.utils):
         from huggingface_hub import constants, errors
 
         try:
@@ -58,7 +58,7 @@ def fetched(spec: str, needed: str, what: str) -> Path:
 def library() -> Any:
     """Return `huggingface_hub`; raises `MissingDependencyError` if it is not installed."""
     try:
-        import huggingface_hub
+        import huggingface_hub.utils
     except ModuleNotFoundError:
         raise MissingDependencyError(missing("huggingface_hub", PREFIX)) from None
     return huggingface_hub
@@ -115,11 +115,8 @@ def answered(repo: str, revision: str | None = None, leave: str = "read") -> Ite
 
 
 @contextmanager
-def bars() -> Iterator[None]:
-    """Let `huggingface_hub` draw its progress bars on a terminal only."""
-    from huggingface_hub import utils
-
-    tools: Any = utils
+def bars(tools: Any) -> Iterator[None]:
+    """Let `huggingface_hub.utils`, or `datasets`, draw their progress bars on a terminal only."""
     if sys.stderr.isatty() or tools.are_progress_bars_disabled():
         yield
         return

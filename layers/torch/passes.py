@@ -91,7 +91,7 @@ class Memory:
     def __init__(self, x: Tensor) -> None:
         self.samples, self.channels = x.shape[:2]
         self.rows = x.is_contiguous()
-        self.dtype = np.float32 if x.dtype == torch.float32 else np.float64
+        self.dtype = _dtype(x)
         self._threads = min(torch.get_num_threads(), x.numel() // SHARE)
 
     def data(self, x: Tensor, *, by_sample: bool = False) -> Array:
