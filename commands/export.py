@@ -7,7 +7,7 @@ import click
 
 from ..console import show
 from ..patchers.table import table
-from .options import command, json_option, model_options, overwrite_option, read_from, typed
+from .options import command, json_option, model_options, overwrite_option, read_from, require_none, typed
 
 if TYPE_CHECKING:
     from ..bundles.opening import ModelOptions
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model")
-@click.option("-o", "--output", type=Path, required=True, help="ONNX file to write.")
+@click.option("-o", "--output", type=Path, required=True, help="ONNX file to write; of LiteRT a TFLite file.")
 @click.option("--opset", default=20, show_default=True)
-@click.option("--runtime", type=click.Choice(["portable", "ort"]), default="portable", show_default=True,
-              help="Operators every runtime knows, or those onnxruntime is fastest with.")  # fmt: skip
+@click.option("--runtime", type=click.Choice(["portable", "ort", "web", "litert"]), default="portable",
+              show_default=True, help="Operators every runtime knows, or what one runtime is better with: "
+              "onnxruntime, onnxruntime-web, LiteRT (of a Keras model).")  # fmt: skip
 @click.option("--dynamic-size", is_flag=True, help="Leave height and width open, not only the batch.")
 @click.option("--half", is_flag=True, help="Weights and arithmetic in float16; norms stay in float32.")
 @click.option("--prune-gates", type=float, default=0.0, metavar="EPS", help="Leave out SN's statistics of gates below.")
@@ -41,7 +42,7 @@ def export(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Write MODEL or a bundle to an ONNX file, norms folded, and prove it with onnxruntime.
+    """Write MODEL or a bundle to an ONNX file, norms folded, and prove it.
 
     \b
     Examples:
@@ -53,6 +54,8 @@ def export(
     from ..export.onnx import to_onnx
     from ..sources.outputs import require_output
 
+    if runtime == "litert":
+        require_none(["opset", "half", "prune_gates", "latency"], "no option of an ONNX file beside --runtime litert")
     require_output(output, overwrite=overwrite, sources=read_from(model, known.weights, known.example, data))
     opened = Opened(model, known)
     original = opened.bundle is not None and opened.bundle.has_original
@@ -63,29 +66,56 @@ def export(
     settings = opened.preprocessing
     given = known.example is not None or opened.example is None
     example = opened.example if given else _noise(opened.example)
+    proved = None if data is None else opened.shown(data)
+    if runtime == "litert":
+        from ..export.litert import to_litert
+
+        written = to_litert(
+            opened.model, output, example=example, data=proved, dynamic_size=dynamic_size, overwrite=overwrite
+        )
+        told = table("what was written", [_row(str(output), written)], [*_notes(written), _verified(written)])
+        show(
+            as_json,
+            {**written.to_dict(), "files": [_row(str(output), written)]},
+            told,
+            [_verifying(output, known, data)],
+        )
+        return
     form: dict[str, Any] = {"opset": opset, "runtime": runtime, "dynamic_size": dynamic_size, "half": half}
     report = to_onnx(
         opened.model,
         output,
         example=example,
-        data=None if data is None else opened.shown(data),
+        data=proved,
         **form,
         prune_gates=prune_gates,
         overwrite=overwrite,
         metadata={} if settings is None else {"preprocessing": settings.to_dict()},
     )
-    assert report.verdict is not None
     facts = [_row(str(output), report)]
     if latency is not False and original and opened.bundle is not None and not given:
         facts = _beside_original(opened.bundle.original(), facts[0], example, form)
-    lines = [*(f"note: {note}" for note in report.notes)]
-    lines.append(f"{len(report.folded)} norms folded, {len(report.kept)} kept; verified: largest difference "
-                 f"{report.verdict.max_rel:.1e} of scale in {len(report.verdict.checks)} checks")  # fmt: skip
-    then = command("verify", *typed("output", "opset", "runtime", "dynamic_size", "half", "prune_gates", "latency",
-                   "overwrite", "data", "input_shape", "example", "size", "mean", "std"), output,
+    norms = f"{len(report.folded)} norms folded, {len(report.kept)} kept; {_verified(report)}"
+    told = table("what was written", facts, [*_notes(report), norms])
+    show(as_json, {**report.to_dict(), "files": facts}, told, [_verifying(output, known, data)])
+
+
+def _notes(report: Any) -> list[str]:
+    return [f"note: {note}" for note in report.notes]
+
+
+def _verified(report: Any) -> str:
+    verdict = report.verdict
+    return f"verified: largest difference {verdict.max_rel:.1e} of scale in {len(verdict.checks)} checks"
+
+
+def _verifying(output: Path, known: "ModelOptions", data: str | None) -> str:
+    """Return the command that proves a file that was written on more data."""
+    litert = ("--runtime", "litert") if click.get_current_context().params["runtime"] == "litert" else ()
+    return command("verify", *typed("output", "opset", "runtime", "dynamic_size", "half", "prune_gates", "latency",
+                   "overwrite", "data", "input_shape", "example", "size", "mean", "std"), output, *litert,
                    *(() if known.example is None else ("--example", known.example)),
                    "--data", data or ("DATA" if known.example is None else "DATA.npz"))  # fmt: skip
-    show(as_json, {**report.to_dict(), "files": facts}, table("what was written", facts, lines), [then])
 
 
 def _noise(zeros: Any) -> Any:

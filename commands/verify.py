@@ -7,6 +7,7 @@ import click
 
 from ..console import show
 from ..errors import InputError, VerificationError
+from ..verification.runtimes.known import ONNXRUNTIME, RUNTIMES
 from .options import json_option, model_options, overwrite_option, read_from, require_none, timeout_option
 
 if TYPE_CHECKING:
@@ -17,6 +18,15 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.argument("file", type=Path, required=False)
 @click.option("--data", help="Images, or an .npz of named arrays, to run beside drawn inputs; labels are not used.")
+@click.option(
+    "--runtime",
+    "runtimes",
+    multiple=True,
+    default=(ONNXRUNTIME,),
+    show_default=True,
+    type=click.Choice([ONNXRUNTIME, *RUNTIMES]),
+    help="What has to compute the same; may be given several times. web: onnxruntime-web under node.",
+)
 @click.option(
     "--provider",
     "providers",
@@ -38,6 +48,7 @@ def verify(
     model: str,
     file: Path | None,
     data: str | None,
+    runtimes: tuple[str, ...],
     providers: tuple[str, ...],
     save_reference: Path | None,
     against: Path | None,
@@ -46,11 +57,14 @@ def verify(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Prove that an ONNX FILE computes what MODEL or a bundle computes; exits 5 if it does not.
+    """Prove that a FILE computes what MODEL or a bundle computes; exits 5 if it does not.
+
+    FILE is an ONNX file, or with --runtime litert a TFLite file.
 
     \b
     Examples:
       normswap verify net-gn net-gn.onnx --data val/
+      normswap verify net-gn net-gn.onnx --runtime openvino --runtime web
       normswap verify bert-gn bert-gn.onnx --example tokens.npz
       normswap verify net-gn net-gn.onnx --save-reference net-gn.npz
       normswap verify net-gn.onnx --against net-gn.npz
@@ -74,6 +88,8 @@ def verify(
         require_none(of_a_model, "no option of a MODEL beside --against, which stands in its place")
     if save_reference is None:
         require_none(["overwrite"], "--save-reference FILE to overwrite")
+    if "onnxruntime" not in runtimes:
+        require_none(["providers"], "--runtime onnxruntime beside the providers of it")
     if data in (None, "random"):
         require_none(["input_shape", "size", "mean", "std"], "--data DATA beside what is said of its images")
 
@@ -82,7 +98,7 @@ def verify(
 
     if file is None:
         file = Path(model)
-        verdict = verify_against(str(against), file, providers=providers, timeout=timeout)
+        verdict = verify_against(str(against), file, runtime=runtimes, providers=providers, timeout=timeout)
     else:
         from ..bundles.opening import Opened
         from ..sources.outputs import require_output
@@ -96,6 +112,7 @@ def verify(
             file,
             example=None if known.example is None else opened.example,
             data=[] if data in (None, "random") else opened.shown(str(data)),
+            runtime=runtimes,
             providers=providers,
             save_reference=save_reference,
             overwrite=overwrite,

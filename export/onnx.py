@@ -103,7 +103,8 @@ def to_onnx(
             or `normswap.Inputs`; a Keras model that knows its input shapes needs none. The file is proved on it.
         data: Further batches to prove the file on, each as an example.
         opset: Version of the operator set, from 17 to 24.
-        runtime: ``"portable"`` for operators every runtime knows, or ``"ort"`` for what onnxruntime runs fastest.
+        runtime: ``"portable"`` for operators every runtime knows, ``"ort"`` for what onnxruntime runs fastest, or
+            ``"web"`` for shorter sums, of which onnxruntime-web needs them.
         dynamic_size: Leave height and width free too.
         half: Store weights and compute in float16, but for norms, inputs and outputs.
         prune_gates: Leave out a statistic of a Switchable Normalization whose gate is below this, from 0 to below 1/3;
@@ -141,7 +142,7 @@ def to_onnx(
     tracer = tracer_of(model)
     if problem := tracer.refusal(model):
         raise UnsupportedError(problem)
-    inputs = _inputs(model, example)
+    inputs = example_or_drawn(model, example)
     notes = tracer.notes(model)
     weights, before = _weights_name(path), _weights_of(path)
     with staged(path, overwrite=overwrite) as temporary, _pruned(model, inputs, prune_gates, notes):
@@ -181,7 +182,7 @@ def to_onnx(
     return ExportReport(path, _shapes(graph), folded, kept, sum(1 for _ in graph), size, verdict, notes)
 
 
-def _inputs(model: Any, example: Any) -> Inputs:
+def example_or_drawn(model: Any, example: Any) -> Inputs:
     """Return the inputs to trace with; drawn for what the model says of them if there is no example."""
     if example is not None:
         return get_framework(model).ordered(model, Inputs.of(example)).map(to_array)

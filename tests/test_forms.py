@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 import torch
 
-from normswap.export.forms import LONG_SUM, LONG_SUM_ALIKE, PRODUCT, choose, write_norm
+from normswap.export.forms import LONG_SUM, LONG_SUM_ALIKE, PRODUCT, WEB_SUM, choose, write_norm
 from normswap.export.norms import BATCH, LAYER, Norm
 
 INSTANCE = (1.0, 0.0, 0.0)
@@ -228,6 +228,8 @@ def test_long_sums_are_not_left_to_one_operator():
     assert form == "moments"
     assert choose(norm_of(GATES["layer"], (LONG_SUM // 6, 1))) == "instance"
     assert choose(norm_of(GATES["layer"], (LONG_SUM_ALIKE // 6 + 1, 1)), alike=True) == "moments"
+    assert choose(norm_of(GATES["layer"], (WEB_SUM // 6, 1)), runtime="web") == "instance"
+    assert choose(norm_of(GATES["layer"], (WEB_SUM // 6 + 1, 1)), runtime="web") == "moments"
     assert np.abs(run(proto, x) - expected).max() < 1e-6 * np.abs(expected).max()
 
 

@@ -54,7 +54,7 @@ def pip(*arguments):
 
 
 def test_holds_the_package_and_nothing_else(wheel):
-    """Every Python file of every declared folder, the mark of its types and a page's template are in it, no tests."""
+    """Every Python file of every folder is in it, a page's template, what node runs, the mark of types; no tests."""
     names = ZipFile(wheel).namelist()
     folders = {name.replace(".", "/") for name in PROJECT["tool"]["setuptools"]["packages"]}
     sources = {
@@ -67,6 +67,7 @@ def test_holds_the_package_and_nothing_else(wheel):
     assert {name for name in names if not name.startswith(metadata)} == sources | {
         "normswap/py.typed",
         "normswap/report/page.html",
+        "normswap/verification/runtimes/web.cjs",
     }
     assert f"{metadata}licenses/LICENSE" in names
 

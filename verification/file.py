@@ -85,6 +85,12 @@ class OnnxFile:
         types = [value.type.tensor_type.elem_type for value in self.proto.graph.input]
         return TensorProto.FLOAT16 in [*types, *(tensor.data_type for tensor in self.proto.graph.initializer)]
 
+    @property
+    def beside(self) -> list[str]:
+        """The names of the files beside it that hold external data."""
+        entries = (entry for tensor in _tensors(self.proto) for entry in tensor.external_data)
+        return sorted({entry.value for entry in entries if entry.key == "location"})
+
     def with_outputs(self, names: Iterable[str]) -> bytes:
         """Return the model with further values as outputs: serialized messages are merged by joining their bytes."""
         own = {value.name for value in self.proto.graph.output}

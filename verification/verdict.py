@@ -56,6 +56,7 @@ class Check:
     tolerance: float
     own: float | None = None
     ratio: float | None = None
+    runtime: str = "onnxruntime"
 
     @property
     def passed(self) -> bool:
@@ -70,8 +71,25 @@ class Check:
         what = f"differs by {self.max_rel:.2g} of its scale" if self.finite else "is not finite"
         ratio = "" if self.ratio is None else f", {self.ratio:.2g} times the framework's own error"
         inputs = "" if self.inputs == "x1" else f", inputs {self.inputs}"
-        provider = "" if self.provider == "cpu" else f", {self.provider}"
-        return f"{self.output} {what}{ratio} (batch {self.batch}{inputs}{provider}, optimisation {self.optimisation})"
+        where = [*([] if self.runtime == "onnxruntime" else [self.runtime]),
+                 *([] if self.provider == "cpu" else [self.provider])]  # fmt: skip
+        run = ", ".join([f"batch {self.batch}{inputs}", *where, f"optimisation {self.optimisation}"])
+        return f"{self.output} {what}{ratio} ({run})"
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A runtime that a file was run in, the precision it was set to, and what it does where nothing is set.
+
+    ``default_max_rel`` is the largest difference at its ``default_precision``, relative to an output's scale; None if
+    it failed at that.
+    """
+
+    name: str
+    version: str
+    precision: str
+    default_precision: str
+    default_max_rel: float | None
 
 
 @dataclass(frozen=True)
@@ -79,7 +97,7 @@ class Verdict:
     """Whether a file computes what a model computes, with the figures; false in a condition where it does not.
 
     ``coverage`` has for each embedding how many of its rows the inputs reached, and how many it has: what the proof
-    says nothing of are the others.
+    says nothing of are the others. ``runtimes`` are those that the file was run in, each of which has to compute it.
     """
 
     checks: tuple[Check, ...]
@@ -88,6 +106,7 @@ class Verdict:
     notes: tuple[str, ...] = ()
     first_infinite: str | None = None
     coverage: dict[str, tuple[int, int]] = field(default_factory=dict)
+    runtimes: tuple[Ran, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -125,7 +144,7 @@ class Verdict:
         if self.passed:
             passed = f"passed: {len(self.checks)} checks, largest difference {self.max_rel:.1e} of scale"
             covered = [f"{name}: {reached} of {rows} rows reached" for name, (reached, rows) in self.coverage.items()]
-            return "\n".join([*(f"note: {note}" for note in self.notes), *covered, passed])
+            return "\n".join([*(f"note: {note}" for note in self.notes), *covered, *self._by_runtime, passed])
         failed = [check for check in self.checks if not check.passed]
         lines = [*self.problems, *map(str, self.worst)]
         if failed:
@@ -140,9 +159,38 @@ class Verdict:
         if failed and self.max_rel <= 1:
             allowed = min(check.tolerance for check in failed)
             lines.append(f"a tolerance of {self.max_rel:.2g} would pass; {allowed:g} is allowed")
-        lines += [f"note: {note}" for note in self.notes]
+        lines += [*self._by_runtime, *(f"note: {note}" for note in self.notes)]
         listing = "\n".join(f"  {line}" for line in lines)
         return f"expected {path} to compute what the model computes, received a file that does not:\n{listing}"
+
+    @property
+    def _by_runtime(self) -> list[str]:
+        """A line for each runtime, unless there is onnxruntime alone, of which all else tells."""
+        if all(ran.name == "onnxruntime" for ran in self.runtimes):
+            return []
+        lines = []
+        for ran, facts in zip(self.runtimes, self._runtimes(), strict=True):
+            by_default = ran.default_precision
+            if by_default != ran.precision:
+                by_default += " fails" if ran.default_max_rel is None else f" {ran.default_max_rel:.1e}"
+                by_default = f"; at its default precision {by_default}"
+            else:
+                by_default = ""
+            apart = f"largest difference {facts['max_rel']:.1e} of scale" if facts["checks"] else "none passed"
+            lines.append(f"{ran.name} {ran.version} in {ran.precision}: {facts['checks']} checks, {apart}{by_default}")
+        return lines
+
+    def _runtimes(self) -> list[dict[str, Any]]:
+        """Return what was found in each runtime, as plain data."""
+        return [
+            asdict(ran)
+            | {
+                "checks": len(own := [check for check in self.checks if check.runtime == ran.name]),
+                "failed": sum(not check.passed for check in own),
+                "max_rel": max((check.max_rel for check in own), default=float("nan")),
+            }
+            for ran in self.runtimes
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the verdict as plain data."""
@@ -155,8 +203,22 @@ class Verdict:
             "problems": list(self.problems),
             "notes": list(self.notes),
             "coverage": {name: {"reached": r, "rows": rows} for name, (r, rows) in self.coverage.items()},
+            "runtimes": self._runtimes(),
             "checks": [asdict(check) | {"passed": check.passed} for check in self.checks],
         }
+
+
+def joined(verdicts: Sequence[Verdict]) -> Verdict:
+    """Return what several runtimes have to say of one file as one verdict."""
+    return Verdict(
+        tuple(check for verdict in verdicts for check in verdict.checks),
+        tuple(dict.fromkeys(problem for verdict in verdicts for problem in verdict.problems)),
+        next((verdict.first_diverging for verdict in verdicts if verdict.first_diverging), None),
+        tuple(dict.fromkeys(note for verdict in verdicts for note in verdict.notes)),
+        next((verdict.first_infinite for verdict in verdicts if verdict.first_infinite), None),
+        verdicts[0].coverage,
+        tuple(ran for verdict in verdicts for ran in verdict.runtimes),
+    )
 
 
 def excused(own: float, ratio: float) -> bool:

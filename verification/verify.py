@@ -8,6 +8,7 @@ model is ill-conditioned on that input: there, ten times the framework's own flo
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,16 @@ from ..frameworks import several
 from ..frameworks.detect import get_framework
 from ..frameworks.example import Inputs, to_array
 from ..frameworks.several import texts
+from ..sources.files import require_file
 from ..sources.outputs import require_output
 from .drawn import Input
+from .elsewhere import Elsewhere, Runs, feed, in_order
 from .evaluator import evaluate, first_infinite
 from .file import OnnxFile, read_model
 from .reference import BATCH_SIZES, FEW, Arrays, Batch, Reference, collect, samples
 from .rows import row_problems
 from .runtime import TIMEOUT, answers, chosen_providers, session
+from .runtimes.known import ONNXRUNTIME, chosen_runtimes, is_tflite
 from .sizes import changed, contradictions
 from .stored import load_reference
 from .stored import save_reference as save
@@ -40,9 +44,11 @@ from .verdict import (
     MOST,
     TOLERANCE,
     Check,
+    Ran,
     Verdict,
     compare,
     excused,
+    joined,
     unequal,
 )
 
@@ -58,6 +64,7 @@ def verify(
     example: Any = None,
     data: Any = None,
     batch_sizes: int | Iterable[int] = BATCH_SIZES,
+    runtime: str | Iterable[str] = ONNXRUNTIME,
     providers: str | Iterable[str] = ("cpu",),
     save_reference: str | Path | None = None,
     overwrite: bool = False,
@@ -71,13 +78,16 @@ def verify(
 
     Args:
         model: The model, of PyTorch or Keras.
-        path: The ONNX file.
+        path: The ONNX file; a TFLite file for LiteRT.
         example: What the model takes (see `normswap.Inputs`): the file is run on it, and on inputs made of it. A model
             needs one whose arguments are more than arrays by position, or not any numbers.
         data: Further inputs of the user's own, each as an example has them: as many arrays as the file has inputs. An
             array by itself is one.
         batch_sizes: One or several numbers of samples of the random inputs, which are standard normal at several
             scales; a file of a fixed batch size is run at that.
+        runtime: What has to compute the same: ``"onnxruntime"``, ``"openvino"``, ``"web"`` (onnxruntime-web on
+            WebAssembly), ``"litert"``, ``"cuda"`` or ``"tensorrt"``. One or several; all but onnxruntime in processes
+            of their own.
         providers: Where onnxruntime runs the file: ``"cpu"``, ``"cuda"``, ``"tensorrt"``, ``"openvino"``, ``"coreml"``,
             ``"dml"``, or ``"auto"`` for all that are installed. One or several.
         save_reference: An ``.npz`` to write the model's answers to, for `verify_against`, if the file passes.
@@ -90,8 +100,9 @@ def verify(
 
     Raises:
         InputError: If the file is damaged or unsafe, takes too long, or data does not fit it.
-        UnsupportedError: If onnxruntime does not load it.
-        MissingDependencyError: If a provider is not installed.
+        UnsupportedError: If a runtime does not load it.
+        MissingDependencyError: If a runtime or a provider is not installed.
+        VerificationError: If a runtime crashes while it loads the file.
         OutputExistsError: If ``save_reference`` exists.
 
     Example:
@@ -110,24 +121,25 @@ def verify(
         require_output(Path(save_reference), overwrite=overwrite)
     framework = get_framework(model)
     further = [framework.ordered(model, Inputs.of(batch)) for batch in ([] if data is None else several.batches(data))]
-    file = read_model(Path(path))
-    runs = _Runs(file, providers, timeout)
-    inputs = [Input.of(value) for value in file.inputs]
     examples = [] if example is None else [framework.ordered(model, Inputs.of(example))]
-    shown = [*examples, *(batch for batch in further if len(batch) == len(inputs))]
-    template = shown[0] if shown else _by_name(model, inputs)
-    if problems := _input_problems(model, inputs, template):
-        return Verdict((), tuple(problems))
-    reference = collect(
-        model,
-        template,
-        inputs,
-        examples=[_arrays(inputs, batch, template) for batch in examples],
-        data=[_arrays(inputs, batch, template) for batch in further],
-        batch_sizes=sizes,
-        seed=seed,
-    )
-    verdict = _judge(runs, reference)
+    with _opened(Path(path), runtime, providers, timeout) as runs:
+        inputs = [Input.of(value) for value in runs[0].file.inputs]
+        shown = [*examples, *(batch for batch in further if len(batch) == len(inputs))]
+        template = shown[0] if shown else _by_name(model, inputs)
+        if not runs[0].ordered:
+            inputs = in_order(inputs, framework.input_names(model, template), lambda entry: entry.name)
+        if problems := _input_problems(model, inputs, template):
+            return Verdict((), tuple(problems))
+        reference = collect(
+            model,
+            template,
+            inputs,
+            examples=[_arrays(inputs, batch, template) for batch in examples],
+            data=[_arrays(inputs, batch, template) for batch in further],
+            batch_sizes=sizes,
+            seed=seed,
+        )
+        verdict = joined([_judge(each, reference) for each in runs])
     if save_reference is not None and verdict:
         save(reference, Path(save_reference), overwrite=overwrite)
     return verdict
@@ -137,6 +149,7 @@ def verify_against(
     reference: str | Path,
     path: str | Path,
     *,
+    runtime: str | Iterable[str] = ONNXRUNTIME,
     providers: str | Iterable[str] = ("cpu",),
     timeout: float = TIMEOUT,
 ) -> Verdict:
@@ -144,7 +157,8 @@ def verify_against(
 
     Args:
         reference: The ``.npz`` that `verify` wrote as ``save_reference``. Nothing in it is run.
-        path: The ONNX file.
+        path: The ONNX or TFLite file.
+        runtime: What has to compute the same; see `verify`.
         providers: Where onnxruntime runs the file; see `verify`.
         timeout: How many seconds the file may take to answer a batch.
 
@@ -153,8 +167,9 @@ def verify_against(
 
     Raises:
         InputError: If the reference is damaged, or belongs to a model of other inputs or outputs.
-        UnsupportedError: If onnxruntime does not load the file.
-        MissingDependencyError: If a provider is not installed.
+        UnsupportedError: If a runtime does not load the file.
+        MissingDependencyError: If a runtime or a provider is not installed.
+        VerificationError: If a runtime crashes while it loads the file.
 
     Example:
         >>> import normswap, torch
@@ -164,18 +179,21 @@ def verify_against(
         >>> bool(normswap.verify_against("net.npz", "net.onnx"))
         True
     """
-    file = read_model(Path(path))
-    stored = load_reference(Path(reference))
-    first = stored.batches[0]
-    problems = [
-        *unequal(list(first.arrays), [value.name for value in file.inputs], "inputs"),
-        *unequal(list(first.outputs), [value.name for value in file.proto.graph.output], "outputs"),
-    ]
-    for value, batch in product([] if problems else file.inputs, stored.batches):
-        problems += _unfit(value, batch.arrays[value.name], "input")
-    if problems:
-        raise InputError(f"expected a reference of the model in {path}, received {reference} of another: {problems[0]}")
-    return _judge(_Runs(file, providers, timeout), stored)
+    with _opened(Path(path), runtime, providers, timeout) as runs:
+        stored = load_reference(Path(reference))
+        file, first = runs[0].file, stored.batches[0]
+        order = (lambda names: names) if runs[0].ordered else sorted
+        problems = [
+            *unequal(order(list(first.arrays)), order([value.name for value in file.inputs]), "inputs"),
+            *unequal(order(list(first.outputs)), order([value.name for value in file.proto.graph.output]), "outputs"),
+        ]
+        for value, batch in product([] if problems else file.inputs, stored.batches):
+            problems += _unfit(value, batch.arrays[value.name], "input")
+        if problems:
+            raise InputError(
+                f"expected a reference of the model in {path}, received {reference} of another: {problems[0]}"
+            )
+        return joined([_judge(each, stored) for each in runs])
 
 
 def _sizes(given: Any) -> tuple[int, ...]:
@@ -186,11 +204,30 @@ def _sizes(given: Any) -> tuple[int, ...]:
     return found
 
 
-class _Runs:
-    """The sessions a file is judged by: every provider, optimisation off and on.
+@contextmanager
+def _opened(
+    path: Path, runtime: str | Iterable[str], providers: str | Iterable[str], timeout: float
+) -> Iterator[list[Runs]]:
+    """Open a file in each of the runtimes, within a ``with`` block."""
+    require_file(path)
+    names = chosen_runtimes(texts(runtime, "a runtime"), path)
+    file = None if is_tflite(path) else read_model(path)
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(Elsewhere(name, path, file, timeout))
+            if file is None or name != ONNXRUNTIME
+            else _Here(file, providers, timeout)
+            for name in names
+        ]
+
+
+class _Here:
+    """The sessions of onnxruntime a file is judged by: every provider, optimisation off and on.
 
     Without optimisation the layers' outputs can be asked for too.
     """
+
+    name, ordered = ONNXRUNTIME, True
 
     def __init__(self, file: OnnxFile, providers: str | Iterable[str], timeout: float) -> None:
         self.file, self.timeout = file, timeout
@@ -213,6 +250,19 @@ class _Runs:
                     raise
                 self.notes.append(f"{provider} left out: {error}")
 
+    @property
+    def hows(self) -> list[tuple[str, str]]:
+        """The ways it is run: provider, and optimisation."""
+        return list(self.sessions)
+
+    def outputs_of(self, how: tuple[str, str], batch: Batch) -> Arrays:
+        """Return what the file computes on a batch, in one of its ways."""
+        return self.run(self.sessions[how], batch, self.outputs)
+
+    def by_default(self, batches: Sequence[Batch]) -> Ran:
+        """Return what the runtime is."""
+        return Ran(self.name, onnxruntime.__version__, "f32", "f32", None)
+
     def layers(self, batch: Batch) -> Arrays:
         """Return what the file computes for each layer on a batch."""
         values = list(dict.fromkeys(self.sites.values()))  # no names would stand for all
@@ -225,17 +275,12 @@ class _Runs:
         runner = session(self.file.with_outputs(names), optimised=False, folder=self.file.path.parent)
         return self.run(runner, batch, names)
 
-    def feed(self, batch: Batch) -> Arrays:
-        """Return a batch's inputs in the file's own floating-point type."""
-        half = {v.name for v in self.file.inputs if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16}
-        return {name: array.astype(np.float16) if name in half else array for name, array in batch.arrays.items()}
-
     def run(self, runner: onnxruntime.InferenceSession, batch: Batch, names: Sequence[str]) -> Arrays:
         """Return the values asked for, by name."""
-        return dict(zip(names, answers(runner, list(names), self.feed(batch), timeout=self.timeout), strict=True))
+        return dict(zip(names, answers(runner, list(names), feed(self.file, batch), timeout=self.timeout), strict=True))
 
 
-def _judge(runs: _Runs, reference: Reference) -> Verdict:
+def _judge(runs: Runs, reference: Reference) -> Verdict:
     if problems := reference.problems or _output_problems(runs, reference.batches[0]):
         return Verdict((), tuple(problems), notes=(*reference.notes, *runs.notes), coverage=reference.coverage)
     problems = [
@@ -250,16 +295,16 @@ def _judge(runs: _Runs, reference: Reference) -> Verdict:
         if runs.file.half and (batch.scale or 1.0) > 1:
             continue  # float16 ends at 65504
         try:
-            found = {how: runs.run(runner, batch, runs.outputs) for how, runner in runs.sessions.items()}
+            found = {how: runs.outputs_of(how, batch) for how in runs.hows}
         except InputError:  # which is of time alone
             raise
         except Exception as error:
             shapes = ", ".join(str(array.shape) for array in batch.arrays.values())
-            problems.append(f"onnxruntime fails on inputs of shape {shapes}, which the model takes: {error}")
+            problems.append(f"{runs.name} fails on inputs of shape {shapes}, which the model takes: {error}")
             continue
         if not problems:
             problems += contradictions(values, {**batch.arrays, **next(iter(found.values()))})
-        new = [c for how, out in found.items() for c in _checks(out, batch, reference, how, half=runs.file.half)]
+        new = [c for how, out in found.items() for c in _checks(out, batch, reference, runs, how)]
         if not all(check.passed for check in new) and (own := _undetermined(batch, reference)):
             reference.notes.append(
                 f"inputs {batch.inputs} left out: float32 does not determine the model there, {own} of scale"
@@ -269,10 +314,10 @@ def _judge(runs: _Runs, reference: Reference) -> Verdict:
         ran.append(batch)
         failed += [] if all(check.passed for check in new) else [batch]
     inside: Arrays = {}
-    if runs.file.half and ran:
+    if runs.file.half and ran and runs.name == ONNXRUNTIME:
         try:
-            inside = evaluate(runs.file, runs.feed(ran[0]))
-            checks += _checks(inside, ran[0], reference, ("onnx.reference", "off"), half=True)
+            inside = evaluate(runs.file, feed(runs.file, ran[0]))
+            checks += _checks(inside, ran[0], reference, runs, ("onnx.reference", "off"))
         except Exception as error:
             problems.append(f"onnx.reference fails, which shows what overflows in float16: {error}")
     elif failed and not all(check.finite for check in checks):
@@ -282,8 +327,9 @@ def _judge(runs: _Runs, reference: Reference) -> Verdict:
     diverging = suspect and _first_diverging(runs, reference, suspect, bound)
     diverging = diverging or next((check.output for check in checks if not check.passed), None)
     infinite = None if all(check.finite for check in checks) else first_infinite(runs.file, inside)
+    told = (runs.by_default(ran),)
     notes = (*reference.notes, *runs.notes)
-    return Verdict(tuple(checks), tuple(problems), diverging, notes, infinite, reference.coverage)
+    return Verdict(tuple(checks), tuple(problems), diverging, notes, infinite, reference.coverage, told)
 
 
 def _undetermined(batch: Batch, reference: Reference) -> str:
@@ -305,14 +351,15 @@ def _undetermined(batch: Batch, reference: Reference) -> str:
 
 
 def _checks(
-    found: Mapping[str, Array], batch: Batch, reference: Reference, how: tuple[str, str], *, half: bool
+    found: Mapping[str, Array], batch: Batch, reference: Reference, runs: Runs, how: tuple[str, str]
 ) -> Iterator[Check]:
+    half = runs.file.half
     tolerance = HALF_TOLERANCE if half else TOLERANCE
     for name, expected in batch.outputs.items():
         figures = compare(found[name], expected)
         if figures["finite"] and figures["max_rel"] > tolerance and not half:
             figures = _inexact(found[name], expected, reference, batch, name, 0)
-        yield Check(name, batch.size, batch.inputs, *how, tolerance=tolerance, **figures)
+        yield Check(name, batch.size, batch.inputs, *how, tolerance=tolerance, runtime=runs.name, **figures)
 
 
 def _inexact(found: Array, expected: Array, reference: Reference, batch: Batch, name: str, kind: int) -> dict[str, Any]:
@@ -325,7 +372,7 @@ def _inexact(found: Array, expected: Array, reference: Reference, batch: Batch, 
     return figures
 
 
-def _first_diverging(runs: _Runs, reference: Reference, batch: Batch, tolerance: float) -> str | None:
+def _first_diverging(runs: Runs, reference: Reference, batch: Batch, tolerance: float) -> str | None:
     """Return the first layer in call order whose output differs by more than ``tolerance`` of its scale.
 
     A layer may differ where the outputs do not, as a scaled convolution before a GroupNorm.
@@ -381,10 +428,11 @@ def _input_problems(model: Any, inputs: Sequence[Input], template: Inputs) -> li
     return problems
 
 
-def _output_problems(runs: _Runs, batch: Batch) -> list[str]:
+def _output_problems(runs: Runs, batch: Batch) -> list[str]:
     """Return where the outputs the file declares are not those the model returns."""
     declared = runs.file.proto.graph.output
-    return unequal(list(batch.outputs), runs.outputs, "outputs") or [
+    names = runs.outputs if runs.ordered else in_order(runs.outputs, list(batch.outputs))
+    return unequal(list(batch.outputs), names, "outputs") or [
         problem for value in declared for problem in _unfit(value, batch.outputs[value.name], "output")
     ]
 

@@ -39,12 +39,7 @@ def convert(
     `MissingDependencyError`.
     """
     tf, freeze = _tensorflow()
-    weights = {id(v): (v, keras.ops.convert_to_numpy(v)) for v in model.variables}.values()
-
-    def frozen_function(*tensors: Any) -> Sequence[Any]:
-        with keras.StatelessScope([(v, tf.constant(value, name=v.path.replace("/", "."))) for v, value in weights]):
-            return function(*tensors)
-
+    frozen_function = with_constants(tf, function, model)
     layers = {id(layer): path for path, layer in named_layers(model) if layer is not model}
 
     def traced(open_: Open) -> Any:
@@ -56,7 +51,7 @@ def convert(
 
     fixed = _steps(model, open_sizes)
     open_sizes = {place: name for place, name in open_sizes.items() if place not in fixed}
-    with _quiet(), _inlined(tf):
+    with quiet(), inlined(tf):
         try:
             frozen = traced(open_sizes)
         except UnsupportedError:
@@ -86,6 +81,17 @@ def convert(
         del converted.opset_imports[domain]
     _raise_opset(converted, opset)
     return converted, fixed
+
+
+def with_constants(tf: Any, function: Callable[..., Any], model: Any) -> Callable[..., Any]:
+    """Return ``function``, which calls ``model``, with constants in the place of the model's variables."""
+    weights = {id(v): (v, keras.ops.convert_to_numpy(v)) for v in model.variables}.values()
+
+    def frozen_function(*tensors: Any) -> Any:
+        with keras.StatelessScope([(v, tf.constant(value, name=v.path.replace("/", "."))) for v, value in weights]):
+            return function(*tensors)
+
+    return frozen_function
 
 
 def _convert_frozen(tf: Any, frozen: Any, inputs: Sequence[str], outputs: Sequence[str], opset: int) -> onnx.ModelProto:
@@ -193,7 +199,7 @@ def _tensorflow() -> tuple[Any, Any]:
 
 
 @contextmanager
-def _inlined(tf: Any) -> Iterator[None]:
+def inlined(tf: Any) -> Iterator[None]:
     """Let nested functions become part of the traced one: Keras compiles grouped convolutions on their own."""
     before = tf.config.functions_run_eagerly()
     tf.config.run_functions_eagerly(True)
@@ -204,7 +210,7 @@ def _inlined(tf: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the converter's progress and deprecation notes off the user's terminal."""
     loggers = [logging.getLogger(name) for name in ("tensorflow", "tf2onnx")]
     levels = [logger.level for logger in loggers]

@@ -55,7 +55,9 @@ class TestRuntime:
 
     def test_an_unknown_runtime(self, model, images, tmp_path):
         """A runtime that is none is refused with those that are."""
-        with pytest.raises(InputError, match=r"^expected a runtime out of portable, ort, received runtime='tensorrt'$"):
+        with pytest.raises(
+            InputError, match=r"^expected a runtime out of portable, ort, web, received runtime='tensorrt'$"
+        ):
             normswap.to_onnx(model, tmp_path / "m.onnx", example=images, runtime="tensorrt")
 
 

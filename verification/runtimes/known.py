@@ -1,0 +1,82 @@
+"""The runtimes there are: how each is started, what it reads, and how it is installed."""
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...errors import InputError
+
+ONNXRUNTIME = "onnxruntime"
+"""The one that runs in this process, on execution providers, without optimisation and with it."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A runtime: the ``command`` that keeps to the protocol, and what to type where it is missing.
+
+    ``lowers`` says whether it may compute in less than float32 where no precision is set.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    install: str
+    reads: str = "ONNX"
+    device: str = "cpu"
+    lowers: bool = False
+
+
+def _python(module: str, *arguments: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", f"{__package__}.{module}", *arguments)
+
+
+RUNTIMES = {
+    runtime.name: runtime
+    for runtime in (
+        Runtime("openvino", _python("openvino"), "pip install openvino", lowers=True),
+        Runtime("web", ("node", str(Path(__file__).with_name("web.cjs"))), "npm install onnxruntime-web"),
+        Runtime("litert", _python("litert"), "pip install ai-edge-litert", reads="TFLite"),
+        Runtime("cuda", _python("providers", "cuda"), "pip install onnxruntime-gpu", device="cuda", lowers=True),
+        Runtime(
+            "tensorrt",
+            _python("providers", "tensorrt"),
+            "pip install onnxruntime-gpu tensorrt",
+            device="cuda",
+            lowers=True,
+        ),
+    )
+}
+"""All but onnxruntime's own, by name."""
+
+
+def chosen_runtimes(names: Iterable[str], path: Path) -> list[str]:
+    """Return the names of runtimes to prove a file in, each once.
+
+    Raises `InputError` for a name that is none, if there is none, and for a runtime that reads no such file.
+    """
+    chosen = list(dict.fromkeys(names))
+    known = [ONNXRUNTIME, *RUNTIMES]
+    if other := [name for name in chosen if name not in known] or ([] if chosen else ["none"]):
+        received = f"runtime={other[0]!r}" if chosen else "none"
+        raise InputError(f"expected a runtime of {', '.join(known)}, received {received}")
+    kind = "TFLite" if is_tflite(path) else "ONNX"
+    for name in chosen:
+        reads = RUNTIMES[name].reads if name in RUNTIMES else "ONNX"
+        if reads != kind:
+            raise InputError(f"expected {_article(reads)} {reads} file for {name}, received {path}, {_kinds(kind)}")
+    return chosen
+
+
+def is_tflite(path: Path) -> bool:
+    """Whether a file begins as those do that TensorFlow Lite's converter writes."""
+    with path.open("rb") as file:
+        return file.read(8)[4:] == b"TFL3"
+
+
+def _article(kind: str) -> str:
+    return "an" if kind[0] in "AEIOU" else "a"
+
+
+def _kinds(kind: str) -> str:
+    readers = [name for name, runtime in RUNTIMES.items() if runtime.reads == kind]
+    return f"which is for {', '.join([*([ONNXRUNTIME] if kind == 'ONNX' else []), *readers])}"
