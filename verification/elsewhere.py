@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import onnx
 
-from ..errors import VerificationError
+from ..errors import VerificationError, option
 from .file import OnnxFile
 from .reference import Arrays, Batch
 from .runtimes.child import Child, RuntimeFailedError
@@ -48,6 +48,10 @@ class Runs(Protocol):
 
     def by_default(self, batches: Sequence[Batch]) -> Ran:
         """Return what the runtime is, and how far it is off at the precision that it takes by itself."""
+        ...
+
+    def ways_out(self) -> list[str]:
+        """Return what may be done about a file that differs, as the runtime is known for it."""
         ...
 
 
@@ -119,6 +123,13 @@ class Elsewhere:
         except Exception as error:
             self.notes.append(f"{self.name} fails at its default precision: {error}")
             return Ran(self.name, version, precision, "unknown", None)
+
+    def ways_out(self) -> list[str]:
+        """Return the form to write where the file has operators that the runtime is less exact with than others."""
+        inexact = self.runtime.inexact
+        if inexact not in {node.op_type for node in self.file.proto.graph.node}:
+            return []
+        return [f"{self.name} is less exact with {inexact} than others are: export with {option('runtime', self.name)}"]
 
     def _loaded(self, path: Path, outputs: Sequence[str], precision: str = "f32") -> Child:
         try:

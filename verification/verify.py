@@ -263,6 +263,10 @@ class _Here:
         """Return what the runtime is."""
         return Ran(self.name, onnxruntime.__version__, "f32", "f32", None)
 
+    def ways_out(self) -> list[str]:
+        """Return nothing: files are written for it."""
+        return []
+
     def layers(self, batch: Batch) -> Arrays:
         """Return what the file computes for each layer on a batch."""
         values = list(dict.fromkeys(self.sites.values()))  # no names would stand for all
@@ -328,7 +332,7 @@ def _judge(runs: Runs, reference: Reference) -> Verdict:
     diverging = diverging or next((check.output for check in checks if not check.passed), None)
     infinite = None if all(check.finite for check in checks) else first_infinite(runs.file, inside)
     told = (runs.by_default(ran),)
-    notes = (*reference.notes, *runs.notes)
+    notes = (*reference.notes, *runs.notes, *(runs.ways_out() if failed else ()))
     return Verdict(tuple(checks), tuple(problems), diverging, notes, infinite, reference.coverage, told)
 
 
