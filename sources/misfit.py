@@ -11,6 +11,12 @@ def patched_way_out() -> str:
     return f"they look like a patched network's: load them into the patched model ({way}), or give the bundle"
 
 
+def _without_them() -> str:
+    """Return what to do with a file in which all fits, and there is more: a head, or another, larger network."""
+    code = spoken("give file.py:callable, a function that loads", "in code of your own load")
+    return f"if the network is right without them, {code} of the file what it needs"
+
+
 class PatchedWeightsError(InputError):
     """The weights do not fit since they are those of a network whose BatchNorms have been replaced."""
 
@@ -26,14 +32,15 @@ def misfit(
 ) -> InputError:
     """Return the error that lists what is missing in ``origin``, unexpected there, or of another shape or type.
 
-    With ``patched`` it is a `PatchedWeightsError`, which tells the way out.
+    With ``patched`` it is a `PatchedWeightsError`, which tells the way out; so is told where there is more alone.
     """
+    superset = unexpected and not (missing or shapes or types or patched)
     parts = [
         _listing("missing", missing),
         _listing("unexpected", unexpected),
         _listing("other shape", shapes),
         _listing("other type", types),
-        f"  {patched_way_out()}" if patched else "",
+        f"  {patched_way_out()}" if patched else f"  {_without_them()}" if superset else "",
     ]
     error = PatchedWeightsError if patched else InputError
     return error(f"expected weights that fit the model, received {origin}:\n" + "\n".join(filter(None, parts)))

@@ -1,5 +1,9 @@
-"""Which weights of a Keras model a file lacks or has of another shape: all of them, where Keras tells of the first."""
+"""Which weights of a Keras model a file lacks, has of another shape, or has too many: all, where Keras tells of one.
 
+Of layers in a file that the model lacks it tells nothing where the rest fits.
+"""
+
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -33,13 +37,31 @@ class Misfits:
         self.unexpected += [f"{name}, number {key}" for key in stored if not (key.isdecimal() and int(key) < count)]
 
 
+_BESIDE = re.compile(r"(?:^|/)(?:optimizer|metrics|seed_generator)(?:_\d+)?(?:/|$)")
+"""Where a file has what is no layer's: how training stood, and where random numbers go on."""
+
+
 @contextmanager
 def noting(model: Any) -> Iterator[Callable[[], Misfits]]:
     """Yield what tells the misfits of a file that Keras loads within the context, which asks layer by layer."""
     failed: dict[int, tuple[str, list[Any], dict[str, tuple[int, ...]]]] = {}
+    unasked: dict[str, str] = {}
+
+    def watch(store: Any) -> None:
+        unasked.update(_layers_in(store.h5_file))
+        get = store.get
+
+        def asked(place: str) -> Any:
+            for each in (place, place.replace("layers", "_layer_checkpoint_dependencies")):  # as Keras 2.13 wrote
+                unasked.pop(each, None)
+            return get(place)
+
+        store.get = asked
 
     def spy(layer: Any, load: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def noted(store: Any) -> Any:
+            if layer is model:  # the first that is asked
+                watch(store)
             failed.pop(id(layer), None)  # which Keras tries twice
             try:
                 return load(store)
@@ -54,12 +76,32 @@ def noting(model: Any) -> Iterator[Callable[[], Misfits]]:
         misfits = Misfits()
         for each in failed.values():
             misfits.compare(*each)
+        misfits.unexpected += [unasked[place] for place in sorted(unasked, key=_counted)]
         return misfits
 
     with ExitStack() as stack:
         for layer in distinct_layers(model):
             stack.callback(override(layer, "load_own_variables", partial(spy, layer)))
         yield told
+
+
+def _layers_in(file: Any) -> dict[str, str]:
+    """Return what each layer with weights in a file of Keras 3 is called, by its place."""
+    found: dict[str, str] = {}
+
+    def see(name: str, member: Any) -> None:
+        place, _, last = name.rpartition("/")
+        if place and last == "vars" and hasattr(member, "keys") and len(member) and not _BESIDE.search(place):
+            called = member.attrs.get("name")
+            found[place] = place if called is None else f"{_text(called)} ({place})"
+
+    file.visititems(see)
+    return found
+
+
+def _counted(place: str) -> list[tuple[int, str]]:
+    """Return what has dense_2 before dense_10."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", place)]
 
 
 def of_legacy(model: Any, path: Path) -> Misfits:

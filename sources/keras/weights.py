@@ -28,9 +28,12 @@ def load_weights(model: Any, path: Path) -> None:
             model.load_weights(path)
         except Exception as error:
             misfits = told() or (of_legacy(model, path) if path.suffix in HDF5_SUFFIXES else None)
-            if misfits:
-                raise misfit(str(path), misfits.missing, misfits.unexpected, misfits.shapes) from error
-            raise InputError(f"expected weights for this model in {path}, received: {reason(error)}") from error
+            if not misfits:
+                raise InputError(f"expected weights for this model in {path}, received: {reason(error)}") from error
+        else:
+            misfits = told()  # that Keras passes over
+    if misfits:
+        raise misfit(str(path), misfits.missing, misfits.unexpected, misfits.shapes)
 
 
 def write_weights(model: Any, path: Path) -> None:

@@ -174,6 +174,11 @@ def _other():
     return keras.Sequential([keras.Input((8, 8, 3)), *body, layers.Dense(2, name="head"), layers.Dense(2, name="more")])
 
 
+def _larger():
+    model = network()
+    return keras.Model(model.inputs, layers.Dense(2, name="more")(model.outputs[0]))
+
+
 def _lambda():
     return keras.Sequential([keras.Input((3,)), layers.Lambda(lambda x: 2 * x, name="double")])
 
@@ -238,6 +243,7 @@ MAKE = {
     "neither gamma nor beta": _nothing,
     "a model that is not built": _nothing,
     "weights of another network": saved("w.keras", model=_other),
+    "weights of a larger network": saved("w.keras", model=_larger),
     "weights of another network in HDF5 of Keras 2": saved("w.h5", model=_other),
     "no BatchNorm": _nothing,
     "groups that do not divide": _nothing,

@@ -3,7 +3,9 @@
 import sys
 import zipfile
 
+import h5py
 import keras
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from keras import layers
@@ -117,3 +119,103 @@ class TestDamage:
         )
         with pytest.raises(InputError, match=exactly(message)):
             load_source(str(path))
+
+
+def dense(*names, drop=False):
+    """A network of layers of two outputs."""
+    return keras.Sequential(
+        [keras.Input((2,)), *[layers.Dropout(0.5)] * drop, *[layers.Dense(2, name=n) for n in names]]
+    )
+
+
+class Nested(layers.Layer):
+    """A layer that holds its layers in lists of a list."""
+
+    def __init__(self, count=2, **config):
+        super().__init__(**config)
+        self.parts = [[layers.Dense(2)] for _ in range(count)]
+
+    def build(self, shape):
+        """Build all of them."""
+        for (part,) in self.parts:
+            part.build(shape)
+
+    def call(self, x):
+        """Call one after the other."""
+        for (part,) in self.parts:
+            x = part(x)
+        return x
+
+
+class TestWeightsThatDoNotFit:
+    """Of a file all that the network lacks is told, and all that it lacks itself, where Keras passes over it."""
+
+    WAY = "  if the network is right without them, in code of your own load of the file what it needs"
+
+    @pytest.mark.parametrize("name", ["w.keras", "w.weights.h5", "w.h5"])
+    @pytest.mark.filterwarnings("ignore")
+    def test_a_larger_network(self, tmp_path, name):
+        """Its layers that are too many are named in their order, ten of them."""
+        larger = dense("a", *(f"more{number}" for number in range(12)))
+        (larger.save_weights if ".weights" in name else larger.save)(path := tmp_path / name)
+        where = (lambda number: "") if name == "w.h5" else (lambda number: f" (layers/dense_{number + 1})")
+        more = "".join(f"    more{number}{where(number)}\n" for number in range(10))
+        message = f"expected weights that fit the model, received {path}:\n  unexpected (12):\n{more}    and 2 more\n"
+
+        with pytest.raises(InputError, match=exactly(message + self.WAY)):
+            load_weights(dense("a"), path)
+
+    def test_a_larger_nested_network(self, tmp_path):
+        """So are layers of models within, and of layers that hold them in lists."""
+
+        def outer(*names, count=2):
+            return keras.Sequential([keras.Input((2,)), dense(*names), Nested(count)])
+
+        outer("a", "b", count=3).save_weights(path := tmp_path / "w.weights.h5")
+        with pytest.raises(InputError) as error:
+            load_weights(outer("a"), path)
+
+        lines = str(error.value).splitlines()
+        assert [line.rpartition(" ")[2] for line in lines[2:-1]] == [
+            "(layers/nested/parts/container_2/dense)",
+            "(layers/sequential/layers/dense_1)",
+        ]
+        assert lines[-1] == self.WAY
+
+    def test_layers_in_lists_of_a_list(self, tmp_path):
+        """Of those that a file lacks Keras only warns."""
+        model = keras.Sequential([keras.Input((2,)), Nested(1)])
+        model.save_weights(path := tmp_path / "w.weights.h5")
+        with h5py.File(path, "r+") as file:
+            del file["layers/nested/parts/container"]
+        weights = "".join(f"\n    {variable.path}" for variable in model.weights)
+        message = f"expected weights that fit the model, received {path}:\n  missing (2):{weights}"
+
+        with (
+            pytest.warns(UserWarning, match="Skipping nested container"),
+            pytest.raises(InputError, match=exactly(message)),
+        ):
+            load_weights(model, path)
+
+    @pytest.mark.parametrize("name", ["w.keras", "w.weights.h5", "w.h5"])
+    @pytest.mark.filterwarnings("ignore")
+    def test_what_is_no_layer(self, tmp_path, name):
+        """The state of a training, of random numbers and of metrics, and layers without weights, may be more."""
+        model = dense("a", drop=True)
+        model.compile(keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam()), "mse", metrics=["accuracy"])
+        model.fit(np.ones((2, 2)), np.ones((2, 2)), verbose=0)
+        (model.save_weights if ".weights" in name else model.save)(path := tmp_path / name)
+        if ".weights" in name:
+            with h5py.File(path, "r+") as file:  # as other versions of Keras write
+                file["layers/dropout/seed_generator/vars/0"] = np.zeros(2, np.uint32)
+                file["metrics/mean/vars/0"] = np.zeros(())
+        load_weights(plain := dense("a"), path)
+
+        np.testing.assert_array_equal(plain.get_layer("a").kernel, model.get_layer("a").kernel)
+
+    def test_layers_where_keras_2_13_wrote_them(self, tmp_path):
+        """They are found, and are not too many."""
+        dense("a").save_weights(path := tmp_path / "w.weights.h5")
+        with h5py.File(path, "r+") as file:
+            file.move("layers", "_layer_checkpoint_dependencies")
+        load_weights(dense("a"), path)

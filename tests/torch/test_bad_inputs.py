@@ -325,6 +325,7 @@ MAKE = {
     "lazy layers with an example": _nothing,
     "weights on the meta device": _nothing,
     "weights of another network": saved(nn.Sequential(*[nn.Linear(2, 2) for _ in range(12)]).state_dict()),
+    "weights of a larger network": saved(network().append(nn.Linear(2, 2)).state_dict()),
     "wrapped weights": saved({"state_dict": {f"module._orig_mod.{k}": v for k, v in STATE.items()}, "epoch": 3}),
     "an average of weights": saved({"ema": {f"model.{name}": value for name, value in STATE.items()}}),
     "no BatchNorm": _nothing,
