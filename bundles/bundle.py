@@ -24,7 +24,7 @@ from ..sources.files import sha256
 from ..sources.outputs import is_stage, staged
 from ..sources.spec import absolute_spec, runs_code
 from ..sources.weights import SUFFIX, load_weights, write_weights
-from .manifest import BUNDLE, MANIFEST, Drifts, local, manifest_of, read_manifest, require_replaceable
+from .manifest import BUNDLE, MANIFEST, Drifts, is_empty, local, manifest_of, read_manifest, require_replaceable
 from .source import load_model
 from .trust import Trust, is_trusted, require_trusted, trust_in
 from .written import remember
@@ -243,7 +243,7 @@ def _written(directory: Path, *, overwrite: bool) -> Iterator[tuple[Path, bool]]
     one, the manifest last, and what is not replaced stays.
     """
     if os.path.ismount(directory):
-        require_replaceable(directory, overwrite=overwrite or not any(directory.iterdir()))
+        require_replaceable(directory, overwrite=overwrite or is_empty(directory))
         with staged(directory / MANIFEST, overwrite=True) as manifest:
             yield manifest.parent, False
         return

@@ -17,7 +17,7 @@ from ..formats.seal import sealed, unsealed
 from ..formats.text import json_object
 from ..sources.hub import fetched, is_hub
 from ..sources.listing import listing, require_listed
-from ..sources.outputs import Kind, require_output
+from ..sources.outputs import Kind, is_stage, require_output
 from ..sources.spec import relative_spec
 from ..sources.weights import SUFFIX
 
@@ -26,6 +26,8 @@ RUN = "run"
 """The folder in a bundle that tells of the fine-tuning it came from; it is there before the rest."""
 SETTINGS = "run.toml"
 """The file in it that is there first, which tells a run from any folder of that name."""
+LOCK = ".lock"
+"""The file beside it that keeps other runs out."""
 SCHEMA_VERSION = 2
 """The first had no seal, and its list of files could be cut."""
 
@@ -156,8 +158,13 @@ def is_unfinished(path: str | Path) -> bool:
     return (Path(path) / RUN / SETTINGS).is_file() and not is_bundle(path)
 
 
+def is_empty(folder: Path) -> bool:
+    """Return whether there is nothing in a folder but what a killed writer of a bundle or a run left."""
+    return all(entry.name == LOCK or is_stage(entry.name) for entry in folder.iterdir())
+
+
 def _is_replaceable(path: Path) -> bool:
-    return is_bundle(path) or is_unfinished(path) or (path.is_dir() and not any(path.iterdir()))
+    return is_bundle(path) or is_unfinished(path) or (path.is_dir() and is_empty(path))
 
 
 BUNDLE = Kind("a bundle", _is_replaceable)

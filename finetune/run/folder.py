@@ -11,16 +11,15 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ...bundles.manifest import RUN, SETTINGS, require_replaceable
+from ...bundles.manifest import LOCK, RUN, SETTINGS, is_empty, require_replaceable
 from ...errors import InputError, OutputExistsError, UsageError, named
-from ...sources.outputs import clear, is_stage, staged
+from ...sources.outputs import clear, staged
 from .accuracy import Accuracy
 from .checkpoints import Checkpoint, Checkpoints
 from .journal import Journal
 from .rate import Plateau
 from .settings import Settings
 
-LOCK = ".lock"
 RETIRED = ".run.old"
 """Where the run that a new one replaces waits for it to come to something."""
 
@@ -166,6 +165,4 @@ class RunFolder:
         return (self.path / SETTINGS).is_file()
 
     def _is_empty(self) -> bool:
-        """Return whether there is nothing in the output but what a killed writer left."""
-        names = [entry.name for entry in self.output.iterdir()] if self.output.is_dir() else []
-        return all(name == LOCK or is_stage(name) for name in names)
+        return not self.output.is_dir() or is_empty(self.output)

@@ -210,6 +210,21 @@ class TestStopping:
         assert same(weights(tmp_path / "whole"), weights(tmp_path / "out"))
         assert not (tmp_path / "out" / ".lock").exists()
 
+    @pytest.mark.parametrize("left", [".lock", ".normswap-0123456789abcdef/new/run/run.toml"])
+    def test_what_a_run_killed_at_its_start_leaves(self, source, data, tmp_path, left):
+        """It may be replaced, by a run and by a bundle, and is gone then."""
+        for name in ("run", "bundle"):
+            (tmp_path / name / left).parent.mkdir(parents=True)
+            (tmp_path / name / left).touch()
+        with pytest.raises(OutputExistsError, match="add overwrite=True$"):
+            finetune(source(), tmp_path / "run", data, SETTINGS)
+        finetune(source(), tmp_path / "run", data, SETTINGS, overwrite=True)
+        normswap.save(normswap.load(tmp_path / "run"), tmp_path / "bundle", overwrite=True)
+
+        for name in ("run", "bundle"):
+            assert (tmp_path / name / "normswap.json").exists()
+            assert not (tmp_path / name / left).exists()
+
     def test_a_failing_run_leaves_no_output(self, source, data, tmp_path):
         """A run whose first step fails leaves nothing."""
         with pytest.raises(VerificationError):
