@@ -61,10 +61,10 @@ def _read_config(context: click.Context, parameter: click.Parameter, path: Path 
 
     try:
         said = from_toml(path.read_bytes(), Place(str(path)))
-    except OSError as error:
-        raise click.BadParameter(f"expected a TOML file, received {path}: {error}") from None
     except InputError as error:
         raise click.BadParameter(str(error)) from None
+    except (OSError, ValueError) as error:  # of a NUL in its name
+        raise click.BadParameter(f"expected a TOML file, received {path}: {error}") from None
     found = {name.replace("-", "_"): value for name, value in said.items()}
     unread = (None, "config", *_TRUST)
     known = {each.name: each.type for each in context.command.params if each.name not in unread}
@@ -368,6 +368,9 @@ def _leave_unread(options: dict[str, Any]) -> None:
 
 def _require_outside(output: Path, options: dict[str, Any]) -> None:
     """Raise `InputError` if the output would lie among the images, where its pictures are some of them later."""
+    from ..sources.outputs import require_name
+
+    require_name(output)
     for name in ("data", "eval_data"):
         folder = options[name]
         if folder and Path(folder).is_dir() and output.resolve().is_relative_to(Path(folder).resolve()):

@@ -20,7 +20,7 @@ from ..finetune.run.run import finetune
 from ..finetune.run.settings import Settings
 from ..formats.place import Place
 from ..formats.text import json_object
-from ..sources.outputs import staged
+from ..sources.outputs import require_name, staged
 from .processes import GOES_ON, launch
 
 if TYPE_CHECKING:
@@ -135,6 +135,7 @@ def reproduce(
     Raises `InputError` if there are no such images, or the runs there are of other settings, `UsageError` in as many
     processes as no training takes.
     """
+    require_name(output)
     curves, world = experiment.curves(scale), int(os.environ.get("WORLD_SIZE", "1"))
     if world not in (1, *(curve.processes for curve in curves)):
         raise UsageError(

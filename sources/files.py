@@ -43,6 +43,14 @@ def is_text(path: Path) -> bool:
     return True
 
 
+def is_name(path: str | Path) -> bool:
+    """Return whether something can be called so: with no NUL, and nothing that the locale has no bytes for."""
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+
+
 def as_utf8(name: str) -> str:
     """Return a path as UTF-8 has it, which files tell it in, whatever encoding the locale reads its bytes by."""
     return os.fsencode(name).decode("utf-8", "surrogateescape")

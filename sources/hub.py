@@ -14,7 +14,8 @@ from ..errors import InputError, MissingDependencyError, missing
 
 PREFIX = "hf://"
 FORM = "hf://OWNER/NAME or hf://OWNER/NAME@REVISION"
-_SPEC = re.compile(r"hf://(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^\s@]+))?", re.ASCII)
+_REVISION = r"[^\s@\x00-\x1f\ud800-\udfff]+"
+_SPEC = re.compile(rf"hf://(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>{_REVISION}))?", re.ASCII)
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 

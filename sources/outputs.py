@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputExistsError, option
+from .files import is_name
 
 STAGE = ".normswap-"
 """How the folder is called, before a hash of an output's name, in which the output is made beside its place."""
@@ -33,12 +34,21 @@ class Kind:
 FILE = Kind("a regular file", Path.is_file)
 
 
+def require_name(path: Path) -> None:
+    """Raise `OutputExistsError` for an output that nothing can be called: with a NUL, or with what no bytes are."""
+    if not is_name(path):
+        raise OutputExistsError(
+            f"expected an output that a file can be called, received {str(path)!r}; write to another output"
+        )
+
+
 def require_output(path: Path, *, overwrite: bool, kind: Kind = FILE, sources: Iterable[str | Path] = ()) -> None:
     """Raise `OutputExistsError` unless an output can take its place at ``path``; call it before the long work.
 
     It can where nothing is yet, and with ``overwrite`` in place of something of its own ``kind``: never of a link, of a
     device or of one of the ``sources`` it is made from, which may be files, folders of files, or no paths at all.
     """
+    require_name(path)
     if path.name in ("", ".."):
         raise OutputExistsError(f"expected an output with a name of its own, received {path}; write to another output")
     if not os.path.lexists(path):

@@ -9,7 +9,7 @@ from weakref import WeakValueDictionary
 
 from ..errors import InputError, UnsupportedError, option
 from .code import builder
-from .files import as_here, as_utf8
+from .files import as_here, as_utf8, is_name
 from .keras.model_file import SUFFIXES as KERAS_SUFFIXES
 from .keras.model_file import names_of_a_fresh_process, read_model
 from .zoo import ZOOS, load_from_zoo
@@ -119,7 +119,11 @@ def _networks(module: str) -> Sequence[str]:
 
 
 def relative_spec(spec: str, directory: Path) -> str:
-    """Return ``spec`` with a file's path made relative to ``directory``, in UTF-8, so that both can move together."""
+    """Return ``spec`` with a file's path made relative to ``directory``, in UTF-8, so that both can move together.
+
+    Raises `InputError` for no path.
+    """
+    _require_name(spec)
     file, colon, name = spec.rpartition(":")
     path = Path(file if file.endswith(".py") else spec)
     if path.suffix not in (".py", PROGRAM_SUFFIX, *KERAS_SUFFIXES):
@@ -134,15 +138,19 @@ def absolute_spec(spec: str, directory: Path) -> str:
     Raises `InputError` for no path.
     """
     try:
-        spec = as_here(spec)
+        here = as_here(spec)
     except ValueError:
-        raise InputError(f"expected a model as {FORMS}, received model={spec!r}") from None
-    if "\0" in spec:
-        raise InputError(f"expected a model as {FORMS}, received model={spec!r}")
-    file, colon, name = spec.rpartition(":")
+        here = spec
+    _require_name(here)
+    file, colon, name = here.rpartition(":")
     if file.endswith(".py"):
         return f"{_within(directory, file)}{colon}{name}"
-    return str(_within(directory, spec)) if spec.endswith((PROGRAM_SUFFIX, *KERAS_SUFFIXES)) else spec
+    return str(_within(directory, here)) if here.endswith((PROGRAM_SUFFIX, *KERAS_SUFFIXES)) else here
+
+
+def _require_name(spec: str) -> None:
+    if not is_name(spec):
+        raise InputError(f"expected a model as {FORMS}, received model={spec!r}")
 
 
 def _within(directory: Path, file: str) -> Path:

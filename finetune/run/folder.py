@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from ...bundles.manifest import LOCK, RUN, SETTINGS, is_empty, require_replaceable
 from ...errors import InputError, OutputExistsError, UsageError, named
-from ...sources.outputs import clear, staged
+from ...sources.outputs import clear, require_name, staged
 from .accuracy import Accuracy
 from .checkpoints import Checkpoint, Checkpoints
 from .journal import Journal
@@ -46,9 +46,13 @@ class Progress:
 
 
 class RunFolder:
-    """The folder ``run`` in ``output``; only the process of rank 0 (``writes``) changes it."""
+    """The folder ``run`` in ``output``; only the process of rank 0 (``writes``) changes it.
+
+    Raises `OutputExistsError` for an output that nothing can be called.
+    """
 
     def __init__(self, output: Path, *, writes: bool) -> None:
+        require_name(output)
         self.output, self.path, self.writes = output, output / RUN, writes
         self._retired = output / RETIRED
         self.checkpoints = Checkpoints(self.path / "checkpoints", Progress)

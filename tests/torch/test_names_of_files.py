@@ -8,15 +8,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
+import normswap
+from normswap.bundles.bundle import read
 from normswap.bundles.manifest import manifest_of
 from normswap.cli import main
 from normswap.convert.recipe import Recipe
 from normswap.data.folders import Folder
-from normswap.errors import InputError
+from normswap.errors import InputError, OutputExistsError
+from normswap.finetune.run.run import finetune
+from normswap.finetune.run.settings import Settings
 from normswap.sources.files import is_text
+from normswap.sources.hub import FORM
+from normswap.sources.spec import FORMS
 
 from ..helpers import exactly
 
@@ -102,3 +109,62 @@ def test_of_images(place):
 
     assert Folder(place / NO_TEXT / "images").identity() != before
     assert (is_text(Path("ж")), is_text(Path(NO_TEXT))) == (True, False)
+
+
+@pytest.mark.parametrize("name", ["n\0", "n\ud800"])
+class TestThatNothingIsCalled:
+    """A NUL ends a name, and half of a pair is no bytes: such outputs are refused as others, and nothing is written."""
+
+    MESSAGE = "expected an output that a file can be called, received {!r}; write to another output"
+
+    @pytest.fixture
+    def made(self, place, monkeypatch):
+        """A bundle, its file and arrays, in the working folder."""
+        monkeypatch.chdir(place)
+        np.savez("x.npz", x=np.random.default_rng(0).random((8, 8, 8, 3), np.float32), y=np.arange(8) % 2)
+        for arguments in (["patch", "net.py:build", "--to", "gn", "--input-shape", "3,8,8", "-o", "b"],
+                          ["export", "b", "-o", "m.onnx"]):  # fmt: skip
+            assert CliRunner().invoke(main, arguments).exit_code == 0
+        return set(os.listdir())
+
+    def test_of_a_command(self, made, name):
+        """Exit code 2, and the name as Python writes it."""
+        tune = ["finetune", "b", "--teacher", "none", "--steps", "1", "-o"]
+        for arguments, suffix in (
+            (["patch", "net.py:build", "--to", "gn", "-o"], ""),
+            ([*tune[:-1], "--data", f"{NO_TEXT}/images", "-o"], ""),
+            ([*tune[:-1], "--data", "x.npz", "-o"], ""),
+            ([*tune[:-1], "--data", "x.npz", "--resume", "-o"], ""),
+            (["export", "b", "-o"], ".onnx"),
+            (["verify", "b", "m.onnx", "--save-reference"], ".npz"),
+            (["plot", "b", "-o"], ".png"),
+            (["report", "b", "-o"], ".html"),
+            (["reproduce", "gn-fashion", "-o"], ""),
+        ):
+            result = CliRunner().invoke(main, [*arguments, f"{name}{suffix}"])
+            assert (result.exit_code, result.stderr) == (2, f"error: {self.MESSAGE.format(name + suffix)}\n")
+        result = CliRunner().invoke(main, ["finetune", "b", "-o", "out", "-c", name])
+        assert result.exit_code == 2
+        assert "expected a TOML file, received n" in result.stderr
+        assert set(os.listdir()) == made
+
+    def test_in_python(self, made, name):
+        """The same."""
+        model, example = normswap.load("b"), torch.zeros(2, 3, 8, 8)
+        data = normswap.open_data("x.npz", read("b").preprocessing)
+        for call in (
+            lambda: normswap.save(model, name),
+            lambda: normswap.to_onnx(model, name, example=example),
+            lambda: normswap.verify(model, "m.onnx", data=[example], save_reference=name),
+            lambda: finetune("b", name, data, Settings(steps=1)),
+            lambda: finetune("b", name, data, Settings(steps=1), resume=True),
+        ):
+            with pytest.raises(OutputExistsError, match=exactly(self.MESSAGE.format(name))):
+                call()
+        source = f"{name}.py:build"
+        with pytest.raises(InputError, match=exactly(f"expected a model as {FORMS}, received model={source!r}")):
+            normswap.save(model, "new", source=source)
+        spec = f"hf://me/net@{name}"
+        with pytest.raises(InputError, match=exactly(f"expected {FORM}, received {spec}")):
+            normswap.load(spec)
+        assert set(os.listdir()) == made
