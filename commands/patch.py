@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..console import groups, progress, show
-from ..errors import InputError, UnsupportedError, listed
+from ..errors import InputError, UnsupportedError
 from .options import (
     all_option,
     command,
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from ..convert.recipe import Recipe, Rules
     from ..convert.targets import Target
     from ..finetune.calibration.calibrate import Residuals
-    from ..patchers.plan import Plan
 
 
 _TO = "What BatchNorms become; bn: other norms become BatchNorms, with --calibrate."
@@ -122,7 +121,7 @@ def patch(
     if dry_run:
         patchers.require_usable(opened.model)
         plan = patchers.plan(opened.model, wanted, **selection)
-        problem = plan.problem() or ("" if patched_weights or is_way_back(wanted) else _without_statistics(plan))
+        problem = plan.problem()
         result = _told(plan, None) | ({"error": problem, "exit_code": UnsupportedError.exit_code} if problem else {})
         then = [] if problem else [_again(model, target)]
         show(as_json, result, plan_table(f"plan for {model}", plan.decisions, every=every), then)
@@ -154,8 +153,6 @@ def patch(
         return
     original = None if opened.bundle or patched_weights else opened.copy()
     report = patchers.patch(opened.model, wanted, **selection)
-    if patched_weights is None and (problem := _without_statistics(report.plan)):
-        raise UnsupportedError(problem)
     if opened.bundle is not None:
         if not report.replaced:
             raise UnsupportedError(f"expected a model to patch, received a bundle patched already: {model}")
@@ -191,17 +188,6 @@ def patch(
     title = "; ".join(told)
     text = plan_table(title, report.plan.decisions, result.get("drift", ()), every=every)
     show(as_json, result, text, _next(output, known))
-
-
-def _without_statistics(plan: "Plan") -> str:
-    """Return which BatchNorms to replace keep no statistics, so that nothing tells what they compute; "" if none."""
-    if not (found := [each.site.name for each in plan.having("replace") if not each.site.has_statistics]):
-        return ""
-    return (
-        f"expected BatchNorms with running statistics to carry over, received {len(found)} without:\n{listed(found)}\n"
-        "have the model keep them (track_running_stats=True) and run it on images in training mode first, or leave "
-        "such a layer as it is with --exclude NAME"
-    )
 
 
 def _opened(model: str, known: "ModelOptions") -> tuple["Opened", Path | None]:

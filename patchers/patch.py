@@ -196,7 +196,7 @@ def patch(
             f"target={target!r}; leave them out"
         )
     report = patcher_of(model).patch(model, resolved, example=example, inplace=inplace, mode=mode, **chosen)
-    _warn_of_zeros(report.plan)
+    _warn(report.plan)
     return report
 
 
@@ -216,11 +216,19 @@ def problem_of(model: Any) -> str:
     )
 
 
-def _warn_of_zeros(plan: Plan) -> None:
-    """Warn of channels that never varied, like which no statistics of a sample will be, and of those that say nothing.
+def _warn(plan: Plan) -> None:
+    """Warn of what is carried over as it is, and may not be what was meant.
 
-    Both are carried over as they are.
+    That are layers without running statistics, channels that never varied, like which no statistics of a sample will
+    be, and channels that say nothing.
     """
+    if unknown := [d.site.name for d in plan.having("replace") if not d.site.has_statistics]:
+        warnings.warn(
+            f"expected BatchNorms with running statistics, received {len(unknown)} without, whose gamma and beta are "
+            f"copied; train the model before it is used:\n{listed(unknown)}",
+            NormswapWarning,
+            stacklevel=3,
+        )
     for part, expected, why in (
         ("constant", "running variances above 0", "hold nothing or were never trained"),
         ("muted", "gammas other than 0", "are beta alone, whatever comes in"),

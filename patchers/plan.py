@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 Action = Literal["replace", "skip", "refuse", "done"]
 
 
+_NO_STATISTICS = "it keeps no running statistics to carry over"
+
+
 @dataclass(frozen=True)
 class Site:
     """One BatchNorm in a model, with every name it is reachable by.
@@ -136,9 +139,15 @@ class Plan:
         """Return why the plan cannot be carried out: a site is refused, or there is nothing to do; "" if it can be."""
         if refused := self.having("refuse"):
             lines = "\n".join(f"  {d.site.name} ({d.site.source}): {d.note}" for d in refused)
+            unknown = (
+                ", have it keep them (track_running_stats=True) and run the model on images in training mode first, or "
+                f"copy gamma and beta by {option('include', '*')} and train the model"
+                if any(d.note == _NO_STATISTICS for d in refused)
+                else ""
+            )
             return (
                 f"expected BatchNorms that can be replaced, received {len(refused)} that cannot:\n{lines}\n"
-                f"leave such a layer as it is with {option('exclude', 'NAME')}"
+                f"leave such a layer as it is with {option('exclude', 'NAME')}{unknown}"
             )
         if not self.having("replace") and not self.having("done"):
             skipped = self.having("skip")
@@ -246,9 +255,10 @@ def decide(
     """Return the plan that gives every selected site ``target``, or what a recipe or rules say of it.
 
     ``include`` and ``exclude`` are name patterns (see `matches`); ``where`` is asked the site's name last. A site to
-    be left alone needs a pattern or a recipe that names it. ``mode`` says what the layers in front take; a recipe says
-    so itself. ``state_of`` tells a site's values, from which the expected drift is computed, or None where it has none,
-    ``front_of`` what is known of a layer in front by its name. ``what`` is what messages call a site.
+    be left alone, or without running statistics, needs a pattern or a recipe that names it. ``mode`` says what the
+    layers in front take; a recipe says so itself. ``state_of`` tells a site's values, from which the expected drift is
+    computed, or None where it has none, ``front_of`` what is known of a layer in front by its name. ``what`` is what
+    messages call a site.
 
     Raises `InputError` if a pattern or rule matches no site or a recipe does not fit the sites.
     """
@@ -268,6 +278,7 @@ def decide(
         chosen = {site.name: target for site in sites}
 
     depth = sum(isinstance(each, SwitchNorm) for each in chosen.values())
+    named = bool(include) or isinstance(target, Recipe)
     decisions = []
     for site in sites:
         names = (site.name, *site.aliases)
@@ -279,12 +290,11 @@ def decide(
             decisions.append(Decision(site, "skip", note="not selected by `where`"))
         elif site.name not in chosen:
             decisions.append(Decision(site, "skip", note=unchosen.get(site.name, "not in the recipe")))
-        elif site.left and not include and not isinstance(target, Recipe):
+        elif site.left and not named:
             decisions.append(Decision(site, "skip", note=site.left))
         else:
-            decisions.append(
-                _decide_one(site, chosen[site.name], depth, modes.get(site.name, mode), state_of, front_of)
-            )
+            mode_of = modes.get(site.name, mode)
+            decisions.append(_decide_one(site, chosen[site.name], depth, mode_of, state_of, front_of, named=named))
     return Plan(framework, tuple(decisions))
 
 
@@ -308,6 +318,8 @@ def _decide_one(
     mode: Mode | None,
     state_of: Callable[[str], BatchNormState | None],
     front_of: Callable[[str], Front | None],
+    *,
+    named: bool,
 ) -> Decision:
     if isinstance(target, BatchNorm):
         return _decide_back(site, target)
@@ -324,6 +336,12 @@ def _decide_one(
         example = spoken("--input-shape", "an example input")
         note = f"a {site.source} takes any number of dimensions: give {example} to see how many there are"
         return Decision(site, "refuse", target, note)
+    if not site.has_statistics:
+        if isinstance(target, SwitchNorm) and target.batch_statistics == "frozen":
+            frozen = option("batch_statistics", "frozen")
+            return Decision(site, "refuse", target, f"{frozen} needs running statistics to freeze")
+        if not named:
+            return Decision(site, "refuse", target, _NO_STATISTICS)
     groups = None
     notes = [] if site.has_statistics else ["no running statistics: gamma and beta are copied, expect a large drift"]
     if site.by_the_batch:
@@ -348,9 +366,6 @@ def _decide_one(
         target = GroupNorm(groups=groups)
         notes.append(note)
     elif isinstance(target, SwitchNorm) and not site.has_statistics and target.batch_statistics != "none":
-        if target.batch_statistics == "frozen":
-            frozen = option("batch_statistics", "frozen")
-            return Decision(site, "refuse", target, f"{frozen} needs running statistics to freeze")
         notes.append("its running statistics start at 0 and 1: fine-tune before use")
     state = state_of(site.name)
     constant = 0 if state is None or state.var is None else int((state.var == 0).sum())

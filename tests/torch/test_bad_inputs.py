@@ -321,6 +321,7 @@ MAKE = {
     "gammas of 0": changed("1.weight", 0.0, 4),
     "neither gamma nor beta": _nothing,
     "no running statistics": _nothing,
+    "no running statistics, and named": _nothing,
     "lazy layers": _nothing,
     "lazy layers with an example": _nothing,
     "weights on the meta device": _nothing,

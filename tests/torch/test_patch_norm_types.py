@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import normswap
-from normswap.errors import UnsupportedError
+from normswap.convert.targets import as_target
+from normswap.errors import NormswapWarning, UnsupportedError
 from normswap.layers.torch import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d
 from normswap.patchers.torch import subclasses as registry
 from normswap.patchers.torch.batch_norm import epsilon_of
@@ -358,11 +359,28 @@ def test_missing_parameters_are_created_where_needed(images, target, options):
 
 @pytest.mark.parametrize("target", ["sn", "gn", "brn"])
 def test_without_running_statistics_gamma_and_beta_are_copied(target):
-    """There is nothing to match: gamma and beta are copied and the plan says so."""
+    """There is nothing to match: it is refused, or where it is named copied, which a warning and the plan say."""
     model = nn.Sequential(nn.BatchNorm2d(4, track_running_stats=False))
     torch.nn.init.uniform_(model[0].weight)
     weight = model[0].weight.detach().clone()
-    report = normswap.patch(model, target)
+    message = (
+        "expected BatchNorms that can be replaced, received 1 that cannot:\n"
+        "  0 (BatchNorm2d): it keeps no running statistics to carry over\n"
+        "leave such a layer as it is with exclude='NAME', have it keep them (track_running_stats=True) and run the "
+        "model on images in training mode first, or copy gamma and beta by include='*' and train the model"
+    )
+    for refused in (target, normswap.Rules((normswap.Rule(as_target(target)),))):
+        with pytest.raises(UnsupportedError, match=exactly(message)):
+            normswap.patch(model, refused)
+    warning = (
+        "expected BatchNorms with running statistics, received 1 without, whose gamma and beta are copied; train the "
+        "model before it is used:\n  0"
+    )
+    recipe = normswap.plan(model, target, include="0").recipe()
+    with pytest.warns(NormswapWarning, match=exactly(warning)):
+        normswap.patch(model, recipe, inplace=False)
+    with pytest.warns(NormswapWarning, match=exactly(warning)):
+        report = normswap.patch(model, target, include="0")
 
     assert torch.equal(model[0].weight, weight)
     assert report.replaced[0].note.startswith("no running statistics: gamma and beta are copied")
