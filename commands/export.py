@@ -60,9 +60,11 @@ def export(
     opened = Opened(model, known)
     original = opened.bundle is not None and opened.bundle.has_original
     if latency and not original:
-        raise click.UsageError(f"expected a bundle saved with its original beside --latency, received {model}")
+        raise click.UsageError(
+            f"expected a bundle saved with its original beside --latency, received {model}; leave the option out"
+        )
     if latency and known.example is not None:
-        raise click.UsageError("expected the shape of one image beside --latency, received --example")
+        raise click.UsageError("expected the shape of one image beside --latency, received --example; leave one out")
     settings = opened.preprocessing
     given = known.example is not None or opened.example is None
     example = opened.example if given else _noise(opened.example)

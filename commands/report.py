@@ -195,7 +195,7 @@ def _latency(file: "OnnxFile", opened: "Opened | None", timeout: float) -> "Late
             raise
         except Exception as error:  # onnxruntime's own, of a file of anybody's
             raise InputError(
-                f"expected a file that runs on {sizes}, received {file.path}, which fails: {error}"
+                f"expected a file that runs on {sizes}, received {file.path}, which fails: {error}; leave --latency out"
             ) from None
 
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 from onnxruntime.transformers.float16 import ALWAYS_FLOAT_INPUTS, DEFAULT_OP_BLOCK_LIST
 
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, option
 
 HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
 SUBGRAPHS = ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS
@@ -24,7 +24,10 @@ def to_half(model: ir.Model, norms: Collection[str]) -> None:
     types. Raises `UnsupportedError` for a weight beyond float16 and for control flow.
     """
     if nested := [node.op_type for node in model.graph if any(a.type in SUBGRAPHS for a in node.attributes.values())]:
-        raise UnsupportedError(f"expected a model without control flow for float16, received one with {nested[0]}")
+        raise UnsupportedError(
+            f"expected a model without control flow for float16, received one with {nested[0]}; leave "
+            f"{option('half')} out"
+        )
     ShapeInferencePass()(model)
     wide = {
         node
@@ -92,7 +95,8 @@ def _narrow_weight(graph: ir.Graph, value: ir.Value, wide: set[ir.Node]) -> None
     array = value.const_value.numpy()
     if array.size and np.abs(array).max() > LARGEST:
         raise UnsupportedError(
-            f"expected weights up to {LARGEST:.0f} for float16, received {value.name} with {np.abs(array).max():g}"
+            f"expected weights up to {LARGEST:.0f} for float16, received {value.name} with {np.abs(array).max():g}; "
+            f"leave {option('half')} out"
         )
     name = str(value.name)
     shared = len(uses) < len(value.uses())

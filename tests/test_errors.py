@@ -103,8 +103,8 @@ MESSAGES = [
     ),
     (
         lambda folder: said(InputError, load_reference, garbage(folder)),
-        "expected a reference written by --save-reference in {}/r.npz, received File is not a zip file",
-        "expected a reference written by save_reference= in {}/r.npz, received File is not a zip file",
+        "expected a reference written by --save-reference in {}/r.npz, received File is not a zip file; write it again",
+        "expected a reference written by save_reference= in {}/r.npz, received File is not a zip file; write it again",
     ),
     (
         lambda folder: refused(

@@ -29,15 +29,15 @@ class TestExternalData:
     @pytest.mark.parametrize(
         ("location", "reason"),
         [
-            ("../secret.bin", "it leaves the folder"),
-            ("parts/../../secret.bin", "it leaves the folder"),
-            ("..\\secret.bin", "it leaves the folder"),
-            ("/etc/hostname", "an absolute path"),
-            ("C:\\secret.bin", "an absolute path"),
-            ("", "no file's name"),
-            ("m\0.data", "no file's name"),
-            ("gone.bin", "there is no such file"),
-            ("parts", "it is not a file"),
+            ("../secret.bin", "it leaves the folder; export the model again"),
+            ("parts/../../secret.bin", "it leaves the folder; export the model again"),
+            ("..\\secret.bin", "it leaves the folder; export the model again"),
+            ("/etc/hostname", "an absolute path; export the model again"),
+            ("C:\\secret.bin", "an absolute path; export the model again"),
+            ("", "no file's name; export the model again"),
+            ("m\0.data", "no file's name; export the model again"),
+            ("gone.bin", "there is no such file; get both files once more"),
+            ("parts", "it is not a file; export the model again"),
         ],
     )
     def test_locations_outside_the_folder(self, folder, location, reason):
@@ -59,7 +59,7 @@ class TestExternalData:
 
             assert refused(path) == (
                 f"expected external data in plain files beside {path}, received location={location!r} for tensor "
-                f"'w': {folder / link} is a symbolic link"
+                f"'w': {folder / link} is a symbolic link; copy it"
             )
 
     def test_a_hard_link(self, folder):
@@ -82,7 +82,7 @@ class TestExternalData:
 
         assert refused(path) == (
             f"expected 48 bytes within the 48 of m.onnx.data for tensor 'w' of {path}, "
-            f"received offset={offset} and length={length}"
+            f"received offset={offset} and length={length}; get both files once more"
         )
 
     def test_a_short_file(self, folder):
@@ -91,7 +91,8 @@ class TestExternalData:
         path = external(folder, location="m.onnx.data")
 
         assert refused(path) == (
-            f"expected 48 bytes within the 20 of m.onnx.data for tensor 'w' of {path}, received offset=0 and length=48"
+            f"expected 48 bytes within the 20 of m.onnx.data for tensor 'w' of {path}, received offset=0 and "
+            "length=48; get both files once more"
         )
 
     def test_an_offset_that_is_no_number(self, folder):
@@ -100,7 +101,8 @@ class TestExternalData:
         path = external(folder, location="m.onnx.data", offset="here")
 
         assert refused(path) == (
-            "expected an offset and a length in numbers, received {'location': 'm.onnx.data', 'offset': 'here'}"
+            f"expected an offset and a length in numbers for tensor 'w' of {path}, received "
+            "{'location': 'm.onnx.data', 'offset': 'here'}; export the model again"
         )
 
     def test_wherever_a_tensor_is(self, folder):
@@ -115,7 +117,9 @@ class TestExternalData:
         proto.graph.node.append(helper.make_node("If", ["c"], ["z"], then_branch=branch, else_branch=branch))
         (folder / "m.onnx").write_bytes(proto.SerializeToString())
 
-        assert refused(folder / "m.onnx").endswith("location='../secret.bin' for tensor 'c': it leaves the folder")
+        assert refused(folder / "m.onnx").endswith(
+            "location='../secret.bin' for tensor 'c': it leaves the folder; export the model again"
+        )
 
 
 class TestTensors:
@@ -127,7 +131,8 @@ class TestTensors:
         (folder / "m.onnx").write_bytes(proto.SerializeToString())
 
         assert refused(folder / "m.onnx") == (
-            f"expected 4398046511104 bytes in {folder / 'm.onnx'} for tensor 'w' of shape (1099511627776,), received 16"
+            f"expected 4398046511104 bytes in {folder / 'm.onnx'} for tensor 'w' of shape (1099511627776,), received "
+            "16; get the file once more"
         )
 
     def test_a_product_that_overflows(self, folder):
@@ -146,7 +151,8 @@ class TestTensors:
         (folder / "m.onnx").write_bytes(proto.SerializeToString())
 
         assert refused(folder / "m.onnx") == (
-            f"expected sizes of 0 and more in {folder / 'm.onnx'}, received tensor 'w' of shape (-3, -4)"
+            f"expected sizes of 0 and more in {folder / 'm.onnx'}, received tensor 'w' of shape (-3, -4); get "
+            "the file once more"
         )
 
     def test_an_unknown_type(self, folder):
@@ -157,7 +163,7 @@ class TestTensors:
 
         assert refused(folder / "m.onnx") == (
             f"expected a data type ONNX has in {folder / 'm.onnx'}, received tensor 'w' of shape (3, 4) and "
-            "data_type=77"
+            "data_type=77; get the file once more"
         )
 
     @pytest.mark.parametrize(

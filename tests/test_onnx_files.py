@@ -25,6 +25,8 @@ from normswap.verification.verify import verify_against
 from .helpers import exactly
 from .onnx_models import WEIGHT, endless, external, refused, scores
 
+NEWER = "update onnxruntime, or export the model again"
+
 
 class TestWholeFiles:
     def test_an_empty_file(self, folder):
@@ -52,16 +54,16 @@ class TestWholeFiles:
 
         assert refused(folder / "m.onnx") == (
             f"expected an ONNX model in {folder / 'm.onnx'}, received a file that is not valid: it holds no graph with "
-            "outputs"
+            "outputs; export the model again"
         )
 
     def test_what_the_checker_refuses(self, folder):
         """A graph whose shapes contradict each other is refused, with the checker's reason."""
         (folder / "m.onnx").write_bytes(scores(weight=WEIGHT.T.copy()).SerializeToString())
 
-        assert refused(folder / "m.onnx").startswith(
-            f"expected an ONNX model in {folder / 'm.onnx'}, received a file that is not valid: "
-        )
+        said = refused(folder / "m.onnx")
+        assert said.startswith(f"expected an ONNX model in {folder / 'm.onnx'}, received a file that is not valid: ")
+        assert said.endswith("; export the model again")
 
     @pytest.mark.parametrize("opset", [0, 999])
     def test_operator_sets_out_of_range(self, folder, opset):
@@ -70,7 +72,7 @@ class TestWholeFiles:
         newest = newest_versions()[1]
 
         assert refused(folder / "m.onnx", UnsupportedError) == (
-            f"expected an opset from 1 to {newest} in {folder / 'm.onnx'}, received opset={opset}"
+            f"expected an opset from 1 to {newest} in {folder / 'm.onnx'}, received opset={opset}; {NEWER}"
         )
         assert newest >= 20
 
@@ -80,7 +82,7 @@ class TestWholeFiles:
         newest = newest_versions()[0]
 
         assert refused(folder / "m.onnx", UnsupportedError) == (
-            f"expected an IR version from 1 to {newest} in {folder / 'm.onnx'}, received ir_version=99"
+            f"expected an IR version from 1 to {newest} in {folder / 'm.onnx'}, received ir_version=99; {NEWER}"
         )
         assert newest >= 9
 
@@ -101,7 +103,7 @@ class TestWholeFiles:
 
         assert refused(folder / "m.onnx", UnsupportedError) == (
             f"expected operators that onnxruntime has in {folder / 'm.onnx'}, received {op} of domain {told} "
-            "(node head)"
+            f"(node head); {NEWER}"
         )
 
     def test_functions_of_the_file_itself_are_known(self, folder):
@@ -241,8 +243,40 @@ class TestEvaluate:
     def test_hostile_files_are_refused(self, folder):
         """`evaluate` reads a file through the same checks."""
         path = external(folder, location="../secret.bin", length=48)
-        with pytest.raises(InputError, match="it leaves the folder$"):
+        with pytest.raises(InputError, match="it leaves the folder; export the model again$"):
             open_onnx(path)
+
+    def test_a_file_of_two_inputs(self, folder):
+        """It is held against its model, not run on images."""
+        proto = scores()
+        proto.graph.input.append(helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, [1]))
+        (folder / "m.onnx").write_bytes(proto.SerializeToString())
+        message = "expected a file with one input to evaluate, received 2; hold it against its model by normswap.verify"
+        with pytest.raises(InputError, match=exactly(message)):
+            open_onnx(folder / "m.onnx")
+
+    def test_images_that_a_file_does_not_take(self, folder):
+        """What onnxruntime says of them is told."""
+        proto = scores()
+        known = Preprocessing((2, 2, 3), "channels_last").to_dict()
+        proto.metadata_props.add(key="normswap.preprocessing", value=json.dumps(known))
+        (folder / "m.onnx").write_bytes(proto.SerializeToString())
+        predict, _ = open_onnx(folder / "m.onnx")
+        with pytest.raises(InputError) as caught:
+            predict(np.zeros((2, 2, 2, 3), np.float32))
+
+        said = str(caught.value)
+        assert said.startswith("expected images the file takes, received some on which it fails: ")
+        assert said.endswith("; give images of the size that it was exported for")
+
+    def test_a_model_that_onnxruntime_refuses(self):
+        """So is what it says of a model."""
+        with pytest.raises(InputError) as caught:
+            session(b"none")
+
+        said = str(caught.value)
+        assert said.startswith("expected a model onnxruntime can load, received one it refuses: ")
+        assert said.endswith(f"; {NEWER}")
 
     @pytest.mark.parametrize(
         ("make", "code"),

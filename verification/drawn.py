@@ -54,7 +54,10 @@ class Input:
         tensor = value.type.tensor_type
         kind = onnx.TensorProto.DataType.Name(tensor.elem_type)
         if kind not in _KINDS:
-            raise InputError(f"expected inputs of {', '.join(_KINDS)}, received {value.name!r} of {kind}")
+            raise InputError(
+                f"expected inputs of {', '.join(_KINDS)}, received {value.name!r} of {kind}; export "
+                "the model behind what reads it"
+            )
         shape = tuple(
             size.dim_value if size.HasField("dim_value") else size.dim_param or f"{value.name}.{axis}"
             for axis, size in enumerate(tensor.shape.dim)
@@ -72,7 +75,9 @@ class Input:
             taken = array.astype(self.dtype)
         if self.dtype.kind != "f" and not np.array_equal(taken, array):
             other = array[taken != array].flat[0]
-            raise InputError(f"expected {self.dtype} for {self}, received {other} of {array.dtype}")
+            raise InputError(
+                f"expected {self.dtype} for {self}, received {other} of {array.dtype}; give numbers of that type"
+            )
         return np.array(taken, order="C")
 
     def takes(self, array: Array) -> bool:
@@ -176,7 +181,9 @@ class Drawn:
             for axis, size in enumerate(entry.shape)
         ]  # fmt: skip
         if math.prod(shape) > MOST_VALUES:
-            raise InputError(f"expected inputs of at most {MOST_VALUES} values, received {entry}")
+            raise InputError(
+                f"expected inputs of at most {MOST_VALUES} values, received {entry}; export the model for smaller ones"
+            )
         if shown is None or not shown.size:
             return self._unseen(entry, shape, scale, how)
         if entry.name in self.rows and how < SHOWN:

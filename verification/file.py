@@ -110,7 +110,7 @@ def read_model(path: Path) -> OnnxFile:
     try:
         proto = onnx.ModelProto.FromString(content)
     except Exception:
-        raise _invalid(path, "it is damaged or cut short; get the file once more") from None
+        raise _invalid(path, "it is damaged or cut short", "get the file once more") from None
     if not proto.graph.output:
         raise _invalid(path, "it holds no graph with outputs")
     _require_versions(proto, path)
@@ -124,21 +124,24 @@ def read_model(path: Path) -> OnnxFile:
     return OnnxFile(path, content, proto)
 
 
-def _invalid(path: Path, reason: str) -> InputError:
-    first = (reason.strip().splitlines() or ["no reason given"])[0]
-    return InputError(f"expected an ONNX model in {path}, received a file that is not valid: {first}")
+_NEWER = "update onnxruntime, or export the model again"
+
+
+def _invalid(path: Path, reason: str, way: str = "export the model again") -> InputError:
+    first = (reason.strip().splitlines() or ["no reason given"])[0].rstrip(".")
+    return InputError(f"expected an ONNX model in {path}, received a file that is not valid: {first}; {way}")
 
 
 def _require_versions(proto: onnx.ModelProto, path: Path) -> None:
     newest_ir, newest_opset = newest_versions()
     if not 1 <= proto.ir_version <= newest_ir:
         raise UnsupportedError(
-            f"expected an IR version from 1 to {newest_ir} in {path}, received ir_version={proto.ir_version}"
+            f"expected an IR version from 1 to {newest_ir} in {path}, received ir_version={proto.ir_version}; {_NEWER}"
         )
     for entry in proto.opset_import:
         if entry.domain in ("", "ai.onnx") and not 1 <= entry.version <= newest_opset:
             raise UnsupportedError(
-                f"expected an opset from 1 to {newest_opset} in {path}, received opset={entry.version}"
+                f"expected an opset from 1 to {newest_opset} in {path}, received opset={entry.version}; {_NEWER}"
             )
 
 
@@ -171,7 +174,7 @@ def _require_operators(proto: onnx.ModelProto, path: Path) -> None:
             if (domain, node.op_type) not in known:
                 raise UnsupportedError(
                     f"expected operators that onnxruntime has in {path}, received {node.op_type} of domain "
-                    f"{domain or 'ai.onnx'} (node {node.name or ', '.join(node.output)})"
+                    f"{domain or 'ai.onnx'} (node {node.name or ', '.join(node.output)}); {_NEWER}"
                 )
 
 
@@ -210,12 +213,14 @@ def _tensors(proto: onnx.ModelProto) -> Iterator[TensorProto]:
 
 def _require_data(tensor: TensorProto, path: Path) -> None:
     """Raise `InputError` unless the tensor's data is there and is as much as its type and shape say."""
-    what = f"tensor {tensor.name!r} of shape {tuple(tensor.dims)}"
+    what, way = f"tensor {tensor.name!r} of shape {tuple(tensor.dims)}", "get the file once more"
     if any(size < 0 for size in tensor.dims):
-        raise InputError(f"expected sizes of 0 and more in {path}, received {what}")
+        raise InputError(f"expected sizes of 0 and more in {path}, received {what}; {way}")
     count = math.prod(tensor.dims)
     if tensor.data_type not in TensorProto.DataType.values() or tensor.data_type == TensorProto.UNDEFINED:
-        raise InputError(f"expected a data type ONNX has in {path}, received {what} and data_type={tensor.data_type}")
+        raise InputError(
+            f"expected a data type ONNX has in {path}, received {what} and data_type={tensor.data_type}; {way}"
+        )
     kind = TensorProto.DataType.Name(tensor.data_type)
     if kind == "STRING" or (kind in _PACKED and not tensor.HasField("raw_data") and not tensor.external_data):
         return
@@ -230,7 +235,7 @@ def _require_data(tensor: TensorProto, path: Path) -> None:
         parts = 2 if kind.startswith("COMPLEX") else 1
         stored = sum(len(getattr(tensor, field)) for field in _TYPED) * bits // 8 // parts
     if stored != needed:
-        raise InputError(f"expected {needed} bytes in {path} for {what}, received {stored}")
+        raise InputError(f"expected {needed} bytes in {path} for {what}, received {stored}; {way}")
 
 
 def _require_external(tensor: TensorProto, path: Path, needed: int) -> None:
@@ -241,34 +246,38 @@ def _require_external(tensor: TensorProto, path: Path, needed: int) -> None:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     where = f"location={location!r} for tensor {tensor.name!r}"
-    expected = f"expected external data in plain files beside {path}"
+    refused = f"expected external data in plain files beside {path}, received {where}:"
+    again, copy = "export the model again", "copy it"
     if not location or "\0" in location:
-        raise InputError(f"{expected}, received {where}: no file's name")
+        raise InputError(f"{refused} no file's name; {again}")
     for flavour in (PurePosixPath(location), PureWindowsPath(location)):
         if flavour.is_absolute() or flavour.drive or flavour.root:
-            raise InputError(f"{expected}, received {where}: an absolute path")
+            raise InputError(f"{refused} an absolute path; {again}")
         if ".." in flavour.parts:
-            raise InputError(f"{expected}, received {where}: it leaves the folder")
+            raise InputError(f"{refused} it leaves the folder; {again}")
     file = path.parent
     for part in PurePosixPath(location).parts:
         file /= part
         if file.is_symlink():
-            raise InputError(f"{expected}, received {where}: {file} is a symbolic link")
+            raise InputError(f"{refused} {file} is a symbolic link; {copy}")
     try:
         found = os.lstat(file)
     except (OSError, ValueError):
-        raise InputError(f"{expected}, received {where}: there is no such file") from None
+        raise InputError(f"{refused} there is no such file; get both files once more") from None
     if not stat.S_ISREG(found.st_mode):
-        raise InputError(f"{expected}, received {where}: it is not a file")
+        raise InputError(f"{refused} it is not a file; {again}")
     if found.st_nlink > 1:
-        raise InputError(f"{expected}, received {where}: the file has {found.st_nlink} names (hard links); copy it")
+        raise InputError(f"{refused} the file has {found.st_nlink} names (hard links); {copy}")
     try:
         offset = int(entries.get("offset") or 0)
         length = int(entries.get("length") or needed)
     except ValueError:
-        raise InputError(f"expected an offset and a length in numbers, received {entries}") from None
+        raise InputError(
+            f"expected an offset and a length in numbers for tensor {tensor.name!r} of {path}, received {entries}; "
+            f"{again}"
+        ) from None
     if offset < 0 or length != needed or offset + length > found.st_size:
         raise InputError(
             f"expected {needed} bytes within the {found.st_size} of {location} for tensor {tensor.name!r} of {path}, "
-            f"received offset={offset} and length={length}"
+            f"received offset={offset} and length={length}; get both files once more"
         )

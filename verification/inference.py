@@ -32,7 +32,11 @@ def open_onnx(
     file = read_model(path)
     stored = file.metadata.get("preprocessing")
     if len(file.inputs) != 1:
-        raise InputError(f"expected a file with one input to evaluate, received {len(file.inputs)}")
+        verify = spoken("normswap verify", "normswap.verify")
+        raise InputError(
+            f"expected a file with one input to evaluate, received {len(file.inputs)}; hold it against its model by "
+            f"{verify}"
+        )
     if stored is None:
         raise InputError(f"expected a file that says how images become its input, received {path} without; "
                          f"export it with {spoken('--input-shape', 'metadata=')}")  # fmt: skip
@@ -48,7 +52,11 @@ def open_onnx(
         except InputError:
             raise
         except Exception as error:
-            raise InputError(f"expected images the file takes, received some on which it fails: {error}") from None
+            told = str(error).strip().rstrip(".")
+            raise InputError(
+                f"expected images the file takes, received some on which it fails: {told}; give images of the size "
+                "that it was exported for"
+            ) from None
         return result
 
     return predict, changed

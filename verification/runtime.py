@@ -86,7 +86,11 @@ def session(
             source, options, providers=[(full, exact if settings is None else dict(settings))], enable_fallback=0
         )
     except Exception as error:
-        raise InputError(f"expected a model onnxruntime can load, received one it refuses: {error}") from None
+        told = str(error).strip().rstrip(".")
+        raise InputError(
+            f"expected a model onnxruntime can load, received one it refuses: {told}; update onnxruntime, or export "
+            "the model again"
+        ) from None
     if full not in runner.get_providers():
         raise _missing(provider, f"one that runs on {', '.join(runner.get_providers())} in its place")
     return runner

@@ -52,7 +52,7 @@ def load_reference(path: Path) -> Reference:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("its arrays are compressed")
         with np.load(path, allow_pickle=False) as arrays:
-            place = Place(str(path), remedy=f"write it again with {_wrote()}")
+            place = Place(str(path), remedy=f"write it again with {wrote()}")
             index = json_object(str(arrays["index"]), place)
             if index.get("format") != FORMAT:
                 raise ValueError(f"format={index.get('format')!r} where this version reads {FORMAT}")
@@ -70,10 +70,11 @@ def load_reference(path: Path) -> Reference:
         reason = f"no {str(error.args[0]).split()[0]} in it"
     except Exception as error:
         reason = str(error) or type(error).__name__
-    raise InputError(f"expected a reference written by {_wrote()} in {path}, received {reason}")
+    raise InputError(f"expected a reference written by {wrote()} in {path}, received {reason}; write it again")
 
 
-def _wrote() -> str:
+def wrote() -> str:
+    """Return what writes a reference."""
     return spoken("--save-reference", "save_reference=")
 
 

@@ -18,7 +18,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from ..errors import InputError, MissingDependencyError
+from ..errors import InputError, MissingDependencyError, option
 from ..frameworks import several
 from ..frameworks.detect import get_framework
 from ..frameworks.example import Inputs, to_array
@@ -34,7 +34,7 @@ from .rows import row_problems
 from .runtime import TIMEOUT, answers, chosen_providers, session
 from .runtimes.known import ONNXRUNTIME, chosen_runtimes, is_tflite
 from .sizes import changed, contradictions
-from .stored import load_reference
+from .stored import load_reference, wrote
 from .stored import save_reference as save
 from .verdict import (
     ERRORS,
@@ -191,7 +191,8 @@ def verify_against(
             problems += _unfit(value, batch.arrays[value.name], "input")
         if problems:
             raise InputError(
-                f"expected a reference of the model in {path}, received {reference} of another: {problems[0]}"
+                f"expected a reference of the model in {path}, received {reference} of another: {problems[0]}; "
+                f"write one of this model by {wrote()}"
             )
         return joined([_judge(each, stored) for each in runs])
 
@@ -407,12 +408,16 @@ def _arrays(inputs: Sequence[Input], given: Inputs, template: Inputs) -> Arrays:
     found = given.arrays
     if len(found) != len(inputs):
         raise InputError(
-            f"expected data of {len(inputs)} arrays, one for each input of the file, received {len(found)}"
+            f"expected data of {len(inputs)} arrays, one for each input of the file, received {len(found)}; "
+            "give each, in their order or by name"
         )
     places = template.arrays if set(template.arrays) == set(found) else found  # keywords come in any order
     arrays = {entry.name: entry.as_taken(to_array(found[place])) for entry, place in zip(inputs, places, strict=True)}
     if unfit := [f"{entry} with {arrays[entry.name].shape}" for entry in inputs if not entry.takes(arrays[entry.name])]:
-        raise InputError(f"expected data of the shapes the file takes, received {', '.join(unfit)}")
+        raise InputError(
+            f"expected data of the shapes the file takes, received {', '.join(unfit)}; give such, or export the model "
+            f"with {option('dynamic_size')}"
+        )
     return arrays
 
 

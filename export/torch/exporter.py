@@ -38,7 +38,7 @@ def export_module(
             if not waiting or _whatever_is_open(error):
                 raise UnsupportedError(
                     f"expected a model torch.onnx.export can export, received {described} on which it fails: "
-                    f"{reason_of(error)}{_place(error, module)}"
+                    f"{reason_of(error).rstrip('.')}{_place(error, module)}; write that in another way"
                 ) from error
             rest = {place: name for place, name in waiting.items() if name == BATCH}
             waiting = rest if len(rest) < len(waiting) else {}

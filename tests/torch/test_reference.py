@@ -148,7 +148,7 @@ def test_damaged_references(saved, damage, reason):
         verify_against(folder / "r.npz", folder / "m.onnx")
 
     assert str(caught.value) == (
-        f"expected a reference written by save_reference= in {folder / 'r.npz'}, received {reason}"
+        f"expected a reference written by save_reference= in {folder / 'r.npz'}, received {reason}; write it again"
     )
 
 
@@ -205,8 +205,10 @@ class TestOfAnotherModel:
         with pytest.raises(InputError) as caught:
             verify_against(folder / "r.npz", folder / "o.onnx")
         start = f"expected a reference of the model in {folder / 'o.onnx'}, received {folder / 'r.npz'} of another: "
+        end = "; write one of this model by save_reference="
         assert str(caught.value).startswith(start)
-        return str(caught.value).removeprefix(start)
+        assert str(caught.value).endswith(end)
+        return str(caught.value).removeprefix(start).removesuffix(end)
 
     def test_other_inputs(self, saved):
         """A reference for inputs of another name is refused."""

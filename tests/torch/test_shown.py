@@ -205,5 +205,6 @@ def test_data_that_does_not_fit(tmp_path):
         normswap.verify(model, tmp_path / "m.onnx", data=[(np.zeros((2, 3, 4, 8), np.float32), np.ones(2, np.int64))])
 
     assert str(caught.value) == (
-        "expected data of the shapes the file takes, received x (batch, 3, 8, 8) with (2, 3, 4, 8)"
+        "expected data of the shapes the file takes, received x (batch, 3, 8, 8) with (2, 3, 4, 8); give such, or "
+        "export the model with dynamic_size=True"
     )

@@ -246,7 +246,9 @@ def test_data_for_a_file_of_several_inputs(tmp_path):
     with pytest.raises(normswap.errors.InputError) as caught:
         normswap.verify(model, tmp_path / "m.onnx", data=[np.zeros((2, 3), np.float32)])
 
-    assert str(caught.value) == "expected data of 2 arrays, one for each input of the file, received 1"
+    assert str(caught.value) == (
+        "expected data of 2 arrays, one for each input of the file, received 1; give each, in their order or by name"
+    )
     verdict = normswap.verify(model, tmp_path / "m.onnx", data=[example])
     assert verdict
     assert "data" in {check.inputs for check in verdict.checks}

@@ -116,7 +116,7 @@ def test_numbers_of_another_kind_are_cast_where_they_are_the_same(path):
     normswap.to_onnx(model, path, example=ids)
 
     assert normswap.verify(model, path, example=ids.float(), data=[ids.int(), ids.double()])
-    message = "expected int64 for ids (batch, 7), received 0.5 of float32"
+    message = "expected int64 for ids (batch, 7), received 0.5 of float32; give numbers of that type"
     with pytest.raises(InputError, match=exactly(message)):
         normswap.verify(model, path, data=[torch.full((2, 7), 0.5)])
 
