@@ -65,6 +65,22 @@ class TestWholeFiles:
         assert said.startswith(f"expected an ONNX model in {folder / 'm.onnx'}, received a file that is not valid: ")
         assert said.endswith("; export the model again")
 
+    @pytest.mark.parametrize("name", [b"head", b"batch", b"MatMul", b"normswap.sites"])
+    def test_names_that_are_no_text(self, folder, name):
+        """They are told, wherever they are; what a doc string is in nobody needs to read."""
+        proto = scores()
+        proto.metadata_props.add(key="normswap.sites", value="{}")
+        proto.doc_string = proto.graph.node[0].doc_string = "note"
+        content = proto.SerializeToString().replace(b"note", b"n\xfcte")
+        (folder / "m.onnx").write_bytes(content)
+        assert read_model(folder / "m.onnx").sites == {}
+        (folder / "m.onnx").write_bytes(content.replace(name, b"\xff" + name[1:]))
+
+        assert refused(folder / "m.onnx") == (
+            f"expected an ONNX model in {folder / 'm.onnx'}, received a file that is not valid: it holds a name that "
+            "is no UTF-8; get the file once more"
+        )
+
     @pytest.mark.parametrize("opset", [0, 999])
     def test_operator_sets_out_of_range(self, folder, opset):
         """An operator set onnxruntime does not load is unsupported; the range it does is listed."""

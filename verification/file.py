@@ -111,6 +111,8 @@ def read_model(path: Path) -> OnnxFile:
         proto = onnx.ModelProto.FromString(content)
     except Exception:
         raise _invalid(path, "it is damaged or cut short", "get the file once more") from None
+    if not _is_text(proto):
+        raise _invalid(path, "it holds a name that is no UTF-8", "get the file once more")
     if not proto.graph.output:
         raise _invalid(path, "it holds no graph with outputs")
     _require_versions(proto, path)
@@ -130,6 +132,16 @@ _NEWER = "update onnxruntime, or export the model again"
 def _invalid(path: Path, reason: str, way: str = "export the model again") -> InputError:
     first = (reason.strip().splitlines() or ["no reason given"])[0].rstrip(".")
     return InputError(f"expected an ONNX model in {path}, received a file that is not valid: {first}; {way}")
+
+
+def _is_text(message: Any) -> bool:
+    """Return whether all names in a message are text: where one is not, protobuf gives its bytes."""
+    for field, value in message.ListFields():
+        if field.type in (field.TYPE_STRING, field.TYPE_MESSAGE) and field.name != "doc_string":
+            for each in [value] if isinstance(value, str | bytes) or hasattr(value, "ListFields") else value:
+                if isinstance(each, bytes) or not (isinstance(each, str) or _is_text(each)):
+                    return False
+    return True
 
 
 def _require_versions(proto: onnx.ModelProto, path: Path) -> None:
