@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from ..errors import InputError, named
 from ..sources.archives import is_archive, require_honest
 from ..sources.files import require_file
+from ..sources.memory import require_memory
 from ..sources.named_arrays import read_array
 from .augment import changed, generator, policies, random_box
 from .folders import Folder
@@ -69,8 +71,12 @@ class Data:
 
         With ``draw``, a seed and a step, each image is changed as ``augment`` says (see `sources.augment`), by random
         numbers that depend on these two and its index alone.
+
+        Raises `UsageError` for more of them than memory holds.
         """
-        chosen = [int(index) for index in indices]
+        chosen, shape = [int(index) for index in indices], self.preprocessing.shape
+        told = f"a batch of {len(chosen)} images of shape {','.join(map(str, shape))}"
+        require_memory(np.dtype(np.float32).itemsize * len(chosen) * prod(shape), told)
         images = [self._images.read(index) for index in chosen]
         names = policies(augment)
         if draw is None or not names:

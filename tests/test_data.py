@@ -10,7 +10,7 @@ from PIL import Image
 
 from normswap.data.dataset import from_arrays, open_data
 from normswap.data.preprocessing import Preprocessing
-from normswap.errors import InputError, NormswapWarning
+from normswap.errors import InputError, NormswapWarning, UsageError
 
 from .helpers import exactly
 
@@ -55,6 +55,22 @@ class TestFolders:
         for data in (unkept, pickle.loads(pickle.dumps(kept))):
             with pytest.raises(InputError, match=r"^expected an image in .*0.png, received: .*No such file"):
                 data.batch([0])
+
+    @pytest.mark.parametrize(("memory", "fits"), [(1152, True), (1151, False)])
+    def test_a_batch_that_no_machine_holds(self, folder, monkeypatch, memory, fits):
+        """Memory for the batch in float32 is estimated before an image is read."""
+        monkeypatch.setattr("normswap.sources.memory._total", lambda: memory)
+        data = open_data(str(folder), PREPROCESSING)
+        if fits:
+            assert data.batch(range(4))[0].nbytes == memory
+            return
+        monkeypatch.setattr(data._images, "read", lambda index: pytest.fail("was read"))
+        message = (
+            "expected a batch of 4 images of shape 3,4,6 to fit into memory, 1.15 kB here, received 1.15 kB; give a "
+            "smaller size"
+        )
+        with pytest.raises(UsageError, match=exactly(message)):
+            data.batch(range(4))
 
     def test_an_unreadable_image(self, folder):
         """The file and what is wrong with it are named."""
