@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import onnx
 
-from ..errors import VerificationError, option
+from ..errors import VerificationError, named, option
 from .file import OnnxFile
 from .reference import Arrays, Batch
 from .runtimes.child import Child, RuntimeFailedError
@@ -137,7 +137,11 @@ class Elsewhere:
                 self.runtime, path, outputs=outputs, precision=precision, data=self._data, timeout=self.timeout
             )
         except RuntimeFailedError as error:
-            raise VerificationError(f"expected {self.name} to load {path}, received a failure: {error}") from None
+            failure = str(error).rstrip(".")
+            raise VerificationError(
+                f"expected {self.name} to load {path}, received a failure: {failure}; update {self.name}, or leave it "
+                f"out of {named('runtime')}"
+            ) from None
 
 
 def feed(file: OnnxFile, batch: Batch) -> Arrays:

@@ -57,7 +57,9 @@ def convert(model: Any, example: Inputs, *, dynamic: bool = False) -> tuple[byte
         except (InputError, UnsupportedError):
             raise
         except Exception as error:
-            raise UnsupportedError(f"expected a model that TFLite can hold, received {_reason(error)}") from error
+            raise UnsupportedError(
+                f"expected a model that TFLite can hold, received {_reason(error).rstrip('.')}; write an ONNX file"
+            ) from error
     shapes = {name: tensor.shape.as_list() for name, tensor in zip(inputs.specs, function.inputs, strict=True)}
     return content, {name: ["batch" if axis == 0 and size is None else size for axis, size in enumerate(shape)]
                      for name, shape in shapes.items()}  # fmt: skip

@@ -185,12 +185,14 @@ class TestContract:
             (
                 "refuses",
                 UnsupportedError,
-                "expected a file that openvino loads, received {path}, which it refuses: no kernel for Conv",
+                "expected a file that openvino loads, received {path}, which it refuses: no kernel for Conv; update "
+                "openvino, or leave it out of runtime",
             ),
             (
                 "crashes at load",
                 VerificationError,
-                "expected openvino to load {path}, received a failure: its process was ended by SIGSEGV",
+                "expected openvino to load {path}, received a failure: its process was ended by SIGSEGV; update "
+                "openvino, or leave it out of runtime",
             ),
             (
                 "hangs at load",
@@ -241,7 +243,7 @@ class TestContract:
         assert verdict
         assert verdict.notes == (
             f"openvino fails at its default precision: expected a file that openvino loads, received {path}, which it "
-            "refuses: no bf16 here",
+            "refuses: no bf16 here; update openvino, or leave it out of runtime",
         )
         assert str(verdict).splitlines()[1].endswith("; at its default precision unknown fails")
 

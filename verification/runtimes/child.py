@@ -115,7 +115,7 @@ class Child:
         if "refused" in told:
             raise UnsupportedError(
                 f"expected a file that {self.runtime.name} loads, received {self.path}, which it refuses: "
-                f"{told['refused']}"
+                f"{told['refused'].rstrip('.')}; update {self.runtime.name}, or leave it out of {named('runtime')}"
             )
         return told
 
