@@ -13,7 +13,7 @@ from typing import Any
 
 import keras
 
-from ...errors import InputError
+from ...errors import InputError, listed
 from ...frameworks.keras import distinct_layers, named_layers, override, snapshot
 from .equalized import BIASED
 from .swap import MARK
@@ -56,11 +56,10 @@ class _Whole:
                 except Exception as error:
                     failure = error
                 if names := left_out():
-                    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
                     raise InputError(
-                        f"expected weights of the patched model, received {filepath}, which do not fit "
-                        f"{names[0]}{more}; load a BatchNorm model's weights before the patch, and a bundle by "
-                        "normswap.load"
+                        f"expected weights of the patched model, received {filepath}, which do not fit layers that it "
+                        "changed; load a BatchNorm model's weights before the patch, and a bundle by "
+                        f"normswap.load:\n{listed(names)}"
                     ) from failure
             if failure is not None:
                 raise failure
