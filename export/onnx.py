@@ -24,7 +24,7 @@ from ..frameworks.example import Inputs, to_array
 from ..frameworks.names import unique
 from ..sources.outputs import staged
 from ..verification.reference import drawn_example
-from ..verification.verdict import TOLERANCE, Verdict
+from ..verification.verdict import Verdict
 from ..verification.verify import verify
 from .contract import tracer_of
 from .dimensions import shape_of
@@ -172,7 +172,8 @@ def to_onnx(
         if verdict is not None and not verdict:
             raise VerificationError(verdict.explain(str(path)))
         if verdict is not None:
-            _record(temporary, {"passed": True, "checks": len(verdict.checks), "tolerance": TOLERANCE})
+            tolerance = max(check.tolerance for check in verdict.checks)
+            _record(temporary, {"passed": True, "checks": len(verdict.checks), "tolerance": tolerance})
         size = sum(file.stat().st_size for file in temporary.parent.iterdir())
     for name in before - {weights}:  # of the file that was replaced
         path.with_name(name).unlink(missing_ok=True)

@@ -68,10 +68,12 @@ class TestHalf:
         if target != "bn":
             patched(model, target, images)
         report = normswap.to_onnx(model, tmp_path / "m.onnx", example=images, half=True)
-        graph = onnx.load(tmp_path / "m.onnx").graph
+        proto = onnx.load(tmp_path / "m.onnx")
+        graph, told = proto.graph, {entry.key: entry.value for entry in proto.metadata_props}
         types = {i.name: i.data_type for i in graph.initializer}
 
         assert report.verdict
+        assert json.loads(told["normswap.verdict"])["tolerance"] == 1e-2
         assert types["head.weight"] == onnx.TensorProto.FLOAT16
         assert {types[name] for name in types if name.startswith("bn/")} <= {
             onnx.TensorProto.FLOAT,
