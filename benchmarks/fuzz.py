@@ -148,6 +148,7 @@ FORMATS: Mapping[str, Format] = {
     "pth": Format(("w.pth",), (*PATCH, "--to", "gn", "--weights", "{}/w.pth"), state),
     "safetensors": Format(("w.safetensors",), (*PATCH, "--to", "gn", "--weights", "{}/w.safetensors")),
     "onnx": Format(("m.onnx",), ("verify", "{}/m.onnx", "--against", "{base}/r.npz")),
+    "int8": Format(("i.onnx",), ("verify", "{base}/b", "{}/i.onnx")),
     "reference": Format(("r.npz",), ("verify", "{base}/m.onnx", "--against", "{}/r.npz"), held_against),
     "keras": Format(("m.keras",), ("inspect", "{}/m.keras"), keras_weights),
     "h5": Format(("m.h5",), ("inspect", "{}/m.h5")),
@@ -187,6 +188,7 @@ def write(base: Path, *, keras: bool) -> None:
     for arguments in (
         [*told[: told.index("--resume")], "-o", f"{base}/run"],
         ["export", f"{base}/b", "-o", f"{base}/m.onnx"],
+        ["export", f"{base}/b", "--int8", "--calibrate", f"{base}/x.npz", "-o", f"{base}/i.onnx"],
         ["verify", f"{base}/b", f"{base}/m.onnx", "--save-reference", f"{base}/r.npz"],
     ):
         if (code := in_child(lambda arguments=arguments: command(arguments), 300)["code"]) != 0:

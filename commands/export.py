@@ -7,7 +7,7 @@ import click
 
 from ..console import show
 from ..patchers.table import table
-from .options import command, json_option, model_options, overwrite_option, read_from, require_none, typed
+from .options import command, json_option, model_options, overwrite_option, positive, read_from, require_none, typed
 
 if TYPE_CHECKING:
     from ..bundles.opening import ModelOptions
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
               "onnxruntime, onnxruntime-web, LiteRT (of a Keras model).")  # fmt: skip
 @click.option("--dynamic-size", is_flag=True, help="Leave height and width open, not only the batch.")
 @click.option("--half", is_flag=True, help="Weights and arithmetic in float16; norms stay in float32.")
+@click.option("--int8", is_flag=True, help="Weights and arithmetic in int8, with --calibrate; norms stay in float.")
+@click.option("--calibrate", metavar="DATA", help="Images, or inputs of an .npz, to choose the ranges of --int8 on.")
+@click.option("--calibration-size", default=128, show_default=True, callback=positive, help="Inputs --calibrate uses.")
 @click.option("--prune-gates", type=float, default=0.0, metavar="EPS", help="Leave out SN's statistics of gates below.")
 @click.option("--data", help="Images, or an .npz of named arrays, to prove the file on beside drawn inputs.")
 @click.option("--latency/--no-latency", default=None, help="Time a bundle's file beside its original's; default yes.")
@@ -35,6 +38,9 @@ def export(
     runtime: str,
     dynamic_size: bool,
     half: bool,
+    int8: bool,
+    calibrate: str | None,
+    calibration_size: int,
     prune_gates: float,
     data: str | None,
     latency: bool | None,
@@ -49,14 +55,22 @@ def export(
       normswap export net-gn -o net-gn.onnx
       normswap export timm:resnet50 --input-shape 3,224,224 --dynamic-size -o resnet50.onnx
       normswap export net.py:bert --example tokens.npz --data more.npz -o bert.onnx
+      normswap export net-gn --int8 --calibrate train -o net-gn.int8.onnx
     """
+    if half and int8:
+        raise click.UsageError("expected one of --half and --int8")
+    if int8 and calibrate is None:
+        raise click.UsageError("expected --calibrate DATA beside --int8")
+    if not int8:
+        require_none(["calibrate", "calibration_size"], "--int8 beside what is said of its calibration")
     from ..bundles.opening import Opened
     from ..export.onnx import to_onnx
     from ..sources.outputs import require_output
 
     if runtime == "litert":
-        require_none(["opset", "half", "prune_gates", "latency"], "no option of an ONNX file beside --runtime litert")
-    require_output(output, overwrite=overwrite, sources=read_from(model, known.weights, known.example, data))
+        of_onnx = ["opset", "half", "int8", "prune_gates", "latency"]
+        require_none(of_onnx, "no option of an ONNX file beside --runtime litert")
+    require_output(output, overwrite=overwrite, sources=read_from(model, known.weights, known.example, data, calibrate))
     opened = Opened(model, known)
     original = opened.bundle is not None and opened.bundle.has_original
     if latency and not original:
@@ -84,10 +98,15 @@ def export(
         )
         return
     form: dict[str, Any] = {"opset": opset, "runtime": runtime, "dynamic_size": dynamic_size, "half": half}
+    batches = None
+    if calibrate is not None:
+        inputs = opened.unlabelled(calibrate)
+        batches = [x for x, _ in inputs.batches(16, inputs.sample(calibration_size))]
     report = to_onnx(
         opened.model,
         output,
         example=example,
+        int8=batches,
         data=proved,
         **form,
         prune_gates=prune_gates,
@@ -114,8 +133,9 @@ def _verified(report: Any) -> str:
 def _verifying(output: Path, known: "ModelOptions", data: str | None) -> str:
     """Return the command that proves a file that was written on more data."""
     litert = ("--runtime", "litert") if click.get_current_context().params["runtime"] == "litert" else ()
-    return command("verify", *typed("output", "opset", "runtime", "dynamic_size", "half", "prune_gates", "latency",
-                   "overwrite", "data", "input_shape", "example", "size", "mean", "std"), output, *litert,
+    own = ["output", "opset", "runtime", "dynamic_size", "half", "int8", "calibrate", "calibration_size", "prune_gates",
+           "latency", "overwrite", "data", "input_shape", "example", "size", "mean", "std"]  # fmt: skip
+    return command("verify", *typed(*own), output, *litert,
                    *(() if known.example is None else ("--example", known.example)),
                    "--data", data or ("DATA" if known.example is None else "DATA.npz"))  # fmt: skip
 

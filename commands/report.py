@@ -17,6 +17,7 @@ from .options import (
     trust_code_option,
     trust_option,
 )
+from .verify import float_file_of
 
 if TYPE_CHECKING:
     from ..bundles.opening import ModelOptions, Opened
@@ -137,7 +138,8 @@ def _of_file(
         from ..verification.verify import verify
 
         opened = Opened(against, known)
-        verdict = verify(opened.model, path, timeout=timeout)
+        with float_file_of(opened, path) as float_file:
+            verdict = verify(opened.model, path, float_file=float_file, timeout=timeout)
         proof = of_file.verdict_section(verdict, against)
         tiles = [of_file.verdict_tile(verdict), *tiles]
     sections.insert(1, proof)

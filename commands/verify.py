@@ -1,17 +1,20 @@
 """The command that proves an ONNX file: verify."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..console import show
 from ..errors import InputError, VerificationError
-from ..verification.runtimes.known import ONNXRUNTIME, RUNTIMES
+from ..verification.runtimes.known import ONNXRUNTIME, RUNTIMES, is_tflite
 from .options import json_option, model_options, overwrite_option, read_from, require_none, timeout_option
 
 if TYPE_CHECKING:
-    from ..bundles.opening import ModelOptions
+    from ..bundles.opening import ModelOptions, Opened
 
 
 @click.command()
@@ -107,17 +110,19 @@ def verify(
             read = read_from(model, known.weights, known.example, file, data)
             require_output(save_reference, overwrite=overwrite, sources=read)
         opened = Opened(model, known)
-        verdict = prove(
-            opened.model,
-            file,
-            example=None if known.example is None else opened.example,
-            data=[] if data in (None, "random") else opened.shown(str(data)),
-            runtime=runtimes,
-            providers=providers,
-            save_reference=save_reference,
-            overwrite=overwrite,
-            timeout=timeout,
-        )
+        with float_file_of(opened, file) as float_file:
+            verdict = prove(
+                opened.model,
+                file,
+                example=None if known.example is None else opened.example,
+                data=[] if data in (None, "random") else opened.shown(str(data)),
+                runtime=runtimes,
+                providers=providers,
+                float_file=float_file,
+                save_reference=save_reference,
+                overwrite=overwrite,
+                timeout=timeout,
+            )
         if not verdict and opened.draws_weights():
             raise InputError(
                 f"expected a MODEL with the weights that {file} was made of, received {model}, which has other ones "
@@ -126,3 +131,21 @@ def verify(
     show(as_json, {"file": str(file), **verdict.to_dict()}, verdict.explain(str(file)))
     if not verdict:
         raise click.exceptions.Exit(VerificationError.exit_code)
+
+
+@contextmanager
+def float_file_of(opened: "Opened", file: Path) -> Iterator[Path | None]:
+    """Yield the float file of an int8 one, written anew from its model for the weights in it; None for other files."""
+    from ..export.onnx import to_onnx
+    from ..sources.files import require_file
+    from ..verification.file import read_model
+
+    require_file(file)
+    known = None if is_tflite(file) else read_model(file)
+    if known is None or not known.int8:
+        yield None
+        return
+    opset = next(entry.version for entry in known.proto.opset_import if entry.domain in ("", "ai.onnx"))
+    form: dict[str, Any] = {"opset": opset, "prune_gates": known.pruned, "check": False}
+    with TemporaryDirectory() as folder:
+        yield to_onnx(opened.model, Path(folder) / "float.onnx", example=opened.example, **form).output

@@ -18,7 +18,8 @@ from onnx_ir.passes import common as passes
 from onnxscript import version_converter
 
 from .. import __version__
-from ..errors import InputError, UnsupportedError, VerificationError, spoken
+from ..errors import InputError, UnsupportedError, UsageError, VerificationError, named, spoken
+from ..frameworks import several
 from ..frameworks.detect import framework_of, get_framework
 from ..frameworks.example import Inputs, to_array
 from ..frameworks.names import unique
@@ -31,6 +32,7 @@ from .dimensions import shape_of
 from .fold import Fold, fold_batch_norms, simplify
 from .forms import RUNTIMES, Form, Runtime, choose, write_norm
 from .half import to_half
+from .int8 import Int8, in_int8
 from .names import part, settle
 from .traced import Traced
 
@@ -51,7 +53,8 @@ ROUNDINGS = 1e-2
 class ExportReport:
     """What was written: the file, each norm folded or kept (with the reason), node count, size, and the verdict.
 
-    ``inputs`` are the shapes that the file takes, with a name for each size that is open.
+    ``inputs`` are the shapes that the file takes, with a name for each size that is open; ``int8`` tells of an int8
+    file how many layers were quantized, what was left in float for its noise, and how much of that there is.
     """
 
     output: Path
@@ -62,6 +65,7 @@ class ExportReport:
     size: int
     verdict: Verdict | None
     notes: list[str] = field(default_factory=list)
+    int8: Int8 | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
@@ -74,6 +78,7 @@ class ExportReport:
             "bytes": self.size,
             "verdict": None if self.verdict is None else self.verdict.to_dict(),
             "notes": self.notes,
+            "int8": None if self.int8 is None else self.int8.to_dict(),
         }
 
 
@@ -87,6 +92,7 @@ def to_onnx(
     runtime: Runtime = "portable",
     dynamic_size: bool = False,
     half: bool = False,
+    int8: Any = None,
     prune_gates: float = 0.0,
     overwrite: bool = False,
     check: bool = True,
@@ -107,6 +113,8 @@ def to_onnx(
             ``"web"`` for shorter sums, of which onnxruntime-web needs them.
         dynamic_size: Leave height and width free too.
         half: Store weights and compute in float16, but for norms, inputs and outputs.
+        int8: Batches of inputs, each as an example, 16 samples or more together, to calibrate an int8 file on: weights
+            of convolutions and dense layers in int8, what they read in uint8, norms that take statistics in float.
         prune_gates: Leave out a statistic of a Switchable Normalization whose gate is below this, from 0 to below 1/3;
             the report's notes say which, and how far the output moves.
         overwrite: Replace a file that is there.
@@ -119,7 +127,9 @@ def to_onnx(
 
     Raises:
         UnsupportedError: For a model, dtype or opset that cannot be exported.
-        InputError: For a setting out of its range, and without an example where one is needed.
+        UsageError: For ``half`` and ``int8`` together.
+        InputError: For a setting out of its range, inputs to calibrate on that are too few or do not fit, and without
+            an example where one is needed.
         VerificationError: If the file computes something else than the model.
         OutputExistsError: If ``path`` exists.
 
@@ -139,10 +149,13 @@ def to_onnx(
         raise InputError(f"expected a runtime out of {', '.join(RUNTIMES)}, received runtime={runtime!r}")
     if not 0 <= prune_gates < 1 / 3:
         raise InputError(f"expected `prune_gates` from 0 to below 1/3, received prune_gates={prune_gates}")
+    if half and int8 is not None:
+        raise UsageError(f"expected one of {named('half')} and {named('int8')}, received both")
     tracer = tracer_of(model)
     if problem := tracer.refusal(model):
         raise UnsupportedError(problem)
     inputs = example_or_drawn(model, example)
+    data = None if data is None else several.batches(data)  # which is looked at once for each proof
     notes = tracer.notes(model)
     weights, before = _weights_name(path), _weights_of(path)
     with staged(path, overwrite=overwrite) as temporary, _pruned(model, inputs, prune_gates, notes):
@@ -154,6 +167,7 @@ def to_onnx(
             for name, form in forms.items():
                 facts.setdefault(name.partition("#")[0], {})["form"] = form
             stored = {"framework": framework_of(model), "norms": facts, "sites": traced.sites, **(metadata or {})}
+            stored |= {"prune_gates": float(prune_gates)} if prune_gates else {}
             stored["inputs"] = dict(zip(traced.inputs, map(shape_of, traced.model.graph.inputs), strict=True))
             _clean(traced.model, stored, opset)
             if half:
@@ -171,6 +185,12 @@ def to_onnx(
             )
         if verdict is not None and not verdict:
             raise VerificationError(verdict.explain(str(path)))
+        quantized = None
+        if int8 is not None:
+            quantized, verdict = in_int8(model, temporary, inputs, int8, set(forms), data=data, check=check)
+            if verdict is not None and not verdict:
+                raise VerificationError(verdict.explain(str(path)))
+            notes += quantized.notes
         if verdict is not None:
             tolerance = max(check.tolerance for check in verdict.checks)
             _record(temporary, {"passed": True, "checks": len(verdict.checks), "tolerance": tolerance})
@@ -180,7 +200,8 @@ def to_onnx(
     folded, kept = _norm_report(traced, folds, forms)
     notes += traced.notes
     graph = traced.model.graph
-    return ExportReport(path, _shapes(graph), folded, kept, sum(1 for _ in graph), size, verdict, notes)
+    nodes = sum(1 for _ in graph) if quantized is None else quantized.nodes
+    return ExportReport(path, _shapes(graph), folded, kept, nodes, size, verdict, notes, quantized)
 
 
 def example_or_drawn(model: Any, example: Any) -> Inputs:

@@ -86,6 +86,20 @@ class OnnxFile:
         return TensorProto.FLOAT16 in [*types, *(tensor.data_type for tensor in self.proto.graph.initializer)]
 
     @property
+    def int8(self) -> bool:
+        """Whether the file is what normswap made of a float file in int8."""
+        return any(entry.key == f"{PREFIX}int8" for entry in self.proto.metadata_props)
+
+    @property
+    def pruned(self) -> float:
+        """Below which an SN's gates were left out of the file; raises `InputError` if that is damaged."""
+        return read(float, self.metadata.get("prune_gates", 0.0), self.told("prune_gates"))
+
+    def instead(self, proto: onnx.ModelProto) -> "OnnxFile":
+        """Return another model, made of this one, in its place."""
+        return OnnxFile(self.path, proto.SerializeToString(), proto)
+
+    @property
     def beside(self) -> list[str]:
         """The names of the files beside it that hold external data."""
         entries = (entry for tensor in _tensors(self.proto) for entry in tensor.external_data)

@@ -29,6 +29,8 @@ from .drawn import Input
 from .elsewhere import Elsewhere, Runs, feed, in_order
 from .evaluator import evaluate, first_infinite
 from .file import OnnxFile, read_model
+from .int8 import Rounded, judged
+from .quantized import weights_of
 from .reference import BATCH_SIZES, FEW, Arrays, Batch, Reference, collect, samples
 from .rows import row_problems
 from .runtime import TIMEOUT, answers, chosen_providers, session
@@ -66,6 +68,7 @@ def verify(
     batch_sizes: int | Iterable[int] = BATCH_SIZES,
     runtime: str | Iterable[str] = ONNXRUNTIME,
     providers: str | Iterable[str] = ("cpu",),
+    float_file: str | Path | None = None,
     save_reference: str | Path | None = None,
     overwrite: bool = False,
     seed: int = 0,
@@ -90,6 +93,7 @@ def verify(
             of their own.
         providers: Where onnxruntime runs the file: ``"cpu"``, ``"cuda"``, ``"tensorrt"``, ``"openvino"``, ``"coreml"``,
             ``"dml"``, or ``"auto"`` for all that are installed. One or several.
+        float_file: Of an int8 file the float file that it was made of, with the weights its codes are held against.
         save_reference: An ``.npz`` to write the model's answers to, for `verify_against`, if the file passes.
         overwrite: Replace a reference that is there.
         seed: Of the random inputs.
@@ -121,8 +125,12 @@ def verify(
         require_output(Path(save_reference), overwrite=overwrite)
     framework = get_framework(model)
     further = [framework.ordered(model, Inputs.of(batch)) for batch in ([] if data is None else several.batches(data))]
+    whole = _read(Path(path))
+    rounded = _rounded(whole, Path(path), float_file, runtime)
+    if rounded is not None and rounded.problems:
+        return Verdict((), tuple(rounded.problems))
     examples = [] if example is None else [framework.ordered(model, Inputs.of(example))]
-    with _opened(Path(path), runtime, providers, timeout) as runs:
+    with _opened(Path(path), whole, runtime, providers, timeout) as runs:
         inputs = [Input.of(value) for value in runs[0].file.inputs]
         shown = [*examples, *(batch for batch in further if len(batch) == len(inputs))]
         template = shown[0] if shown else _by_name(model, inputs)
@@ -134,12 +142,16 @@ def verify(
             model,
             template,
             inputs,
-            examples=[_arrays(inputs, batch, template) for batch in examples],
-            data=[_arrays(inputs, batch, template) for batch in further],
+            examples=[given_arrays(inputs, batch, template) for batch in examples],
+            data=[given_arrays(inputs, batch, template) for batch in further],
             batch_sizes=sizes,
             seed=seed,
         )
-        verdict = joined([_judge(each, reference) for each in runs])
+        if rounded is None:
+            verdict = joined([_judge(each, reference) for each in runs])
+        else:
+            plain, simulated = _Here(rounded.plain, providers, timeout), _Here(rounded.simulated, ("cpu",), timeout)
+            verdict = judged(_judge(plain, reference), runs[0], simulated, plain, reference)
     if save_reference is not None and verdict:
         save(reference, Path(save_reference), overwrite=overwrite)
     return verdict
@@ -179,7 +191,11 @@ def verify_against(
         >>> bool(normswap.verify_against("net.npz", "net.onnx"))
         True
     """
-    with _opened(Path(path), runtime, providers, timeout) as runs:
+    known = _read(Path(path))
+    if known is not None and known.int8:
+        raise InputError(f"expected a file in float beside a reference, received {path} in int8, which is held "
+                         "against its model and its float file")  # fmt: skip
+    with _opened(Path(path), known, runtime, providers, timeout) as runs:
         stored = load_reference(Path(reference))
         file, first = runs[0].file, stored.batches[0]
         order = (lambda names: names) if runs[0].ordered else sorted
@@ -197,6 +213,29 @@ def verify_against(
         return joined([_judge(each, stored) for each in runs])
 
 
+def _rounded(
+    file: OnnxFile | None, path: Path, float_file: str | Path | None, runtime: str | Iterable[str]
+) -> Rounded | None:
+    """Return an int8 file with its float file's weights, None for another file.
+
+    Raises `InputError` for one of both without the other, and for a runtime that int8 files are not proved in.
+    """
+    if file is None or not file.int8:
+        if float_file is None:
+            return None
+        raise InputError(
+            f"expected an int8 file beside a float file, received {path} in float and float_file={float_file}"
+        )
+    if float_file is None:
+        raise InputError(f"expected the float file that {path} in int8 was made of, received float_file=None")
+    if others := [name for name in texts(runtime, "a runtime") if name != ONNXRUNTIME]:
+        raise InputError(
+            f"expected {option('runtime', ONNXRUNTIME)} for a file in int8, which is proved there alone, "
+            f"received {option('runtime', others[0])}"
+        )
+    return Rounded(file, weights_of(read_model(Path(float_file)).path))
+
+
 def _sizes(given: Any) -> tuple[int, ...]:
     """Return one number of samples or several as a tuple; raises `InputError` for what is no such number."""
     found = tuple(given) if isinstance(given, Iterable) else (given,)
@@ -205,14 +244,22 @@ def _sizes(given: Any) -> tuple[int, ...]:
     return found
 
 
+def _read(path: Path) -> OnnxFile | None:
+    """Return an ONNX file, None for a TFLite one, of which its runtime tells."""
+    require_file(path)
+    return None if is_tflite(path) else read_model(path)
+
+
 @contextmanager
 def _opened(
-    path: Path, runtime: str | Iterable[str], providers: str | Iterable[str], timeout: float
+    path: Path,
+    file: OnnxFile | None,
+    runtime: str | Iterable[str],
+    providers: str | Iterable[str],
+    timeout: float,
 ) -> Iterator[list[Runs]]:
     """Open a file in each of the runtimes, within a ``with`` block."""
-    require_file(path)
     names = chosen_runtimes(texts(runtime, "a runtime"), path)
-    file = None if is_tflite(path) else read_model(path)
     with ExitStack() as stack:
         yield [
             stack.enter_context(Elsewhere(name, path, file, timeout))
@@ -403,7 +450,7 @@ def _by_name(model: Any, inputs: Sequence[Input]) -> Inputs:
     return Inputs(*arrays[:positional], **{entry.name: array for entry, array in by_keyword})
 
 
-def _arrays(inputs: Sequence[Input], given: Inputs, template: Inputs) -> Arrays:
+def given_arrays(inputs: Sequence[Input], given: Inputs, template: Inputs) -> Arrays:
     """Return inputs of the user's own by the names of the file's; raises `InputError` if they are not as many."""
     found = given.arrays
     if len(found) != len(inputs):
