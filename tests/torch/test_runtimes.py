@@ -58,7 +58,7 @@ def stub(monkeypatch):
 def children():
     """The processes that this one has started and that are still there."""
     own = Path(f"/proc/self/task/{os.getpid()}/children")
-    return own.read_text().split() if own.exists() else []
+    return set(own.read_text().split()) if own.exists() else set()
 
 
 class TestContract:
@@ -197,12 +197,12 @@ class TestContract:
             (
                 "hangs at load",
                 InputError,
-                "expected the file loaded by openvino within 3 s, received none; allow more by timeout",
+                "expected the file loaded by openvino within 8 s, received none; allow more by timeout",
             ),
             (
                 "hangs",
                 InputError,
-                "expected the file's outputs for inputs of shape {shape} by openvino within 3 s, received none; "
+                "expected the file's outputs for inputs of shape {shape} by openvino within 8 s, received none; "
                 "allow more by timeout",
             ),
         ],
@@ -211,11 +211,12 @@ class TestContract:
         """What is no answer at all is an error with the runtime's name; no process is left."""
         model, path, _ = proven("sn")
         stub(way)
+        before = children()
 
         with pytest.raises(error, match=exactly(message.format(path=path, shape=(5, *verdict_shape(path))))):
-            normswap.verify(model, path, runtime="openvino", timeout=3)
+            normswap.verify(model, path, runtime="openvino", timeout=8)
 
-        assert children() == []
+        assert children() <= before
 
     def test_no_command(self, proven, stub):
         """A command that is not there is told with what brings it."""
@@ -309,7 +310,7 @@ class TestCommand:
             ("crashes at load", 5, "expected openvino to load net.onnx, received a failure: its process was ended"),
             ("missing", 6, "pip install openvino"),
             ("refuses", 4, "expected a file that openvino loads, received net.onnx, which it refuses: no kernel"),
-            ("hangs", 3, "by openvino within 3 s, received none; allow more by --timeout"),
+            ("hangs", 3, "by openvino within 8 s, received none; allow more by --timeout"),
         ],
     )
     def test_exit_codes(self, stub, tmp_path, monkeypatch, way, code, said):
