@@ -120,7 +120,7 @@ def examined(key: str, runtimes: Sequence[str]) -> Row:
     from zoo_subjects import Keras, subject_of
 
     import normswap
-    from normswap.export.litert import to_litert
+    from normswap.export.devices import to_litert
 
     library, _, name = key.partition(":")
     row = Row(key)

@@ -12,14 +12,17 @@ from .options import command, json_option, model_options, overwrite_option, posi
 if TYPE_CHECKING:
     from ..bundles.opening import ModelOptions
 
+DEVICES = ("litert", "executorch")
+"""The runtimes whose files are not ONNX."""
+
 
 @click.command()
 @click.argument("model")
-@click.option("-o", "--output", type=Path, required=True, help="ONNX file to write; of LiteRT a TFLite file.")
+@click.option("-o", "--output", type=Path, required=True, help="ONNX file to write, or one of LiteRT or ExecuTorch.")
 @click.option("--opset", default=20, show_default=True)
-@click.option("--runtime", type=click.Choice(["portable", "ort", "web", "litert"]), default="portable",
+@click.option("--runtime", type=click.Choice(["portable", "ort", "web", *DEVICES]), default="portable",
               show_default=True, help="Operators every runtime knows, or what one runtime is better with: "
-              "onnxruntime, onnxruntime-web, LiteRT (of a Keras model).")  # fmt: skip
+              "onnxruntime, onnxruntime-web, LiteRT (of a Keras model), ExecuTorch (of a PyTorch model).")  # fmt: skip
 @click.option("--dynamic-size", is_flag=True, help="Leave height and width open, not only the batch.")
 @click.option("--half", is_flag=True, help="Weights and arithmetic in float16; norms stay in float32.")
 @click.option("--int8", is_flag=True, help="Weights and arithmetic in int8, with --calibrate; norms stay in float.")
@@ -67,9 +70,11 @@ def export(
     from ..export.onnx import to_onnx
     from ..sources.outputs import require_output
 
-    if runtime == "litert":
+    if runtime in DEVICES:
         of_onnx = ["opset", "half", "int8", "prune_gates", "latency"]
-        require_none(of_onnx, "no option of an ONNX file beside --runtime litert")
+        require_none(of_onnx, f"no option of an ONNX file beside --runtime {runtime}")
+    if runtime == "executorch":
+        require_none(["dynamic_size"], "the example's own size, which ExecuTorch plans its memory for")
     require_output(output, overwrite=overwrite, sources=read_from(model, known.weights, known.example, data, calibrate))
     opened = Opened(model, known)
     original = opened.bundle is not None and opened.bundle.has_original
@@ -83,11 +88,14 @@ def export(
     given = known.example is not None or opened.example is None
     example = opened.example if given else _noise(opened.example)
     proved = None if data is None else opened.shown(data)
-    if runtime == "litert":
-        from ..export.litert import to_litert
+    if runtime in DEVICES:
+        from ..export.devices import to_executorch, to_litert
 
-        written = to_litert(
-            opened.model, output, example=example, data=proved, dynamic_size=dynamic_size, overwrite=overwrite
+        settled: dict[str, Any] = {"example": example, "data": proved, "overwrite": overwrite}
+        written = (
+            to_litert(opened.model, output, dynamic_size=dynamic_size, **settled)
+            if runtime == "litert"
+            else to_executorch(opened.model, output, **settled)
         )
         told = table("what was written", [_row(str(output), written)], [*_notes(written), _verified(written)])
         show(
@@ -132,10 +140,11 @@ def _verified(report: Any) -> str:
 
 def _verifying(output: Path, known: "ModelOptions", data: str | None) -> str:
     """Return the command that proves a file that was written on more data."""
-    litert = ("--runtime", "litert") if click.get_current_context().params["runtime"] == "litert" else ()
+    runtime = click.get_current_context().params["runtime"]
+    elsewhere = ("--runtime", runtime) if runtime in DEVICES else ()
     own = ["output", "opset", "runtime", "dynamic_size", "half", "int8", "calibrate", "calibration_size", "prune_gates",
            "latency", "overwrite", "data", "input_shape", "example", "size", "mean", "std"]  # fmt: skip
-    return command("verify", *typed(*own), output, *litert,
+    return command("verify", *typed(*own), output, *elsewhere,
                    *(() if known.example is None else ("--example", known.example)),
                    "--data", data or ("DATA" if known.example is None else "DATA.npz"))  # fmt: skip
 

@@ -10,7 +10,7 @@ import click
 
 from ..console import show
 from ..errors import InputError, VerificationError
-from ..verification.runtimes.known import ONNXRUNTIME, RUNTIMES, is_tflite
+from ..verification.runtimes.known import ONNXRUNTIME, RUNTIMES, kind_of
 from .options import json_option, model_options, overwrite_option, read_from, require_none, timeout_option
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def verify(
 ) -> None:
     """Prove that a FILE computes what MODEL or a bundle computes; exits 5 if it does not.
 
-    FILE is an ONNX file, or with --runtime litert a TFLite file.
+    FILE is an ONNX file; with --runtime litert a TFLite file, with executorch one of ExecuTorch.
 
     \b
     Examples:
@@ -141,7 +141,7 @@ def float_file_of(opened: "Opened", file: Path) -> Iterator[Path | None]:
     from ..verification.file import read_model
 
     require_file(file)
-    known = None if is_tflite(file) else read_model(file)
+    known = read_model(file) if kind_of(file) == "ONNX" else None
     if known is None or not known.int8:
         yield None
         return

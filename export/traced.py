@@ -1,4 +1,4 @@
-"""What a framework's tracer hands to the shared half of the exporter."""
+"""What a framework's half hands to the shared half of the exporter."""
 
 from dataclasses import dataclass, field
 
@@ -23,4 +23,14 @@ class Traced:
     outputs: list[str]
     sites: dict[str, str]
     norms: dict[ir.Node, Norm] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Program:
+    """A model as the content of a file that is not ONNX, with the shapes of its inputs and the number of operators."""
+
+    content: bytes
+    inputs: dict[str, list[int | str | None]]
+    operators: int
     notes: list[str] = field(default_factory=list)

@@ -351,10 +351,13 @@ def _read(value: Any) -> Any:
     return value if spec.is_leaf() else parts
 
 
+_TALKING = "torch.onnx", "torch.fx.experimental.symbolic_shapes", "torch.utils._pytree"
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence what torch says of its own internals while copying and exporting."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx.experimental.symbolic_shapes")]
+    loggers = [logging.getLogger(name) for name in _TALKING]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:

@@ -34,7 +34,7 @@ from .quantized import weights_of
 from .reference import BATCH_SIZES, FEW, Arrays, Batch, Reference, collect, samples
 from .rows import row_problems
 from .runtime import TIMEOUT, answers, chosen_providers, session
-from .runtimes.known import ONNXRUNTIME, chosen_runtimes, is_tflite
+from .runtimes.known import ONNXRUNTIME, chosen_runtimes, kind_of
 from .sizes import changed, contradictions
 from .stored import load_reference, wrote
 from .stored import save_reference as save
@@ -81,7 +81,7 @@ def verify(
 
     Args:
         model: The model, of PyTorch or Keras.
-        path: The ONNX file; a TFLite file for LiteRT.
+        path: The ONNX file; for LiteRT and ExecuTorch one of their own.
         example: What the model takes (see `normswap.Inputs`): the file is run on it, and on inputs made of it. A model
             needs one whose arguments are more than arrays by position, or not any numbers.
         data: Further inputs of the user's own, each as an example has them: as many arrays as the file has inputs. An
@@ -89,8 +89,8 @@ def verify(
         batch_sizes: One or several numbers of samples of the random inputs, which are standard normal at several
             scales; a file of a fixed batch size is run at that.
         runtime: What has to compute the same: ``"onnxruntime"``, ``"openvino"``, ``"web"`` (onnxruntime-web on
-            WebAssembly), ``"litert"``, ``"cuda"`` or ``"tensorrt"``. One or several; all but onnxruntime in processes
-            of their own.
+            WebAssembly), ``"litert"``, ``"executorch"``, ``"ncnn"``, ``"cuda"`` or ``"tensorrt"``. One or several;
+            all but onnxruntime in processes of their own.
         providers: Where onnxruntime runs the file: ``"cpu"``, ``"cuda"``, ``"tensorrt"``, ``"openvino"``, ``"coreml"``,
             ``"dml"``, or ``"auto"`` for all that are installed. One or several.
         float_file: Of an int8 file the float file that it was made of, with the weights its codes are held against.
@@ -169,7 +169,7 @@ def verify_against(
 
     Args:
         reference: The ``.npz`` that `verify` wrote as ``save_reference``. Nothing in it is run.
-        path: The ONNX or TFLite file.
+        path: The file, as `verify` takes it.
         runtime: What has to compute the same; see `verify`.
         providers: Where onnxruntime runs the file; see `verify`.
         timeout: How many seconds the file may take to answer a batch.
@@ -245,9 +245,9 @@ def _sizes(given: Any) -> tuple[int, ...]:
 
 
 def _read(path: Path) -> OnnxFile | None:
-    """Return an ONNX file, None for a TFLite one, of which its runtime tells."""
+    """Return an ONNX file, None for one of another kind, of which its runtime tells."""
     require_file(path)
-    return None if is_tflite(path) else read_model(path)
+    return read_model(path) if kind_of(path) == "ONNX" else None
 
 
 @contextmanager

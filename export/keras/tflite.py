@@ -1,4 +1,4 @@
-"""A Keras model on TensorFlow to the bytes of a TFLite file, by TensorFlow's own converter."""
+"""A Keras model on TensorFlow to a TFLite file, by TensorFlow's own converter."""
 
 from typing import Any
 
@@ -7,11 +7,12 @@ import keras
 from ...errors import InputError, UnsupportedError, said
 from ...frameworks.example import Inputs
 from ...frameworks.keras import Interface, inference, named_outputs, opened, single_precision
+from ..traced import Program
 from .tf2onnx import inlined, quiet, with_constants
 
 
-def convert(model: Any, example: Inputs, *, dynamic: bool = False) -> tuple[bytes, dict[str, list[int | str | None]]]:
-    """Return ``model`` in inference mode as a TFLite file of one signature, and the shapes of its inputs.
+def convert(model: Any, example: Inputs, *, dynamic: bool = False) -> Program:
+    """Return ``model`` in inference mode as a TFLite file of one signature.
 
     The inputs and outputs are named as in an ONNX file. The first sizes are open where TensorFlow can trace the model
     so, with ``dynamic`` the other sizes that the model leaves open, too.
@@ -61,8 +62,19 @@ def convert(model: Any, example: Inputs, *, dynamic: bool = False) -> tuple[byte
                 f"expected a model that TFLite can hold, received {_reason(error).rstrip('.')}; write an ONNX file"
             ) from error
     shapes = {name: tensor.shape.as_list() for name, tensor in zip(inputs.specs, function.inputs, strict=True)}
-    return content, {name: ["batch" if axis == 0 and size is None else size for axis, size in enumerate(shape)]
-                     for name, shape in shapes.items()}  # fmt: skip
+    taken = {
+        name: ["batch" if axis == 0 and size is None else size for axis, size in enumerate(shape)]
+        for name, shape in shapes.items()
+    }
+    return Program(content, taken, _operators(content))
+
+
+def _operators(content: bytes) -> int:
+    """Return how many operators a TFLite file has."""
+    from tensorflow.lite.python import schema_py_generated as schema
+
+    graph = schema.Model.GetRootAsModel(content, 0).Subgraphs(0)
+    return int(graph.OperatorsLength())
 
 
 def _reason(error: Exception) -> str:

@@ -38,7 +38,7 @@ def export_module(
             if not waiting or _whatever_is_open(error):
                 raise UnsupportedError(
                     f"expected a model torch.onnx.export can export, received {described} on which it fails: "
-                    f"{reason_of(error).rstrip('.')}{_place(error, module)}; write that in another way"
+                    f"{reason_of(error).rstrip('.')}{place(error, module)}; write that in another way"
                 ) from error
             rest = {place: name for place, name in waiting.items() if name == BATCH}
             waiting = rest if len(rest) < len(waiting) else {}
@@ -76,7 +76,7 @@ def _exported(module: nn.Module, tensors: Sequence[Tensor], open_sizes: Open, *,
     return program.model
 
 
-def _place(error: BaseException, module: nn.Module) -> str:
+def place(error: BaseException, module: nn.Module) -> str:
     """Return where in a module, which holds the model as ``model``, the exporter failed."""
     names = {id(layer): name.removeprefix("model.") for name, layer in module.named_modules() if name != "model"}
     folders = folders_of([torch])

@@ -1,6 +1,6 @@
 """A PyTorch module as an ONNX graph, and as a reference to hold that graph against."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,19 +9,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...convert.targets import BatchRenorm
-from ...errors import NormswapError, UnsupportedError
-from ...frameworks.example import Inputs, not_taken
+from ...frameworks.example import Inputs
 from ...frameworks.names import unique
-from ...frameworks.torch import Probe, call, copied, input_names, quiet, taken_by
+from ...frameworks.torch import Probe, copied, input_names, quiet
 from ...layers.torch.switch_norm import CLOSED
 from ...patchers.torch.batch_norm import epsilon_of
 from ...patchers.torch.sites import MARK
 from ..dimensions import explained, wanted
-from ..failures import reason_of
 from ..names import settle
 from ..norms import STATISTICS
 from ..traced import Traced
 from .exporter import export_module
+from .first_call import called
 from .norms import SWITCH, StandIns
 
 Array = NDArray[Any]
@@ -41,16 +40,8 @@ def trace(model: nn.Module, example: Inputs, *, opset: int, dynamic: bool = Fals
     probe = Probe(twin, example, before=stand_ins.calls.clear)
     probe.eval()
     inputs = input_names(model, example)
-    tensors = [taken_by(twin, array) for array in example.arrays.values()]
-    _require_real("inputs", zip(inputs, tensors, strict=False))
-    try:
-        with stand_ins.looking():
-            outputs = probe(*tensors)  # for the names: what a module notes while it is traced is put back
-    except NormswapError:
-        raise
-    except Exception as error:
-        raise _refusal(twin, example, error) from error
-    _require_real("outputs", zip(probe.output_names, outputs, strict=False))
+    with stand_ins.looking():
+        tensors = called(probe, example, inputs)
     stand_ins.put()
     shapes = [tuple(tensor.shape) for tensor in tensors]
     open_sizes = wanted(inputs, shapes, dynamic=dynamic)
@@ -125,29 +116,6 @@ def prune(model: nn.Module, threshold: float) -> Iterator[dict[str, list[str]]]:
     finally:
         for weight, old in before:
             weight.copy_(old)
-
-
-def _require_real(what: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Raise `UnsupportedError` for a tensor of complex numbers, which ONNX has not."""
-    for name, tensor in tensors:
-        if tensor.is_complex():
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise UnsupportedError(
-                f"expected {what} of real numbers, which ONNX has alone, received {name} of {kind}; "
-                "let the model take or return torch.view_as_real of it"
-            )
-
-
-def _refusal(model: nn.Module, example: Inputs, error: Exception) -> NormswapError:
-    """Return what is to be said of a model that failed while its layers were watched."""
-    try:
-        call(model, example)
-    except Exception:
-        return not_taken(reason_of(error))
-    return UnsupportedError(
-        f"expected a model whose layers can be watched while it runs, received {type(model).__name__}, on which that "
-        f"fails: {reason_of(error)}; call its layers outside of control flow and transforms"
-    )
 
 
 def _copied(value: ir.Value) -> ir.Value:

@@ -14,7 +14,7 @@ from keras import layers
 import normswap
 from normswap.cli import main
 from normswap.errors import InputError, MissingDependencyError, UnsupportedError
-from normswap.export.litert import to_litert
+from normswap.export.devices import to_executorch, to_litert
 from normswap.verification.runtimes.known import RUNTIMES, Runtime
 
 from ..helpers import exactly
@@ -127,7 +127,7 @@ class TestRefusals:
         torch = pytest.importorskip("torch")
         message = (
             "expected a Keras model for LiteRT, received one of torch; write an ONNX file, which onnxruntime, OpenVINO "
-            "and onnxruntime-web run on every device that LiteRT does"
+            "and onnxruntime-web run on every device that LiteRT does, or a file for ExecuTorch"
         )
         with pytest.raises(UnsupportedError, match=exactly(message)):
             to_litert(torch.nn.Sequential(torch.nn.Linear(2, 2)), tmp_path / "net.tflite")
@@ -174,6 +174,12 @@ class TestRefusals:
 
         assert result.exit_code == 2
         assert "expected no option of an ONNX file beside --runtime litert, received --opset, --half" in result.stderr
+
+    def test_executorch(self, tmp_path):
+        """A Keras model has LiteRT."""
+        message = "expected a PyTorch model for ExecuTorch, received one of keras; write a TFLite file for LiteRT"
+        with pytest.raises(UnsupportedError, match=exactly(message)):
+            to_executorch(small_net(), tmp_path / "net.pte")
 
     def test_a_tflite_file_in_onnxruntime(self, tmp_path):
         """It says which runtime reads the file."""

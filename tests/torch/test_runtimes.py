@@ -261,7 +261,7 @@ class TestContract:
     def test_names(self, proven):
         """A name that is none is refused with those there are."""
         model, path, _ = proven("sn")
-        known = "onnxruntime, openvino, web, litert, cuda, tensorrt"
+        known = "onnxruntime, openvino, web, litert, executorch, ncnn, cuda, tensorrt"
 
         with pytest.raises(InputError, match=exactly(f"expected a runtime of {known}, received runtime='tvm'")):
             normswap.verify(model, path, runtime=["openvino", "tvm"])
@@ -271,13 +271,20 @@ class TestContract:
     def test_a_file_of_another_kind(self, proven, tmp_path):
         """Which files a runtime reads is told before anything is run."""
         model, path, _ = proven("sn")
-        message = f"expected a TFLite file for litert, received {path}, which is for onnxruntime, openvino, web, cuda, "
-        with pytest.raises(InputError, match=exactly(f"{message}tensorrt")):
+        message = f"expected a TFLite file for litert, received {path}, which is for onnxruntime, openvino, web, ncnn, "
+        with pytest.raises(InputError, match=exactly(f"{message}cuda, tensorrt")):
             normswap.verify(model, path, runtime="litert")
         (tmp_path / "net.tflite").write_bytes(b"\x1c\0\0\0TFL3")
         message = f"expected an ONNX file for onnxruntime, received {tmp_path / 'net.tflite'}, which is for litert"
         with pytest.raises(InputError, match=exactly(message)):
             normswap.verify(model, tmp_path / "net.tflite")
+        (tmp_path / "net.pte").write_bytes(b"<\0\0\0ET12")
+        message = f"expected an ONNX file for web, received {tmp_path / 'net.pte'}, which is for executorch"
+        with pytest.raises(InputError, match=exactly(message)):
+            normswap.verify(model, tmp_path / "net.pte", runtime=["executorch", "web"])
+        message = f"expected an ExecuTorch file for executorch, received {tmp_path / 'net.tflite'}, which is for litert"
+        with pytest.raises(InputError, match=exactly(message)):
+            normswap.verify(model, tmp_path / "net.tflite", runtime="executorch")
 
     def test_cuda(self, proven):
         """A provider that does not start is missing, as it is here."""
@@ -446,3 +453,48 @@ def test_openvino_tells_nobody(tmp_path, monkeypatch, proven):
 
     assert normswap.verify(model, path, runtime="openvino")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(find_spec("ncnn") is None or find_spec("pnnx") is None, reason="ncnn or pnnx is missing")
+class TestInNcnn:
+    """ncnn, which takes one sample, of the file that pnnx makes of one of opset 17."""
+
+    @pytest.mark.parametrize("target", ["sn", "brn"])
+    @pytest.mark.parametrize("subject", ["1-d", "2-d", "3-d"])
+    def test_what_is_right(self, tmp_path, subject, target):
+        """Files of norms without InstanceNormalization are the model, and one whose weights were moved is not."""
+        torch.manual_seed(0)
+        model, example = SUBJECTS[subject]()
+        trained_(model)
+        normswap.patch(model, target, example=example)
+        normswap.to_onnx(model, tmp_path / "net.onnx", example=example, opset=17)
+
+        verdict = normswap.verify(model, tmp_path / "net.onnx", example=example, runtime="ncnn")
+
+        assert verdict
+        assert {check.batch for check in verdict.checks} >= {1, 2, 3, 5}
+        with torch.no_grad():
+            next(model.parameters()).mul_(1.01)
+        assert not normswap.verify(model, tmp_path / "net.onnx", example=example, runtime="ncnn")
+
+    @pytest.mark.parametrize(
+        ("target", "opset", "form", "why"),
+        [
+            ("brn", 20, {}, "pnnx loses the axes of ReduceMean from opset 18 on; export it with opset 17"),
+            ("gn", 17, {}, "it lacks nn.InstanceNorm1d"),
+            ("brn", 17, {"dynamic_size": True}, "x has other sizes than an open batch and fixed ones behind it"),
+        ],
+    )
+    def test_what_would_be_wrong(self, tmp_path, target, opset, form, why):
+        """What pnnx and ncnn get wrong without a word, or crash on, is refused with the reason."""
+        torch.manual_seed(0)
+        model, example = SUBJECTS["2-d"]()
+        trained_(model)
+        normswap.patch(model, target, example=example)
+        path = tmp_path / "net.onnx"
+        normswap.to_onnx(model, path, example=example, opset=opset, **form)
+
+        message = f"expected a file that ncnn loads, received {path}, which it refuses: {why}; "
+        message += "update ncnn, or leave it out of runtime"
+        with pytest.raises(UnsupportedError, match=exactly(message)):
+            normswap.verify(model, path, example=example, runtime="ncnn")

@@ -14,7 +14,7 @@ from typing import Any
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from ...errors import InputError, MissingDependencyError, UnsupportedError, named
+from ...errors import InputError, UnsupportedError, named
 from .known import Runtime
 
 Arrays = dict[str, NDArray[Any]]
@@ -108,10 +108,10 @@ class Child:
                     env=environment,
                 )
         except FileNotFoundError:
-            raise self._missing(self.runtime.command[0], "it is not installed") from None
+            raise self.runtime.missing(self.runtime.command[0], "it is not installed") from None
         told = self._answer("loaded.json", "the file loaded")
         if "missing" in told:
-            raise self._missing(told["missing"], told["reason"])
+            raise self.runtime.missing(told["missing"], told["reason"])
         if "refused" in told:
             raise UnsupportedError(
                 f"expected a file that {self.runtime.name} loads, received {self.path}, which it refuses: "
@@ -147,11 +147,6 @@ class Child:
         if code < 0:
             return f"its process was ended by {signal.Signals(-code).name}{said}"
         return f"its process ended with exit code {code}{said}"
-
-    def _missing(self, package: str, reason: str) -> MissingDependencyError:
-        return MissingDependencyError(
-            f"expected {package} for runtime={self.runtime.name!r}, received none ({reason}): {self.runtime.install}"
-        )
 
     def _place(self, name: str) -> Path:
         return Path(self._folder.name) / name

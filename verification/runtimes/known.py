@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import InputError
+from ...errors import InputError, MissingDependencyError
 
 ONNXRUNTIME = "onnxruntime"
 """The one that runs in this process, on execution providers, without optimisation and with it."""
@@ -27,6 +27,12 @@ class Runtime:
     lowers: bool = False
     inexact: str = ""
 
+    def missing(self, package: str, reason: str) -> MissingDependencyError:
+        """Return the error that says that a package of this runtime is not there."""
+        return MissingDependencyError(
+            f"expected {package} for runtime={self.name!r}, received none ({reason}): {self.install}"
+        )
+
 
 def _python(module: str, *arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-m", f"{__package__}.{module}", *arguments)
@@ -43,6 +49,8 @@ RUNTIMES = {
             inexact="InstanceNormalization",
         ),
         Runtime("litert", _python("litert"), "pip install ai-edge-litert", reads="TFLite"),
+        Runtime("executorch", _python("executorch"), "pip install executorch", reads="ExecuTorch"),
+        Runtime("ncnn", _python("ncnn"), "pip install ncnn pnnx", lowers=True),
         Runtime("cuda", _python("providers", "cuda"), "pip install onnxruntime-gpu", device="cuda", lowers=True),
         Runtime(
             "tensorrt",
@@ -66,7 +74,7 @@ def chosen_runtimes(names: Iterable[str], path: Path) -> list[str]:
     if other := [name for name in chosen if name not in known] or ([] if chosen else ["none"]):
         received = f"runtime={other[0]!r}" if chosen else "none"
         raise InputError(f"expected a runtime of {', '.join(known)}, received {received}")
-    kind = "TFLite" if is_tflite(path) else "ONNX"
+    kind = kind_of(path)
     for name in chosen:
         reads = RUNTIMES[name].reads if name in RUNTIMES else "ONNX"
         if reads != kind:
@@ -74,10 +82,13 @@ def chosen_runtimes(names: Iterable[str], path: Path) -> list[str]:
     return chosen
 
 
-def is_tflite(path: Path) -> bool:
-    """Whether a file begins as those do that TensorFlow Lite's converter writes."""
+def kind_of(path: Path) -> str:
+    """Return which kind of file begins as this one: "TFLite" or "ExecuTorch", which say so, or else "ONNX"."""
     with path.open("rb") as file:
-        return file.read(8)[4:] == b"TFL3"
+        said = file.read(8)[4:]
+    if said == b"TFL3":
+        return "TFLite"
+    return "ExecuTorch" if said[:2] == b"ET" and said[2:].isdigit() else "ONNX"
 
 
 def _article(kind: str) -> str:
