@@ -106,7 +106,7 @@ def run(proto, x):
 
 
 @pytest.mark.parametrize("opset", [17, 18, 24])
-@pytest.mark.parametrize("runtime", ["portable", "ort"])
+@pytest.mark.parametrize("runtime", ["portable", "ort", "web"])
 @pytest.mark.parametrize("spatial", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("gates", GATES.values(), ids=GATES)
 def test_every_mix_is_the_formula(gates, spatial, runtime, opset):
@@ -141,7 +141,7 @@ def test_unbiased_norms_are_those_of_switchablenorms(gates, spatial, free, mean,
     np.testing.assert_allclose(run(proto, x), expected, atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize("runtime", ["portable", "ort"])
+@pytest.mark.parametrize("runtime", ["portable", "ort", "web"])
 @pytest.mark.parametrize(("groups", "spatial"), [(2, ()), (2, (5,)), (3, (24, 24)), (6, (5,)), (6, (24, 24))])
 @pytest.mark.parametrize("gates", [GATES["layer"], MIX], ids=["layer", "mixed"])
 def test_groups_have_statistics_of_their_own(gates, spatial, groups, runtime):
@@ -230,6 +230,24 @@ def test_long_sums_are_not_left_to_one_operator():
     assert choose(norm_of(GATES["layer"], (LONG_SUM_ALIKE // 6 + 1, 1)), alike=True) == "moments"
     assert choose(norm_of(GATES["layer"], (WEB_SUM // 6, 1)), runtime="web") == "instance"
     assert choose(norm_of(GATES["layer"], (WEB_SUM // 6 + 1, 1)), runtime="web") == "moments"
+    assert np.abs(run(proto, x) - expected).max() < 1e-6 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("mean", [0.3, 1e4])
+@pytest.mark.parametrize(("spatial", "parts"), [((64, 48), [48, 64]), ((4096,), [64, 64]), ((8, 16, 24), [48, 64])])
+def test_sums_for_the_web_are_short(spatial, parts, mean):
+    """A map is summed in parts, about as many as one has values: onnxruntime-web has one sum for each."""
+    norm = norm_of(MIX, spatial, mean=mean)
+    proto, _ = written(norm, (6, *spatial), runtime="web")
+    x = np.random.default_rng(1).normal(mean, 1, (2, 6, *spatial)).astype(np.float32)
+    expected = formula(norm, x)
+    graph = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
+    sizes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*graph.input, *graph.value_info)}
+    axes = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    reduced = [sizes[n.input[0]][axes[n.input[1]][0]] for n in graph.node if n.op_type == "ReduceMean"]
+
+    assert "MatMul" not in {node.op_type for node in graph.node}
+    assert sorted(reduced) == [6, 6, *sorted(2 * parts)]  # of channels, and twice of maps
     assert np.abs(run(proto, x) - expected).max() < 1e-6 * np.abs(expected).max()
 
 

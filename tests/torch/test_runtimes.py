@@ -332,7 +332,7 @@ class TestCommand:
         stub(way)
 
         result = CliRunner().invoke(
-            main, ["verify", "net.py:build", "net.onnx", "--runtime", "openvino", "--timeout", "3"]
+            main, ["verify", "net.py:build", "net.onnx", "--runtime", "openvino", "--timeout", "8"]
         )
 
         assert result.exit_code == code, result.stderr
