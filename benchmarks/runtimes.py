@@ -43,7 +43,7 @@ NETWORKS = (
         "timm mobilenetv4_conv_small", "kornia HardNet", "kornia XFeat", "X-ray DenseNet",
         "torchreid OSNet", "vit_pytorch LeViT", "vit_pytorch MobileViT")),
     *(f"segmentation:{name}" for name in ("Unet/resnet18", "FPN/mobilenet_v2", "Linknet/resnet18")),
-    *(f"video_and_audio:{name}" for name in ("x3d_xs", "ECAPA-TDNN", "wav2letter", "ContextNet")),
+    *(f"video_and_audio:{name}" for name in ("x3d_xs", "ECAPA-TDNN", "ContextNet")),
     *(f"keras_applications:{name}" for name in ("MobileNetV2", "EfficientNetB0", "DenseNet121", "ResNet50")),
 )  # fmt: skip
 
