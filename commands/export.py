@@ -7,12 +7,13 @@ import click
 
 from ..console import show
 from ..patchers.table import table
+from ..verification.runtimes.known import RUNTIMES
 from .options import command, json_option, model_options, overwrite_option, positive, read_from, require_none, typed
 
 if TYPE_CHECKING:
     from ..bundles.opening import ModelOptions
 
-DEVICES = ("litert", "executorch")
+DEVICES = tuple(runtime.name for runtime in RUNTIMES.values() if runtime.reads != "ONNX")
 """The runtimes whose files are not ONNX."""
 
 
@@ -92,18 +93,12 @@ def export(
         from ..export.devices import to_executorch, to_litert
 
         settled: dict[str, Any] = {"example": example, "data": proved, "overwrite": overwrite}
-        written = (
+        report = (
             to_litert(opened.model, output, dynamic_size=dynamic_size, **settled)
             if runtime == "litert"
             else to_executorch(opened.model, output, **settled)
         )
-        told = table("what was written", [_row(str(output), written)], [*_notes(written), _verified(written)])
-        show(
-            as_json,
-            {**written.to_dict(), "files": [_row(str(output), written)]},
-            told,
-            [_verifying(output, known, data)],
-        )
+        _tell(report, [_row(str(output), report)], _verified(report), _verifying(output, known, data), as_json=as_json)
         return
     form: dict[str, Any] = {"opset": opset, "runtime": runtime, "dynamic_size": dynamic_size, "half": half}
     batches = None
@@ -125,12 +120,13 @@ def export(
     if latency is not False and original and opened.bundle is not None and not given:
         facts = _beside_original(opened.bundle.original(), facts[0], example, form)
     norms = f"{len(report.folded)} norms folded, {len(report.kept)} kept; {_verified(report)}"
-    told = table("what was written", facts, [*_notes(report), norms])
-    show(as_json, {**report.to_dict(), "files": facts}, told, [_verifying(output, known, data)])
+    _tell(report, facts, norms, _verifying(output, known, data), as_json=as_json)
 
 
-def _notes(report: Any) -> list[str]:
-    return [f"note: {note}" for note in report.notes]
+def _tell(report: Any, facts: list[dict[str, Any]], last: str, then: str, *, as_json: bool) -> None:
+    """Show what was written, the report's notes and a last line, and the command to type next."""
+    told = table("what was written", facts, [*(f"note: {note}" for note in report.notes), last])
+    show(as_json, {**report.to_dict(), "files": facts}, told, [then])
 
 
 def _verified(report: Any) -> str:

@@ -288,7 +288,8 @@ def _ranges(
     given = [value.name for value in proto.graph.input if value.name in wanted]
     kept: dict[str, list[Array]] = {}
     bounds: dict[str, tuple[float, float]] = {}
-    runner = session(_with_outputs(proto, names), spinning=False)
+    more = OnnxFile(Path(), proto.SerializeToString(), proto).with_outputs(names)
+    runner = session(more, spinning=False)
     for batch in batches:
         values = {name: batch[name] for name in given}
         values |= zip(names, runner.run(names, dict(batch)), strict=True)
@@ -322,12 +323,6 @@ def _range(values: Array, low: float, high: float) -> tuple[float, float]:
         if error < least:
             best, least = (first, last), error
     return best
-
-
-def _with_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> bytes:
-    own = {value.name for value in proto.graph.output}
-    more = onnx.GraphProto(output=[onnx.ValueInfoProto(name=name) for name in names if name not in own])
-    return bytes(proto.SerializeToString() + onnx.ModelProto(graph=more).SerializeToString())
 
 
 def _sorted(proto: onnx.ModelProto) -> onnx.ModelProto:

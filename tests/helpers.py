@@ -1,6 +1,11 @@
 """What tests of every room say in the same way."""
 
+import json
 import re
+
+from click.testing import CliRunner
+
+from normswap.cli import main
 
 
 def exactly(message):
@@ -17,6 +22,12 @@ def refusal(*lines):
             "leave such a layer as it is with exclude='NAME'",
         )
     )
+
+
+def commanded(*arguments):
+    """Run a command; returns its exit code, what it prints with --json, and what it says to people."""
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    return result.exit_code, json.loads(result.stdout) if "--json" in arguments else None, result.stderr
 
 
 def bits(arrays):

@@ -1,6 +1,5 @@
 """`normswap verify` and `normswap evaluate` as people and scripts use them."""
 
-import json
 import re
 import shutil
 
@@ -14,17 +13,8 @@ from onnx import numpy_helper
 from normswap.bundles.written import remember
 from normswap.cli import main
 
-CODE = """
-import torch
-from torch import nn
-
-def build():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
-                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
-    model.pretrained_cfg = {"input_size": (3, 8, 8), "mean": (0.5, 0.5, 0.5), "std": (0.3, 0.3, 0.3)}
-    return model.eval()
-"""
+from ..helpers import commanded
+from .models import CODE
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +37,7 @@ def run(written, tmp_path, monkeypatch):
     remember(tmp_path / "gn", f"{tmp_path}/net.py:build")  # as if it was written there
     monkeypatch.chdir(tmp_path)
 
-    def invoke(*arguments):
-        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-        return result.exit_code, json.loads(result.stdout) if "--json" in arguments else None, result.stderr
-
-    return invoke
+    return commanded
 
 
 def test_a_reference(run, tmp_path):

@@ -8,18 +8,16 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from click.testing import CliRunner
 from onnx import numpy_helper
 from torch import nn
 
 import normswap
-from normswap.cli import main
 from normswap.errors import InputError, UnsupportedError, UsageError, VerificationError
 from normswap.export import int8
 from normswap.verification.quantized import Quantized
 
-from ..helpers import exactly
-from .models import Residual, trained_
+from ..helpers import commanded, exactly
+from .models import CODE, Residual, trained_
 
 
 def drawn(count=48):
@@ -587,19 +585,6 @@ def test_the_float_file_belongs_to_an_int8_file(files, tmp_path):
         normswap.verify_against(tmp_path / "r.npz", path)
 
 
-CODE = """
-import torch
-from torch import nn
-
-def build():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
-                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
-    model.pretrained_cfg = {"input_size": (3, 8, 8), "mean": (0.5, 0.5, 0.5), "std": (0.3, 0.3, 0.3)}
-    return model.eval()
-"""
-
-
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """A function that runs a command in a folder with a bundle and data; returns exit code, --json, and text."""
@@ -610,13 +595,9 @@ def run(tmp_path, monkeypatch):
     np.savez(tmp_path / "other.npz", x=rng.integers(0, 255, (48, 9, 9, 3), np.uint8), y=rng.integers(0, 3, 48))
     monkeypatch.chdir(tmp_path)
 
-    def invoke(*arguments):
-        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-        return result.exit_code, json.loads(result.stdout) if "--json" in arguments else None, result.stderr
-
     for target in ("gn", "sn"):
-        assert invoke("patch", "net.py:build", "--to", target, "-o", target)[0] == 0
-    return invoke
+        assert commanded("patch", "net.py:build", "--to", target, "-o", target)[0] == 0
+    return commanded
 
 
 def test_on_the_command_line(run, tmp_path):
